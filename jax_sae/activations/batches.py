@@ -1,0 +1,218 @@
+"""Activations -> batches, as a pure function of the seed and of a position in the data.
+
+    stories in the epoch's order ─► a block of whole stories, harvested ─► shuffled across its stories ─► batches
+
+With `tokens` batching a block holds a whole number of batches of B tokens: what is left of its last story begins the
+next block, so that an epoch uses every token once. With `story` batching a batch is a story, in the order of the text.
+A `Position` is all that a checkpoint keeps of the data: its block is made again from there, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from jax_sae.activations import normalize
+from jax_sae.activations.normalize import Normalization
+from jax_sae.activations.sources import Item, Source
+from jax_sae.config import ActivationsConfig, TrainConfig
+from jax_sae.errors import BadInput
+from jax_sae.language_model.harvest import padded_length
+
+READ_AHEAD = 64
+"""Items that are read (tokenised) at a time."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the data: the start of a block, and how much of the block is used."""
+
+    block: int = 0
+    epoch: int = 0
+    item: int = 0
+    """Place in the epoch's order of items."""
+    token: int = 0
+    """Tokens of that item that earlier blocks have used."""
+    batch: int = 0
+    """Batches of the block that are used."""
+    empty_stories: int = 0
+    """Stories without tokens, skipped so far; like the next two counted in the first epoch only."""
+    cut_stories: int = 0
+    """Stories longer than the language model's positions, cut there."""
+    tokens_cut: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Adjacent batches of a block, all of one shape."""
+
+    x: np.ndarray
+    """[batches, B, D] float32, normalised."""
+    weights: np.ndarray
+    """[batches, B] float32, 1 for a token, 0 for padding."""
+    used: int
+    """Batches of this run that were used before."""
+    after: tuple[Position, ...]
+    """Where the data stands after each batch."""
+
+
+def batch_runs(
+    source: Source, fitted: Normalization, position: Position, activations: ActivationsConfig, train: TrainConfig
+) -> Iterator[Run]:
+    """Batches from `position` on, for ever, a run of equal shape at a time.
+
+    Args:
+        source: of stories or rows.
+        fitted: the normalisation, where it is one for all stories.
+        position: where to go on.
+        activations: its `normalization` and `block_tokens` are used.
+        train: its `batching`, `batch_tokens` and `seed` are used.
+
+    Raises:
+        BadInput: if an epoch has no tokens at all, or an activation is not finite.
+    """
+    make_block = _token_block if train.batching == "tokens" else _story_block
+    while True:
+        used, start = position.batch, replace(position, batch=0)
+        for run, position in make_block(source, fitted, start, activations, train):
+            if used < len(run.x):
+                yield replace(run, used=used)
+            used = max(0, used - len(run.x))
+
+
+def _token_block(
+    source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
+) -> Iterator[tuple[Run, Position]]:
+    """One run with all batches of the block, and where the next block starts."""
+    B = train.batch_tokens
+    n_batches = activations.block_tokens // B
+    items: list[Item] = []
+    spans: list[tuple[int, int]] = []  # of each item: the first and last token used
+    free = n_batches * B
+    for item, here in walk(source, start, shuffle_seed=train.seed):
+        last = min(here.token + free, len(item))
+        items.append(item)
+        spans.append((here.token, last))
+        free -= last - here.token
+        if not free:
+            end = replace(here, token=last) if last < len(item) else _after(here, item)
+            break
+    places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
+    firsts = np.cumsum([0] + [last - first for first, last in spans])
+    x = np.empty((n_batches * B, source.width), np.float32)
+    for i, rows in normalized_activations(source, items, fitted, activations):
+        first, last = spans[i]
+        x[places[firsts[i] : firsts[i + 1]]] = rows[first:last]
+    end = replace(end, block=start.block + 1)
+    after = tuple(replace(start, batch=n) for n in range(1, n_batches)) + (end,)
+    yield Run(x.reshape(n_batches, B, -1), np.ones((n_batches, B), np.float32), 0, after), end
+
+
+def _story_block(
+    source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
+) -> Iterator[tuple[Run, Position]]:
+    """A run of one batch for each story of the block, and where the next block starts."""
+    del train  # stories come in the order of the text, whole
+    items: list[Item] = []
+    tokens = 0
+    for item, here in walk(source, start, shuffle_seed=None):
+        items.append(item)
+        tokens += len(item)
+        if tokens >= activations.block_tokens:
+            end = replace(_after(here, item), block=start.block + 1)
+            break
+    stories: list[Any] = [None] * len(items)
+    for i, rows in normalized_activations(source, items, fitted, activations):
+        stories[i] = rows
+    for i, rows in enumerate(stories):
+        T = len(rows)
+        x = np.zeros((1, padded_length(T), source.width), np.float32)
+        x[0, :T] = rows
+        weights = (np.arange(x.shape[1]) < T).astype(np.float32)[None]
+        yield Run(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,)), end
+
+
+def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+    """Yield items that have tokens, and where they stand, epoch after epoch; empty ones are skipped and counted.
+
+    Raises:
+        BadInput: if an epoch has no tokens at all.
+    """
+    here, seen_in_epoch = start, start.item > 0
+    while True:
+        order = _order(len(source), shuffle_seed, here.epoch)
+        while here.item < len(source):
+            for item in source.read(order[here.item : here.item + READ_AHEAD]):
+                if len(item):
+                    seen_in_epoch = True
+                    yield item, here
+                here = _after(here, item)
+        if not seen_in_epoch:
+            raise BadInput(f"{source.name}: not one of {len(source)} has any tokens; is this the right text column?")
+        here, seen_in_epoch = replace(here, epoch=here.epoch + 1, item=0), False
+
+
+def _after(here: Position, item: Item) -> Position:
+    """The place of the item that follows."""
+    first_time = here.epoch == 0
+    return replace(
+        here,
+        item=here.item + 1,
+        token=0,
+        empty_stories=here.empty_stories + (first_time and len(item) == 0),
+        cut_stories=here.cut_stories + (first_time and item.tokens_cut > 0),
+        tokens_cut=here.tokens_cut + first_time * item.tokens_cut,
+    )
+
+
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int | None, epoch: int) -> np.ndarray:
+    if seed is None:
+        return np.arange(n)
+    return np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).permutation(n)
+
+
+def normalized_activations(
+    source: Source, items: Sequence[Item], fitted: Normalization, activations: ActivationsConfig
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number in `items`, normalised activations [T, D] float32) of each item.
+
+    Raises:
+        BadInput: if an activation is not finite.
+    """
+    for i, x in finite_activations(source, items):
+        yield i, normalize.normalize(normalize.for_story(activations.normalization, fitted, x), x)
+
+
+def finite_activations(source: Source, items: Sequence[Item]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (number in `items`, activations [T, D] float32, in the model's scale) of each item.
+
+    Raises:
+        BadInput: if an activation is not finite.
+    """
+    for i, x in source.activations(items):
+        bad = ~np.isfinite(x).all(-1)
+        if bad.any():
+            raise BadInput(
+                f"{source.name}: {bad.sum()} of {len(x)} adjacent activations are not finite; "
+                "export them again in float32, and leave out texts on which the language model overflows"
+            )
+        yield i, x
+
+
+def first_activations(source: Source, n_tokens: int, shuffle_seed: int | None) -> list[np.ndarray]:
+    """The activations [T, D] float32 of the first items of epoch 0, whole ones, about `n_tokens` tokens in all.
+
+    Fewer where the source has fewer; at least one item. They are in the language model's scale.
+    """
+    items: list[Item] = []
+    for item, here in walk(source, Position(), shuffle_seed):
+        if here.epoch or (items and sum(map(len, items)) + len(item) > n_tokens):
+            break
+        items.append(item)
+    found: list[Any] = [None] * len(items)
+    for i, x in finite_activations(source, items):
+        found[i] = x.copy()
+    return found

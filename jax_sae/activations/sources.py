@@ -1,0 +1,180 @@
+"""Where activations come from: a language model that reads stories, or rows on disk.
+
+A source is a sequence of items (a story, or a chunk of adjacent rows). Reading an item is cheap and tells how many
+tokens it has; its activations are computed or copied only when they are needed.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from jax_sae.activations.store import Rows, open_rows
+from jax_sae.config import ActivationsConfig, Config, ModelConfig, TextConfig
+from jax_sae.errors import BadInput
+from jax_sae.language_model.gpt_neo import GPTNeo
+from jax_sae.language_model.harvest import harvest
+from jax_sae.language_model.pretrained import load_language_model
+from jax_sae.language_model.text import Stories, Story, available_splits, load_tokenizer, open_split
+
+ROWS_PER_CHUNK = 256
+"""Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
+
+
+class Item(Protocol):
+    """A story, or a chunk of rows."""
+
+    tokens_cut: int
+
+    def __len__(self) -> int:
+        """Return its number of tokens."""
+
+
+class Source(Protocol):
+    """A sequence of items with activations of width D."""
+
+    name: str
+    width: int
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    def read(self, items: Sequence[int]) -> Sequence[Any]:
+        """Read these items, in this order."""
+
+    def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
+
+
+@dataclass(frozen=True, eq=False)
+class StorySource:
+    """Stories `first` to `last` of a text, read by a language model; an item is a story."""
+
+    stories: Stories
+    first: int
+    last: int
+    model: GPTNeo
+    params: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"stories {self.first} to {self.last - 1}"
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.model.config.hidden_size
+
+    def __len__(self) -> int:
+        """Return the number of stories, empty ones included."""
+        return self.last - self.first
+
+    def read(self, items: Sequence[int]) -> Sequence[Story]:
+        """Tokenise stories."""
+        return self.stories.read([self.first + int(i) for i in items])
+
+    def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
+        """Run the language model over stories."""
+        return harvest(self.model, self.params, [story.token_ids for story in items])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Adjacent rows of a store."""
+
+    start: int
+    stop: int
+    tokens_cut: int = 0
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """Rows `first` to `last` of activations on disk; an item is a chunk of `ROWS_PER_CHUNK` rows."""
+
+    rows: Rows
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"rows {self.first} to {self.last - 1} of {self.rows.name}"
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows.width
+
+    def __len__(self) -> int:
+        """Return the number of chunks; the last may be shorter."""
+        return -(-(self.last - self.first) // ROWS_PER_CHUNK)
+
+    def read(self, items: Sequence[int]) -> Sequence[Chunk]:
+        """Find the chunks; nothing is read yet."""
+        starts = [self.first + int(i) * ROWS_PER_CHUNK for i in items]
+        return [Chunk(start, min(start + ROWS_PER_CHUNK, self.last)) for start in starts]
+
+    def activations(self, items: Sequence[Chunk]) -> Iterator[tuple[int, np.ndarray]]:
+        """Copy the chunks' rows from disk."""
+        for i, chunk in enumerate(items):
+            yield i, self.rows.read(chunk.start, chunk.stop)
+
+
+def open_sources(config: Config) -> tuple[Source, Source, list[str]]:
+    """Open what `config` names: the source to train on, the held-out one, and a few lines that say what they are.
+
+    Raises:
+        BadInput: if a model, text, tokenizer or file is missing, damaged or does not fit the others.
+    """
+    if config.activations.path:
+        return _open_rows(config.activations)
+    return _open_stories(config.model, config.text)
+
+
+def _open_rows(activations: ActivationsConfig) -> tuple[Source, Source, list[str]]:
+    rows = open_rows(activations.path)
+    held_out = min(activations.held_out_tokens, len(rows) // 10)
+    if held_out < 2:
+        raise BadInput(f"{activations.path} has {len(rows)} rows; at least 20 are needed, a tenth of them held out")
+    first = len(rows) - held_out
+    lines = [
+        f"activations   {activations.path}: {len(rows):,} rows of width {rows.width}",
+        f"held out      the last {held_out:,} rows, which are not trained on",
+    ]
+    return RowSource(rows, 0, first), RowSource(rows, first, len(rows)), lines
+
+
+def _open_stories(model: ModelConfig, text: TextConfig) -> tuple[Source, Source, list[str]]:
+    lm = load_language_model(model.path, model.layer)
+    tokenizer = load_tokenizer(text.tokenizer) if text.tokenizer else lm.tokenizer
+    splits = available_splits(text.path)
+    held_out_split = text.validation_split or next((name for name in ("validation", "test") if name in splits), "")
+    config = lm.model.config
+
+    def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
+        rows = open_split(text.path, split, text.column)
+        stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size)
+        return StorySource(stories, first, len(stories) if last is None else last, lm.model, lm.params)
+
+    training = source(text.split)
+    if held_out_split:
+        held_out = source(held_out_split)
+        held_out_line = f"the split '{held_out_split}'"
+    else:
+        if len(training) < 20:
+            raise BadInput(f"{text.path} has {len(training)} stories and no held-out split; at least 20 are needed, a tenth held out")
+        first = len(training) - max(2, min(1000, len(training) // 10))
+        held_out, training = source(text.split, first), source(text.split, 0, first)
+        held_out_line = f"the last {len(held_out):,} stories of the split '{text.split}', which are not trained on"
+    lines = [
+        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, width {config.hidden_size}",
+        f"text          {text.path}: {len(training):,} stories of the split '{text.split}'",
+        f"held out      {held_out_line}",
+    ]
+    return training, held_out, lines

@@ -1,0 +1,69 @@
+"""One autoencoder: x_hat = decode(encode(x)), encode(x) = relu(x W_enc + b_enc), decode(f) = f W_dec + b_dec.
+
+It knows nothing of language models, normalisation or sweeps. Parameters have the names and shapes of the field:
+W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D]; row i of W_dec is the direction of feature i.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_sae.config import Initialization
+
+Initializer = Callable[..., jax.Array]
+
+
+def torch_linear(fan_in: int) -> Initializer:
+    """Values of torch.nn.Linear, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
+class Autoencoder(nn.Module):
+    """A ReLU autoencoder of width D with F features.
+
+    initialization:
+        'torch': W and b of both layers as torch.nn.Linear draws them (fan-in D for the encoder, F for the decoder).
+        'orthogonal': W_dec with orthonormal rows (columns, where F > D), W_enc its transpose, so that with every
+        feature active x is projected onto F random directions; b_enc = `encoder_bias`, b_dec = -`encoder_bias` * the
+        sum of W_dec's rows, so that x = 0 is reconstructed as 0. It knows nothing of the data.
+    """
+
+    width: int
+    features: int
+    initialization: Initialization = "torch"
+    encoder_bias: float = 0.0
+
+    def setup(self) -> None:
+        """Declare the four parameters."""
+        D, F = self.width, self.features
+        if self.initialization == "torch":
+            self.W_enc = self.param("W_enc", torch_linear(D), (D, F))
+            self.b_enc = self.param("b_enc", torch_linear(D), (F,))
+            self.W_dec = self.param("W_dec", torch_linear(F), (F, D))
+            self.b_dec = self.param("b_dec", torch_linear(F), (D,))
+        else:
+            self.W_dec = self.param("W_dec", nn.initializers.orthogonal(), (F, D))
+            self.W_enc = self.param("W_enc", lambda key: self.W_dec.T)
+            self.b_enc = self.param("b_enc", nn.initializers.constant(self.encoder_bias), (F,))
+            self.b_dec = self.param("b_dec", lambda key: -self.encoder_bias * self.W_dec.sum(0))
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """x[..., D] -> features [..., F], none below 0."""
+        return nn.relu(x @ self.W_enc + self.b_enc)
+
+    def decode(self, features: jax.Array) -> jax.Array:
+        """features[..., F] -> reconstruction [..., D]."""
+        return features @ self.W_dec + self.b_dec
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[..., D] -> reconstruction [..., D]."""
+        return self.decode(self.encode(x))
+
+
+def init_params(model: Autoencoder, seed: int) -> dict[str, jax.Array]:
+    """Initial parameters of a member, a function of its own seed and width alone."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, model.width)))["params"]

@@ -1,0 +1,282 @@
+"""Every setting of a run with its unit and default; TOML in, validated, JSON out. Standard library only.
+
+Files in `configs/` and flags on the command line only override what stands here. The string after each field is what
+`--help` shows.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_sae.errors import BadInput
+
+Normalization = Literal["dataset", "story", "none"]
+Initialization = Literal["torch", "orthogonal"]
+Batching = Literal["tokens", "story"]
+Optimizer = Literal["adam", "muon"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model that is read."""
+
+    path: str = "roneneldan/TinyStories-33M"
+    """Hugging Face id or directory of a GPT-Neo."""
+    layer: int = 2
+    """Read the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What the language model reads: a dataset with one story a row."""
+
+    path: str = "roneneldan/TinyStories"
+    """Hugging Face id, directory or file of a dataset."""
+    tokenizer: str = ""
+    """Hugging Face id or directory of the tokenizer; empty: the language model's own."""
+    column: str = "text"
+    """The column that holds the story."""
+    split: str = "train"
+    """The split to train on."""
+    validation_split: str = ""
+    """The split for held-out numbers; empty: 'validation' or 'test' if there is one, else the end of the training split, which is then not trained on."""
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """What the autoencoders read."""
+
+    path: str = ""
+    """Read activations from here instead of running a language model: a store, or an .npy, .safetensors or .pt file with one array [N, D]."""
+    normalization: Normalization = "dataset"
+    """dataset: mean removed, scaled so that the mean squared norm is D. story: per story, (x - mean) / std * sqrt(D) with scalar mean and std. none: as they are."""
+    block_tokens: int = 131_072
+    """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
+    held_out_tokens: int = 65_536
+    """Tokens of the held-out set, on which FVU and the PCA floor are measured; whole stories up to this number."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One autoencoder of a sweep."""
+
+    features: int
+    """Number of features F."""
+    seed: int = 0
+    """Seed of its initial values."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Which autoencoders are trained: every combination of the three lists, or the explicit members."""
+
+    features: tuple[int, ...] = (100, 767, 768, 1000)
+    """Numbers of features F."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial values."""
+    learning_rates: tuple[float, ...] = (1e-3,)
+    """Peak learning rates."""
+    members: tuple[Member, ...] = ()
+    """Explicit members instead of the combinations: [[sweep.members]] tables in TOML, features=768,seed=1,learning_rate=1e-3 on the command line."""
+    initialization: Initialization = "torch"
+    """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, its transpose as W_enc."""
+    encoder_bias: float = 0.0
+    """With orthogonal: initial value of every b_enc, in standard deviations of a normalised activation; above 0, features start active."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How they are trained."""
+
+    steps: int = 10_000
+    """Optimiser steps."""
+    batching: Batching = "tokens"
+    """tokens: shuffled tokens. story: one whole story a step, in order."""
+    batch_tokens: int = 4096
+    """Tokens B of a step; with story batching a step has the tokens of its story."""
+    optimizer: Optimizer = "adam"
+    """adam: Kingma and Ba 2015. muon: orthogonalised momentum for the two matrices, Adam for the biases."""
+    beta1: float = 0.9
+    """Adam's decay rate of the first moment."""
+    beta2: float = 0.999
+    """Adam's decay rate of the second moment."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up: constant, or falling to zero at the last step along a cosine or a line."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints; there is one at the end too."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    """Seed of the order of stories and of the shuffling of tokens."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: Path) -> Config:
+    """Read a TOML file whose tables are the fields of `Config`.
+
+    Raises:
+        BadInput: if the file is missing or is no TOML, or a key or value is not one of `Config`'s.
+    """
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise BadInput(f"cannot read the config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid TOML: {error}") from error
+    return config_from_dict(table, str(path))
+
+
+def config_from_dict(table: dict[str, Any], where: str) -> Config:
+    """Build and validate a `Config` from nested dictionaries, as TOML and JSON give them; `where` names them in errors.
+
+    Raises:
+        BadInput: at the first key or value that does not fit.
+    """
+    config = _build(Config, table, where, "")
+    validate(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Nested dictionaries and lists, ready for JSON; `config_from_dict` takes them back."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, table: Any, where: str, prefix: str) -> Any:
+    if not isinstance(table, dict):
+        raise BadInput(f"{where}: {prefix.rstrip('.')} is {table!r}; a table with the keys of {cls.__name__} was expected")
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            raise BadInput(f"{where}: unknown key '{prefix}{key}'{_nearest(prefix + key)}")
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    for key in sorted(required - set(table)):
+        raise BadInput(f"{where}: '{prefix}{key}' is missing")
+    return cls(**{key: _convert(hints[key], value, where, prefix + key) for key, value in table.items()})
+
+
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+    """`value` as the type `hint`; whole numbers serve as floats, nothing else is cast."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, where, name + ".")
+    if origin is Literal:
+        if value in arguments:
+            return value
+        expected = " or ".join(repr(a) for a in arguments)
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_convert(arguments[0], item, where, name) for item in value)
+        expected = "a list"
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        expected = "a number"
+    else:
+        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+        expected = {int: "a whole number", str: "a string"}.get(hint, str(hint))
+    raise BadInput(f"{where}: {name} is {value!r}; {expected} was expected")
+
+
+def _nearest(name: str) -> str:
+    matches = difflib.get_close_matches(name, option_names(), n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known are {', '.join(option_names())}"
+
+
+def option_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every setting by its dotted name, such as `train.batch_tokens`."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
+            names += option_names(hint, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
+    """The explicit members, or every combination of features, seeds and learning rates, in that nesting."""
+    if sweep.members:
+        return sweep.members
+    return tuple(
+        Member(features, seed, learning_rate)
+        for features in sweep.features
+        for seed in sweep.seeds
+        for learning_rate in sweep.learning_rates
+    )
+
+
+def validate(config: Config) -> None:
+    """Check every value that can be judged without opening a model or a dataset.
+
+    Raises:
+        BadInput: naming the setting, its value and what is expected.
+    """
+    sweep, train, activations = config.sweep, config.train, config.activations
+
+    def positive(name: str, value: float) -> None:
+        if not (math.isfinite(value) and value > 0):
+            raise BadInput(f"{name} is {value}; a number above 0 was expected")
+
+    def not_negative(name: str, value: float) -> None:
+        if not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"{name} is {value}; 0 or more was expected")
+
+    not_negative("model.layer", config.model.layer)
+    positive("activations.block_tokens", activations.block_tokens)
+    positive("activations.held_out_tokens", activations.held_out_tokens)
+    for name in ("steps", "batch_tokens", "checkpoint_every", "log_every"):
+        positive(f"train.{name}", getattr(train, name))
+    not_negative("train.warmup_steps", train.warmup_steps)
+    not_negative("train.seed", train.seed)
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(train, name) < 1:
+            raise BadInput(f"train.{name} is {getattr(train, name)}; a number from 0 up to, but not including, 1 was expected")
+    if train.warmup_steps >= train.steps and train.warmup_steps:
+        raise BadInput(f"train.warmup_steps is {train.warmup_steps}, but train.steps is {train.steps}; the warm-up must be shorter")
+    if train.batching == "tokens" and train.batch_tokens > activations.block_tokens:
+        raise BadInput(
+            f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
+            "a block must hold at least one batch"
+        )
+    if activations.path and (train.batching == "story" or activations.normalization == "story"):
+        raise BadInput(
+            "activations.path holds rows without their stories, so train.batching and activations.normalization "
+            "cannot be 'story'; use 'tokens' and 'dataset'"
+        )
+    not_negative("sweep.encoder_bias", sweep.encoder_bias)
+    if sweep.encoder_bias and sweep.initialization != "orthogonal":
+        raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
+    members = sweep_members(sweep)
+    if not members:
+        raise BadInput("the sweep has no members: sweep.features, sweep.seeds and sweep.learning_rates each need a value")
+    for member in members:
+        positive("sweep.features", member.features)
+        not_negative("sweep.seeds", member.seed)
+        positive("sweep.learning_rates", member.learning_rate)
+    for i, member in enumerate(members):
+        if member in members[:i]:
+            raise BadInput(f"the sweep has this member twice: {member}")

@@ -1,0 +1,196 @@
+"""GPT-Neo in Flax, stopped after the layer whose residual stream is read.
+
+Layer n is what Hugging Face calls `hidden_states[n]`: n = 0 the embeddings, n >= 1 the residual stream after n blocks
+(`blocks.{n-1}.hook_resid_post` in TransformerLens), and, as there, the last one, n = number of blocks, after the final
+layer norm. Parameters carry the names of the checkpoint files: `h_0.attn.q_proj.kernel` is `h.0.attn.q_proj.weight`,
+transposed.
+
+What is easy to get wrong here: the attention logits are not divided by sqrt(d_head); q, k and v have no bias, but the
+output projection has; a local block sees `window_size` keys, the token itself included; position ids past the table
+would be clamped by JAX without a word, hence the check in `GPTNeo.__call__`.
+
+Source: Black et al. 2021, "GPT-Neo" (https://doi.org/10.5281/zenodo.5297715), as run by `GPTNeoForCausalLM`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_sae.errors import BadInput
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "gelu": partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
+
+
+@dataclass(frozen=True)
+class GPTNeoConfig:
+    """The sizes of a GPT-Neo, as `config.json` names them."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    max_position_embeddings: int
+    window_size: int
+    intermediate_size: int
+    activation_function: str
+    layer_norm_epsilon: float
+    attention_layers: tuple[str, ...]
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hugging_face(cls, config: dict[str, Any], where: str) -> "GPTNeoConfig":
+        """Read the contents of a `config.json`; `where` names it in errors.
+
+        Absent keys take the defaults of transformers' `GPTNeoConfig`.
+
+        Raises:
+            BadInput: if it is not a GPT-Neo's, or its numbers contradict each other.
+        """
+        if config.get("model_type") != "gpt_neo":
+            raise BadInput(
+                f"{where}: model_type is {config.get('model_type')!r}, but only 'gpt_neo' is run here; for another model, "
+                "write its activations with scripts/export_torch_activations.py and train with --activations.path"
+            )
+        sizes = {}
+        for key, default in [
+            ("vocab_size", 50257),
+            ("hidden_size", 2048),
+            ("num_layers", 24),
+            ("num_heads", 16),
+            ("max_position_embeddings", 2048),
+            ("window_size", 256),
+        ]:
+            size = config.get(key, default)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise BadInput(f"{where}: {key} is {size!r}; a positive whole number was expected")
+            sizes[key] = size
+        if sizes["hidden_size"] % sizes["num_heads"]:
+            raise BadInput(f"{where}: hidden_size {sizes['hidden_size']} is not a multiple of num_heads {sizes['num_heads']}")
+        intermediate = config.get("intermediate_size")
+        activation = config.get("activation_function", "gelu_new")
+        if activation not in ACTIVATION_FUNCTIONS:
+            raise BadInput(f"{where}: activation_function is {activation!r}; known are {', '.join(ACTIVATION_FUNCTIONS)}")
+        kinds = config.get("attention_layers")
+        if kinds is None:
+            types = config.get("attention_types", [[["global", "local"], sizes["num_layers"] // 2]])
+            kinds = [kind for pattern, repeats in types for _ in range(repeats) for kind in pattern]
+        if len(kinds) != sizes["num_layers"] or not set(kinds) <= {"global", "local"}:
+            raise BadInput(
+                f"{where}: attention_layers is {kinds}; expected {sizes['num_layers']} entries (num_layers), each 'global' or 'local'"
+            )
+        return cls(
+            **sizes,
+            intermediate_size=4 * sizes["hidden_size"] if intermediate is None else intermediate,
+            activation_function=activation,
+            layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+            attention_layers=tuple(kinds),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with `window`, a token sees only the last `window` tokens, itself included."""
+
+    num_heads: int
+    window: int | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[B, T, D] -> [B, T, D]."""
+        B, T, D = x.shape
+        project = partial(nn.Dense, D)
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(B, T, self.num_heads, D // self.num_heads).transpose(0, 2, 1, 3)
+
+        q_BHTd = heads(project(use_bias=False, name="q_proj")(x))
+        k_BHTd = heads(project(use_bias=False, name="k_proj")(x))
+        v_BHTd = heads(project(use_bias=False, name="v_proj")(x))
+        logits_BHTT = jnp.einsum("bhqd,bhkd->bhqk", q_BHTd, k_BHTd)  # not scaled: see the module's docstring
+        distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+        visible_TT = distance_TT >= 0
+        if self.window is not None:
+            visible_TT &= distance_TT < self.window
+        weights_BHTT = nn.softmax(jnp.where(visible_TT, logits_BHTT, jnp.finfo(logits_BHTT.dtype).min))
+        mixed_BHTd = jnp.einsum("bhqk,bhkd->bhqd", weights_BHTT, v_BHTd)
+        return project(name="out_proj")(mixed_BHTd.transpose(0, 2, 1, 3).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation function between them."""
+
+    config: GPTNeoConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[B, T, D] -> [B, T, D]."""
+        hidden = nn.Dense(self.config.intermediate_size, name="c_fc")(x)
+        return nn.Dense(self.config.hidden_size, name="c_proj")(
+            ACTIVATION_FUNCTIONS[self.config.activation_function](hidden)
+        )
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    config: GPTNeoConfig
+    attention: str  # 'global' or 'local'
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[B, T, D] -> [B, T, D]."""
+        norm = partial(nn.LayerNorm, epsilon=self.config.layer_norm_epsilon, use_fast_variance=False)
+        window = self.config.window_size if self.attention == "local" else None
+        x = x + Attention(self.config.num_heads, window, name="attn")(norm(name="ln_1")(x))
+        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x))
+
+
+class GPTNeo(nn.Module):
+    """The residual stream after `layer` blocks; later blocks have no parameters and are not run."""
+
+    config: GPTNeoConfig
+    layer: int
+
+    def setup(self) -> None:
+        """Name the parts as the checkpoint files do."""
+        c = self.config
+        self.wte = nn.Embed(c.vocab_size, c.hidden_size)
+        self.wpe = nn.Embed(c.max_position_embeddings, c.hidden_size)
+        self.h = [Block(c, kind) for kind in c.attention_layers[: self.layer]]
+        if self.layer == c.num_layers:
+            self.ln_f = nn.LayerNorm(epsilon=c.layer_norm_epsilon, use_fast_variance=False)
+            if not c.tie_word_embeddings:
+                self.lm_head = nn.Dense(c.vocab_size, use_bias=False)
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """token_ids[B, T] int32 -> residual stream [B, T, D] float32, D = hidden_size.
+
+        Rows are causal, so what stands right of a story's end changes nothing left of it: pad on the right with any id.
+
+        Raises:
+            ValueError: if T is beyond the position table.
+        """
+        T = token_ids.shape[1]
+        if T > self.config.max_position_embeddings:
+            raise ValueError(f"{T} tokens > {self.config.max_position_embeddings} positions of the model")
+        x = self.wte(token_ids) + self.wpe(jnp.arange(T))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x) if self.layer == self.config.num_layers else x
+
+    def logits(self, token_ids: jax.Array) -> jax.Array:
+        """token_ids[B, T] -> logits [B, T, vocab_size]; only where `layer` is the number of blocks."""
+        x = self(token_ids)
+        return self.wte.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)

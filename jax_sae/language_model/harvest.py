@@ -1,0 +1,54 @@
+"""Token ids -> activations, batched by length so that little padding is computed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_sae.language_model.gpt_neo import GPTNeo
+
+TOKENS_AT_A_TIME = 8192
+"""Tokens of a forward pass, padding included: large enough to fill the matrix products, small enough to stay in cache."""
+
+
+def padded_length(n_tokens: int) -> int:
+    """The length that a story is padded to.
+
+    The next multiple of 16 up to 256 tokens, of 64 up to 512, of 128 up to 1024 and of 256 beyond: little padding for
+    most stories, and few shapes to compile.
+    """
+    step = 16 if n_tokens <= 256 else 64 if n_tokens <= 512 else 128 if n_tokens <= 1024 else 256
+    return -(-n_tokens // step) * step
+
+
+@jax.jit(static_argnums=0)
+def _forward(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, token_ids)
+
+
+def harvest(
+    model: GPTNeo, params: Mapping[str, Any], stories: Sequence[np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Run the language model over whole stories, several of about the same length at a time.
+
+    Args:
+        model: stopped after the layer that is read.
+        params: its parameters.
+        stories: token ids [T] of one story each, T from 0 to the positions of the model.
+
+    Yields:
+        (number of the story in `stories`, its activations [T, D] float32), longest stories first; a story without
+        tokens yields nothing. The array is a view of a larger one: copy what you keep.
+    """
+    longest_first = sorted((i for i in range(len(stories)) if len(stories[i])), key=lambda i: -len(stories[i]))
+    while longest_first:
+        length = min(padded_length(len(stories[longest_first[0]])), model.config.max_position_embeddings)
+        rows = min(max(1, TOKENS_AT_A_TIME // length), 1 << (len(longest_first) - 1).bit_length())
+        batch, longest_first = longest_first[:rows], longest_first[rows:]
+        token_ids = np.zeros((rows, length), np.int32)  # the model is causal: what is right of a story does not matter
+        for row, i in enumerate(batch):
+            token_ids[row, : len(stories[i])] = stories[i]
+        activations = np.asarray(_forward(model, params, token_ids))
+        for row, i in enumerate(batch):
+            yield i, activations[row, : len(stories[i])]

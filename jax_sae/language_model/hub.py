@@ -1,0 +1,242 @@
+"""Names of models, tokenizers and datasets -> files on this machine.
+
+A name is looked up in this order: as a path; below this package, for the embedded `jax_sae/demo/...`; as a Hugging Face
+hub id in the local cache; on the hub itself. What is in the cache is used as it is, without asking the hub for news.
+"""
+
+import importlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_sae.errors import BadInput
+
+Kind = Literal["model", "dataset"]
+
+CONNECT_SECONDS = 3.0
+ANSWER_SECONDS = 6.0  # with the look-up of the address, which has no limit of its own, and several addresses tried
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Where weights may be, the first that is there counts; an index lists the files among which they are divided."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class NoAnswer(Exception):
+    """The hub could not be asked; the message is the reason, worded to follow "and"."""
+
+
+def find_local(name: str) -> Path | None:
+    """The file or directory of that name, if it exists: below the working directory, or in the embedded demo."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    beside_package = Path(__file__).parents[2] / name
+    return beside_package if name.startswith("jax_sae/demo/") and beside_package.exists() else None
+
+
+def find_model_files(name: str) -> Path:
+    """A directory with config.json, the weights and, where it has one, the tokenizer of a language model.
+
+    Downloads them from the hub, unless it is a local directory or in the local cache.
+
+    Raises:
+        BadInput: if there is no such model, or it cannot be had.
+    """
+    return _find(name, "language model", ("config.json",), _has_weights)
+
+
+def find_tokenizer_files(name: str) -> Path:
+    """A directory with the files of a tokenizer; otherwise like `find_model_files`."""
+    return _find(name, "tokenizer", ("tokenizer.json", "vocab.json"), has_tokenizer)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a tokenizer can be loaded from a directory."""
+    there = {name for name in TOKENIZER_FILES if (directory / name).exists()}
+    return "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there
+
+
+def find_weight_files(directory: Path) -> list[Path]:
+    """The files that hold a model's weights: one, or those that the index lists.
+
+    Raises:
+        BadInput: if there are none, or the index is damaged.
+    """
+    for name in WEIGHT_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        if not name.endswith(".index.json"):
+            return [path]
+        weight_map = read_json(path).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
+        if not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise BadInput(f"{path}: weight_map should name, for each tensor, a file in the same directory")
+        return [directory / file for file in sorted(files)]
+    raise BadInput(f"{directory}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; BadInput if it cannot be read or is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error}); get the file again") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds a {type(content).__name__}; an object was expected")
+    return content
+
+
+def ask_hub(name: str, kind: Kind) -> list[str]:
+    """The names of a repository's files, as the hub lists them now. Takes seconds at most.
+
+    Raises:
+        NoAnswer: if the hub is switched off (HF_HUB_OFFLINE) or does not answer.
+        BadInput: if the hub has no such repository, or does not give it.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _check_form(name, kind)
+    if constants.HF_HUB_OFFLINE:
+        raise NoAnswer("HF_HUB_OFFLINE is set")
+    outcome: list[Any] = []
+
+    def ask() -> None:
+        try:
+            outcome.append(HfApi().repo_info(name, repo_type=kind, timeout=CONNECT_SECONDS))
+        except Exception as error:  # of many libraries, and raised again or reported below
+            outcome.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    answer = outcome[0] if outcome else TimeoutError(f"{constants.ENDPOINT}, {ANSWER_SECONDS:g} s")
+    if isinstance(answer, HfHubHTTPError) and answer.response.status_code < 500:
+        raise _refused(name, kind, answer) from answer
+    if isinstance(answer, Exception):
+        raise NoAnswer(f"the hub did not answer ({one_line(answer)})") from answer
+    return [file.rfilename for file in answer.siblings or []]
+
+
+def cannot_load(name: str, what: str, reason: str) -> BadInput:
+    """The error for a name that is nowhere on this machine, where the hub could not be asked for the given reason."""
+    if what == "dataset":
+        advice = f"a local folder (`hf download --repo-type dataset {name} --local-dir FOLDER` makes one)"
+    else:
+        advice = f"a local directory, run `hf download {name}` first"
+    skip = "" if "HF_HUB_OFFLINE" in reason else ", or set HF_HUB_OFFLINE=1 to skip the hub"
+    return BadInput(
+        f"cannot load {what} {name!r}: no such file or directory, not complete in the local Hugging Face cache, and "
+        f"{reason}. Give {advice}{skip}"
+    )
+
+
+@contextmanager
+def hub_switched_off() -> Iterator[None]:
+    """Within it, the Hugging Face libraries use files on this machine only, and at once, as with HF_HUB_OFFLINE=1."""
+    importlib.import_module("huggingface_hub.constants")
+    modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def one_line(error: Exception) -> str:
+    """An error of another library on one line, shortened."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[Path], bool]) -> Path:
+    """The directory that a name means; `marks` are files by which the cache finds it."""
+    if (local := find_local(name)) is not None:
+        if not local.is_dir():
+            raise BadInput(f"{local}: a file; give the directory that holds the {what}")
+        return local
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _check_form(name, what)
+    for cached in (try_to_load_from_cache(name, mark) for mark in marks):
+        if isinstance(cached, str) and is_complete(Path(cached).parent):
+            return Path(cached).parent
+    try:
+        files = ask_hub(name, "model")
+    except NoAnswer as error:
+        raise cannot_load(name, what, str(error)) from error
+    wanted = {"config.json", *TOKENIZER_FILES} & set(files)
+    if what == "language model":
+        wanted |= _weights_in_one_format(files)
+    if not wanted:
+        raise BadInput(f"cannot load {what} {name!r}: its repository on the hub holds none of the files of a {what}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=sorted(wanted)))
+    except HfHubHTTPError as error:
+        raise _refused(name, "model", error) from error
+    except Exception as error:  # whatever the network and the disk can do to a download
+        raise BadInput(f"{what} {name!r} could not be downloaded ({one_line(error)}); try again") from error
+
+
+def _check_form(name: str, what: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BadInput(
+            f"cannot load {what} {name!r}: no such file or directory, and not a name on the hub, which has the form "
+            "owner/name"
+        ) from error
+
+
+def _weights_in_one_format(files: list[str]) -> set[str]:
+    """Those of a repository's files that hold the weights; many repositories hold them in several formats."""
+    name = next((name for name in WEIGHT_FILES if name in files), None)
+    if name is None:
+        return set()
+    stem, suffix = name.removesuffix(".index.json").split(".")
+    return {file for file in files if re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.{suffix}(\.index\.json)?", file)}
+
+
+def _has_weights(directory: Path) -> bool:
+    try:
+        return all(file.exists() for file in find_weight_files(directory))
+    except BadInput:
+        return False
+
+
+def _refused(name: str, kind: Kind, error: Any) -> BadInput:
+    """What an HTTP status of the hub means to the user."""
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return BadInput(f"cannot load {kind} {name!r}: ask for access on its page on the hub, then run `hf auth login`")
+    return BadInput(
+        f"cannot load {kind} {name!r}: no such file or directory, and the hub gives none of that name (HTTP "
+        f"{error.response.status_code}); check the spelling or, if it is private, run `hf auth login`"
+    )

@@ -1,0 +1,236 @@
+"""A GPT-Neo with the weights of a Hugging Face checkpoint: a directory or hub id -> parameters, activations, logits."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jax_sae.errors import BadInput
+from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
+from jax_sae.language_model.harvest import harvest, padded_length
+from jax_sae.language_model.hub import find_model_files, find_weight_files, read_json
+from jax_sae.language_model.text import load_tokenizer, tokenize
+from jax_sae.language_model.torch_file import TensorReference, open_torch_file, refuse_pointer
+
+Text = str | Sequence[int] | np.ndarray
+"""A string, or the token ids of one."""
+
+MASKS = (".attn.attention.bias", ".attn.attention.masked_bias")  # constants that older checkpoints hold; not weights
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One tensor of a checkpoint, not read yet."""
+
+    file: Path
+    name: str  # as in the file
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A language model with the parameters of the blocks below `layer`; what layer n means stands in `GPTNeo`."""
+
+    name: str
+    layer: int
+    directory: Path
+    model: GPTNeo
+    params: Mapping[str, Any]
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return self.model.config.hidden_size
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model's directory.
+
+        Raises:
+            BadInput: if there is none.
+        """
+        return load_tokenizer(str(self.directory))
+
+    def activations(self, texts: Sequence[Text]) -> list[np.ndarray]:
+        """The residual stream after `layer` blocks: one array [T, D] float32 for each text, in the order given.
+
+        Args:
+            texts: strings, which need the tokenizer, or token ids. No special tokens are added. An empty text gives
+                [0, D].
+
+        Raises:
+            BadInput: if a text has more tokens than the model has positions, or ids beyond its vocabulary.
+        """
+        stories = self._token_ids(texts)
+        activations = [np.zeros((0, self.width), np.float32) for _ in stories]
+        for i, story in harvest(self.model, self.params, stories):
+            activations[i] = np.array(story)  # a copy: `story` is a view of a larger array
+        return activations
+
+    def logits(self, texts: Sequence[Text]) -> list[np.ndarray]:
+        """The logits [T, vocab_size] float32 of the whole network after each token of each text.
+
+        The blocks from `layer` on are loaded at the first call, and kept. Arguments and errors as for `activations`.
+        """
+        model, params = self._whole
+        run = jax.jit(partial(model.apply, method="logits"))
+        logits = []
+        for story in self._token_ids(texts):
+            length = min(padded_length(len(story)), model.config.max_position_embeddings)
+            token_ids = np.pad(story, (0, length - len(story)))[None]
+            logits.append(np.array(run({"params": params}, token_ids)[0, : len(story)]))
+        return logits
+
+    @cached_property
+    def _whole(self) -> tuple[GPTNeo, Mapping[str, Any]]:
+        config = self.model.config
+        if self.layer == config.num_layers:
+            return self.model, self.params
+        model = GPTNeo(config, config.num_layers)
+        return model, _load_params(self.directory, model, self.params)
+
+    def _token_ids(self, texts: Sequence[Text]) -> list[np.ndarray]:
+        if isinstance(texts, str):
+            raise BadInput("texts is a string; a list of strings or of token ids was expected: put it in [ ]")
+        config = self.model.config
+        stories = []
+        for i, text in enumerate(texts):
+            ids = np.asarray(tokenize(self.tokenizer, [text])[0] if isinstance(text, str) else text)
+            if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+                raise BadInput(
+                    f"text {i} is an array of shape {ids.shape} and dtype {ids.dtype}; a string or a list of token ids "
+                    "was expected"
+                )
+            if len(ids) > config.max_position_embeddings:
+                raise BadInput(
+                    f"text {i} has {len(ids)} tokens, {self.name} has {config.max_position_embeddings} positions: shorten it"
+                )
+            if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+                raise BadInput(
+                    f"text {i} has token ids from {ids.min()} to {ids.max()}; those of {self.name} go from 0 to "
+                    f"{config.vocab_size - 1}"
+                )
+            stories.append(ids.astype(np.int32))
+        return stories
+
+
+def load_language_model(name: str, layer: int) -> LanguageModel:
+    """Load the part of a GPT-Neo that gives the residual stream after `layer` blocks.
+
+    Weights in float16, bfloat16 or float64 are converted to float32, in which the model is run.
+
+    Args:
+        name: a directory with config.json and model.safetensors or pytorch_model.bin (or one of them in parts, with an
+            index), or an id on the Hugging Face hub, such as "roneneldan/TinyStories-33M".
+        layer: 0 for the embeddings, up to the number of blocks.
+
+    Raises:
+        BadInput: if there is no such model or layer, it is no GPT-Neo, or its files are damaged.
+    """
+    directory = find_model_files(name)
+    config_file = directory / "config.json"
+    config = GPTNeoConfig.from_hugging_face(read_json(config_file), str(config_file))
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= config.num_layers:
+        raise BadInput(
+            f"layer {layer}: the model has {config.num_layers} blocks; valid are 0 to {config.num_layers}, where "
+            f"{config.num_layers} is after the final layer norm"
+        )
+    model = GPTNeo(config, layer)
+    return LanguageModel(name, layer, directory, model, _load_params(directory, model, {}))
+
+
+def _load_params(directory: Path, model: GPTNeo, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that `model` needs, read from its checkpoint except for those in `loaded`."""
+    weights = _open_checkpoint(directory)
+    in_config = _shapes(GPTNeo(model.config, model.config.num_layers))
+    names = {_name_in_checkpoint(path) for path in in_config}
+    for name, weight in weights.items():
+        is_of_the_network = name.startswith(("wte.", "wpe.", "h.", "ln_f.")) and not name.endswith(MASKS)
+        if is_of_the_network and name not in names:
+            raise BadInput(
+                f"{weight.file}: holds {weight.name}, which a GPT-Neo of this config.json does not have; the two files do "
+                "not belong together"
+            )
+    params = dict(traverse_util.flatten_dict(loaded))
+    for path, shape in _shapes(model).items():
+        if path in params:
+            continue
+        name = _name_in_checkpoint(path)
+        if name not in weights:
+            raise BadInput(f"{directory}: the weights lack {name}; config.json needs it")
+        value = _as_float32(weights[name])
+        value = value.T if path[-1] == "kernel" else value  # torch keeps [out, in], Flax [in, out]
+        if value.shape != shape:
+            raise BadInput(
+                f"{weights[name].file}: {weights[name].name} has the shape {value.shape}, config.json asks for {shape} "
+                "(as [in, out])"
+            )
+        params[path] = jnp.asarray(value)
+    return traverse_util.unflatten_dict(params)
+
+
+def _as_float32(weight: _Weight) -> np.ndarray:
+    value = weight.read()
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise BadInput(f"{weight.file}: {weight.name} is {value.dtype}; floating point was expected")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused below
+        value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+        raise BadInput(f"{weight.file}: {weight.name} has values that are not finite in float32")
+    return value
+
+
+def _shapes(model: GPTNeo) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each parameter, by its path in the tree."""
+    method = "logits" if model.layer == model.config.num_layers else None  # which alone makes an untied head
+    tree = jax.eval_shape(partial(model.init, method=method), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def _name_in_checkpoint(path: tuple[str, ...]) -> str:
+    """("h_0", "attn", "q_proj", "kernel") -> "h.0.attn.attention.q_proj.weight"."""
+    name = ".".join(path[:-1]).replace("h_", "h.", 1).replace(".attn.", ".attn.attention.")
+    return f"{name}.{'bias' if path[-1] == 'bias' else 'weight'}"
+
+
+def _open_checkpoint(directory: Path) -> dict[str, _Weight]:
+    """The tensors in a directory's weights by their names, without the prefix "transformer."."""
+    weights: dict[str, _Weight] = {}
+    for file in find_weight_files(directory):
+        refuse_pointer(file)
+        for weight in _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file):
+            name = weight.name.removeprefix("transformer.")
+            if name in weights:
+                raise BadInput(f"{file}: holds {weight.name}, which {weights[name].file} holds too, as {weights[name].name}")
+            weights[name] = weight
+    return weights
+
+
+def _open_torch(file: Path) -> Iterator[_Weight]:
+    content = open_torch_file(file)
+    if isinstance(content, TensorReference):
+        raise BadInput(f"{file}: holds a single tensor; the weights of a model were expected")
+    for name, reference in content.items():
+        yield _Weight(file, name, reference.read)
+
+
+def _open_safetensors(file: Path) -> Iterator[_Weight]:
+    from safetensors import SafetensorError, safe_open
+
+    def read(name: str) -> np.ndarray:
+        with safe_open(file, framework="np") as content:
+            return content.get_tensor(name)
+
+    try:
+        with safe_open(file, framework="np") as content:
+            names = list(content.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"{file}: not a whole safetensors file ({error}); get it again") from error
+    for name in names:
+        yield _Weight(file, name, partial(read, name))

@@ -1,0 +1,157 @@
+"""Text -> token ids, one story at a time.
+
+Rows stay in the files of the `datasets` library, mapped into memory: only the rows asked for are read and tokenised.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import (
+    NoAnswer,
+    ask_hub,
+    cannot_load,
+    find_local,
+    find_tokenizer_files,
+    has_tokenizer,
+    hub_switched_off,
+    one_line,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a directory, or of that name on the Hugging Face hub.
+
+    Raises:
+        BadInput: if there is none, or its files are damaged.
+    """
+    directory = find_tokenizer_files(name)
+    if not has_tokenizer(directory):
+        raise BadInput(
+            f"{directory}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt. Copy one there, name "
+            "another tokenizer, or give token ids in place of text"
+        )
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it says on import that it misses PyTorch
+    from transformers import AutoTokenizer
+
+    try:
+        with hub_switched_off():
+            return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of the two libraries it is made of; one raises bare Exception
+        raise BadInput(f"{directory}: its tokenizer cannot be loaded ({one_line(error)})") from error
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens; "" gives none. No limit on their number."""
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def open_split(path: str, split: str, column: str) -> "Dataset":
+    """The rows of one split, mapped into memory.
+
+    Args:
+        path: a folder of parquet, JSON, CSV or text files, one such file (which is the split 'train'), or the name of a
+            dataset on the Hugging Face hub. In a text file each line is a story.
+        split: such as 'train'.
+        column: the one that holds the text; a text file's is 'text'.
+
+    Raises:
+        BadInput: if there is no such dataset, split or column.
+    """
+    splits = _load(path)
+    if split not in splits:
+        raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}")
+    rows = splits[split]
+    if column not in rows.column_names:
+        raise BadInput(
+            f"{path}: no column {column!r} in the split {split!r}; there are {', '.join(map(repr, rows.column_names))}"
+        )
+    return rows
+
+
+def available_splits(path: str) -> list[str]:
+    """The names of the splits of the dataset that `open_split` would open."""
+    return list(_load(path))
+
+
+def _load(path: str) -> "DatasetDict":
+    import datasets
+
+    source, files, hub_is_silent = path, None, ""
+    if (local := find_local(path)) is None:
+        try:
+            ask_hub(path, "dataset")
+        except NoAnswer as reason:
+            hub_is_silent = str(reason)
+    elif local.is_dir():
+        source = str(local.resolve())
+    elif local.suffix in FILE_KINDS:
+        source, files = FILE_KINDS[local.suffix], str(local.resolve())
+    else:
+        raise BadInput(f"{local}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}")
+    try:
+        with hub_switched_off() if local or hub_is_silent else nullcontext():
+            return datasets.load_dataset(source, data_files=files)
+    except Exception as error:  # there are many, for each file format and each trouble
+        if hub_is_silent:
+            raise cannot_load(path, "dataset", hub_is_silent) from error
+        raise BadInput(f"{path}: cannot be loaded as a dataset ({one_line(error.__cause__ or error)})") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Story:
+    """One row as token ids [T] int32, and how many more tokens the text had than were kept."""
+
+    token_ids: np.ndarray
+    tokens_cut: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stories:
+    """The stories in one column of a dataset.
+
+    A story longer than `max_tokens` is cut off there. `vocab_size` is the language model's.
+    """
+
+    rows: "Dataset"
+    column: str
+    tokenizer: Any
+    max_tokens: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        """The number of rows, those without text included."""
+        return len(self.rows)
+
+    def read(self, indices: Sequence[int]) -> list[Story]:
+        """The stories in these rows, in this order; where there is no text (or only white space), of length 0.
+
+        Raises:
+            BadInput: if the column does not hold text, or the tokenizer is not the model's.
+        """
+        texts = self.rows[self.column][[int(i) for i in indices]]
+        for i, text in zip(indices, texts, strict=True):
+            if not isinstance(text, str | None):
+                raise BadInput(f"column {self.column!r}, row {i}: a {type(text).__name__}; text was expected")
+        stories = []
+        for ids in tokenize(self.tokenizer, [text if text and not text.isspace() else "" for text in texts]):
+            if max(ids, default=0) >= self.vocab_size:
+                raise BadInput(
+                    f"the tokenizer gives id {max(ids)}, the model's vocabulary has {self.vocab_size}: they do not "
+                    "belong together; name the model's own tokenizer"
+                )
+            kept = np.asarray(ids[: self.max_tokens], np.int32)
+            stories.append(Story(kept, len(ids) - len(kept)))
+        return stories

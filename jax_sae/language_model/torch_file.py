@@ -1,0 +1,260 @@
+"""Reads the tensors in a file that `torch.save` wrote, without torch and without unpickling.
+
+Such a file is an uncompressed zip archive: `NAME/data.pkl` describes the tensors, `NAME/data/KEY` holds the bytes of
+one storage. The description is a pickle, and a pickle is a program that may do anything. So it is not run: a small
+machine follows the few opcodes that a tensor or a dictionary of tensors needs, and refuses every other. Nothing is
+imported or called on the file's word, and its sizes are held against the true ones before memory is taken.
+"""
+
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_sae.errors import BadInput
+
+DESCRIPTION_BYTES = 16 << 20  # most for data.pkl; a tensor takes about 100
+CHUNK_BYTES = 16 << 20
+
+_KINDS = [("Float", np.float32), ("Double", np.float64), ("Half", np.float16), ("BFloat16", ml_dtypes.bfloat16)]
+_KINDS += [("Long", np.int64), ("Int", np.int32), ("Short", np.int16), ("Char", np.int8), ("Byte", np.uint8)]
+DTYPES = {f"torch.{kind}Storage": np.dtype(dtype) for kind, dtype in [*_KINDS, ("Bool", np.bool_)]}
+
+# What a damaged archive makes zipfile raise, besides the errors of the operating system
+ZIP_ERRORS = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error)
+
+
+@dataclass(frozen=True)
+class TensorReference:
+    """Where one tensor lies in a file: a view of a storage, which is an entry of the zip archive.
+
+    `stride` and `offset` count elements of the storage, as in torch.
+    """
+
+    path: Path
+    entry: str
+    stored: int  # elements in the storage
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """The tensor's values, with `dtype` and `shape`. The checksum of the whole storage is verified.
+
+        Raises:
+            BadInput: if the file is damaged, or is another one than when it was opened.
+        """
+        entry, itemsize = self.entry, self.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                content = _read_entry(archive, entry, self.stored * itemsize)
+        except (KeyError, *ZIP_ERRORS) as error:
+            raise BadInput(f"{self.path}: {entry} cannot be read ({error}); get the file again") from error
+        if len(content) != self.stored * itemsize:
+            raise BadInput(f"{self.path}: the size of {entry} has changed since the file was opened")
+        if self.dtype == np.bool_ and content.max(initial=0) > 1:
+            raise BadInput(f"{self.path}: {entry} should hold booleans, but has bytes other than 0 and 1")
+        if 0 in self.shape:
+            return np.empty(self.shape, self.dtype)
+        # The step along an axis of size 1 is never taken, and may be any number in the file
+        steps = [step * itemsize if size > 1 else 0 for size, step in zip(self.shape, self.stride, strict=True)]
+        view = np.lib.stride_tricks.as_strided(content.view(self.dtype)[self.offset :], self.shape, steps)
+        return np.ascontiguousarray(view).reshape(self.shape)  # the former makes a scalar one-dimensional
+
+
+def open_torch_file(path: str | Path) -> TensorReference | dict[str, TensorReference]:
+    """What `torch.save(tensor, path)` or `torch.save({name: tensor, ...}, path)` wrote; reads no values yet.
+
+    Entries of a dictionary that are not tensors (a step number, a note) are left out. Where a tensor lived when it was
+    saved, on a GPU or not, makes no difference.
+
+    Raises:
+        BadInput: if it is no such file, is damaged, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    refuse_pointer(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            raise BadInput(
+                f"{path}: not a whole zip archive, as torch.save writes; get it again, or, if a torch before 1.6 wrote "
+                "it, convert it with torch.save(torch.load(path, weights_only=True), path)"
+            )
+        with zipfile.ZipFile(path) as archive:
+            return _open_archive(path, archive)
+    except BadInput:
+        raise
+    except ZIP_ERRORS as error:
+        raise BadInput(f"{path}: cannot be read as a file that torch.save wrote ({error}); get it again") from error
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise BadInput if the file cannot be opened, or is the note that Git LFS leaves in a file's place."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise BadInput(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+
+
+def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dict[str, TensorReference]:
+    sizes = {info.filename: info.file_size for info in archive.infolist()}
+    descriptions = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(descriptions) != 1 or len(sizes) != len(archive.namelist()):
+        raise BadInput(f"{path}: torch.save did not write this archive (no data.pkl, or two entries of one name)")
+    prefix = descriptions[0].removesuffix("data.pkl")
+    if prefix + "byteorder" in sizes and _read_entry(archive, prefix + "byteorder", 16).tobytes() != b"little":
+        raise BadInput(f"{path}: its byte order is not 'little'; write it again on a machine where it is")
+    pickle = _read_entry(archive, descriptions[0], DESCRIPTION_BYTES).tobytes()
+    machine = _Machine(path, prefix, sizes)
+    try:
+        for opcode, argument, _ in pickletools.genops(pickle):
+            machine.follow(opcode.name, argument)
+        root = machine.stack.pop()
+    except BadInput:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # an opcode that finds the wrong things on the stack
+        raise BadInput(f"{path}: the description of its tensors is damaged ({type(error).__name__})") from error
+    if isinstance(root, TensorReference):
+        return root
+    if not isinstance(root, dict):
+        raise BadInput(f"{path}: holds a {type(root).__name__}; a tensor or a dictionary of tensors was expected")
+    tensors = {name: value for name, value in root.items() if isinstance(value, TensorReference)}
+    if not tensors:
+        raise BadInput(f"{path}: none of its {len(root)} entries is a tensor ({', '.join(map(ascii, list(root)[:5]))})")
+    return tensors
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
+    """The bytes of an entry of at most `most` bytes, as uint8; memory is taken only for what the file can hold."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise zipfile.BadZipFile(f"{name} is compressed, which torch.save never does")
+    if info.file_size > min(most, Path(str(archive.filename)).stat().st_size):
+        raise zipfile.BadZipFile(f"{name} claims to have {info.file_size} bytes")
+    content = np.empty(info.file_size, np.uint8)
+    with archive.open(info) as stream:
+        for start in range(0, info.file_size, CHUNK_BYTES):
+            part = memoryview(content)[start : start + CHUNK_BYTES]
+            if stream.readinto(part) != len(part):
+                raise EOFError(f"{name} is cut short")
+        stream.read()  # zipfile verifies the checksum where it finds the end, also that of an empty entry
+    return content
+
+
+class _Name(str):
+    """A name that the pickle would have imported."""
+
+
+_MARK = object()
+
+
+class _Machine:
+    """A pickle's stack and memo, over plain values, tuples, lists, dictionaries, names and tensors."""
+
+    def __init__(self, path: Path, prefix: str, sizes: Mapping[str, int]):
+        self.path, self.prefix, self.sizes = path, prefix, sizes
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def follow(self, opcode: str, argument: Any) -> None:
+        """One opcode of those that `torch.save` writes (pickle protocol 2)."""
+        stack = self.stack
+        match opcode:
+            case "PROTO" | "STOP":
+                pass
+            case "MARK":
+                stack.append(_MARK)
+            case "NONE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(argument)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode == "NEWTRUE")
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[opcode]())
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(self.pop(int(opcode[5:] or -1))))
+            case "APPEND" | "APPENDS":
+                items = self.pop(1 if opcode == "APPEND" else -1)
+                self.top(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self.pop(2 if opcode == "SETITEM" else -1)
+                for key, value in zip(items[::2], items[1::2], strict=True):
+                    if not isinstance(key, str):
+                        raise BadInput(f"{self.path}: a key of a dictionary is {type(key).__name__}; expected text")
+                    self.top(dict)[key] = value
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "GLOBAL":
+                stack.append(_Name(argument.replace(" ", ".")))
+            case "BINPERSID":
+                stack.append(self.whole_storage(*stack.pop()))
+            case "REDUCE":
+                name, arguments = self.pop(2)
+                stack.append(self.call(name, arguments))
+            case "BUILD":  # the attributes that torch hangs on a state dict (versions of modules): not needed
+                stack.pop()
+                self.top(dict)
+            case _:
+                raise BadInput(f"{self.path}: holds more than tensors (pickle opcode {opcode}); refused")
+
+    def pop(self, count: int) -> list[Any]:
+        """Take the top `count` off the stack, or, with -1, all above the topmost mark and the mark."""
+        items: list[Any] = []
+        while len(items) != count and (item := self.stack.pop()) is not _MARK:
+            items.append(item)
+        return items[::-1]
+
+    def top(self, kind: type) -> Any:
+        """What lies on top of the stack, which must be a `kind`."""
+        if not isinstance(self.stack[-1], kind):
+            raise TypeError(f"not a {kind.__name__}")
+        return self.stack[-1]
+
+    def call(self, name: Any, arguments: tuple[Any, ...]) -> Any:
+        """What one of the few functions known here would give."""
+        match name:
+            case "collections.OrderedDict" if arguments == ():
+                return {}
+            # From the seventh on: bits such as "negate when read", which hardly ever occur
+            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2" if not any(arguments[6:]):
+                return self.view(*arguments[:4])
+            case "torch._utils._rebuild_parameter" if isinstance(arguments[0], TensorReference):
+                return arguments[0]
+        raise BadInput(f"{self.path}: holds more than tensors ({ascii(name)[:80]}); refused")
+
+    def whole_storage(self, kind: str, name: str, key: str, device: str, elements: int) -> TensorReference:
+        """All elements of the storage that a persistent id names."""
+        if kind != "storage" or type(name) is not _Name or type(key) is not str or type(elements) is not int:
+            raise TypeError("not the id of a storage")
+        if name not in DTYPES:
+            raise BadInput(f"{self.path}: a tensor is a {name}; known are {', '.join(DTYPES)}")
+        entry, dtype = f"{self.prefix}data/{key}", DTYPES[name]
+        if self.sizes.get(entry) != elements * dtype.itemsize:
+            raise BadInput(f"{self.path}: {entry} has {self.sizes.get(entry)} bytes; expected {elements} x {dtype}")
+        return TensorReference(self.path, entry, elements, dtype, (elements,), (1,), 0)
+
+    def view(self, whole: TensorReference, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
+        """A tensor, once it is known to lie within its storage."""
+        if not isinstance(whole, TensorReference) or len(shape) != len(stride) or len(shape) > 32:
+            raise TypeError("not a tensor")
+        if any(type(number) is not int or number < 0 for number in (offset, *shape, *stride)):
+            raise BadInput(f"{self.path}: a tensor in {whole.entry} has an offset, size or stride that cannot be")
+        end = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        # An expanded tensor, which repeats elements, could be of any size: it may not have more than are stored
+        if (0 not in shape and max(end, math.prod(shape)) > whole.stored) or math.prod(n or 1 for n in shape) >> 48:
+            raise BadInput(
+                f"{self.path}: a tensor of shape {shape}, strides {stride}, offset {offset} goes beyond the "
+                f"{whole.stored} elements of {whole.entry}; save it with .contiguous()"
+            )
+        return replace(whole, shape=tuple(shape), stride=tuple(stride), offset=offset)

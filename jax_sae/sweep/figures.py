@@ -1,0 +1,79 @@
+"""Loss curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_sae.config import Member
+
+CURVE_POINTS = 500
+COLOUR_BLIND_SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+"""Okabe and Ito 2008; used for members beyond the four of the starting experiment."""
+
+
+def member_colours(members: Sequence[Member], width: int) -> list[str]:
+    """Green, blue, red and orange for F far below, one below, equal to and above D, as in the starting experiment.
+
+    The first member of each kind has its colour; the others take theirs from a colour-blind-safe list, in turn.
+    """
+    free = {"tab:green", "tab:blue", "tab:red", "tab:orange"}
+    colours, extra = [], 0
+    for member in members:
+        difference = member.features - width
+        colour = (
+            "tab:red" if difference == 0 else "tab:orange" if difference > 0
+            else "tab:blue" if difference == -1 else "tab:green"
+        )  # fmt: skip
+        if colour in free:
+            free.remove(colour)
+        else:
+            colour = COLOUR_BLIND_SAFE[extra % len(COLOUR_BLIND_SAFE)]
+            extra += 1
+        colours.append(colour)
+    return colours
+
+
+def draw_losses(
+    directory: Path, names: Sequence[str], colours: Sequence[str], losses: np.ndarray, floors: Sequence[float], title: str
+) -> None:
+    """Draw `loss.png`, from 0 to the first loss, and `loss_zoomed.png`, logarithmic, where small losses can be told apart.
+
+    Args:
+        directory: where to write.
+        names: of the members.
+        colours: of the members.
+        losses: [steps, M], loss per element of every step.
+        floors: of the members, least loss per element on the held-out tokens; 0 where F >= D.
+        title: of both figures.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["axes.formatter.limits"] = (-3, 4)
+    directory.mkdir(parents=True, exist_ok=True)
+    width = max(1, len(losses) // CURVE_POINTS)
+    n = len(losses) // width
+    steps = (np.arange(n) + 0.5) * width
+    curves = losses[: n * width].reshape(n, width, -1).mean(1)
+    finite = losses[np.isfinite(losses) & (losses > 0)]
+    for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        axes: Any = figure.subplots()
+        for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {curves[-1, i]:.2g}")
+            if floors[i] > 0:
+                axes.axhline(
+                    floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}"
+                )
+        axes.set_yscale(scale)
+        if scale == "linear" and len(finite):
+            axes.set_ylim(0, 1.05 * np.percentile(finite, 99.9))
+        axes.set_xlim(0, len(losses))
+        axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
+        axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
+        figure.savefig(directory / file, dpi=150)

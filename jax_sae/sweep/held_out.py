@@ -1,0 +1,87 @@
+"""Held-out activations: how good the members are there, and how good they could be."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sae.activations.batches import first_activations
+from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
+from jax_sae.activations.sources import Source
+from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
+from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
+from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.config import ActivationsConfig
+from jax_sae.config import Normalization as Kind
+from jax_sae.sweep.update import MemberState, Params
+
+ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out tokens, with what PCA makes of them."""
+
+    kind: Kind
+    x: np.ndarray
+    """[N, D] float32, in the language model's own scale."""
+    normalization: Normalization
+    """Of each row: mean [N, 1] and scale [N, 1] with kind 'story', else one for all."""
+    eigenvalues: np.ndarray
+    """[D] float64, of the scatter of x, largest first."""
+    normalized_eigenvalues: np.ndarray
+    """[D] float64, of the scatter of the normalised x."""
+
+    def fvu_floor(self, features: int) -> float:
+        """The least FVU of any autoencoder with that many features on these tokens.
+
+        With the 'story' normalisation the decoder is told each story's mean and scale, so its reconstructions reach two
+        directions more: that of a vector of ones, and that of the decoder's bias.
+        """
+        directions = features + (2 if self.kind == "story" else 0)
+        return pca_floor(self.eigenvalues, directions) / float(self.eigenvalues.sum())
+
+    def loss_floor(self, features: int) -> float:
+        """The least loss per element, in normalised units, of any autoencoder with that many features on these tokens."""
+        return pca_floor(self.normalized_eigenvalues, features) / self.x.size
+
+
+def harvest_held_out(source: Source, fitted: Normalization, activations: ActivationsConfig) -> HeldOut:
+    """Harvest whole stories up to `held_out_tokens` tokens, in their order, and their covariance's eigenvalues."""
+    stories = first_activations(source, activations.held_out_tokens, shuffle_seed=None)
+    x = np.concatenate(stories)
+    eigenvalues = covariance_eigenvalues(x)
+    if activations.normalization != "story":
+        scaled = eigenvalues * np.float64(fitted.scale) ** 2
+        return HeldOut(activations.normalization, x, fitted, eigenvalues, scaled)
+    each = [for_story("story", fitted, story) for story in stories]
+    lengths = [len(story) for story in stories]
+    rows = Normalization(*(np.repeat([n[i] for n in each], lengths)[:, None] for i in (0, 1)))
+    scaled = covariance_eigenvalues(normalize(rows, x))
+    return HeldOut("story", x, rows, eigenvalues, scaled)
+
+
+@jax.jit
+def _squared_errors(params: Params, x: jax.Array, normalization: Normalization) -> jax.Array:
+    """|x - x_hat|^2 of each member and row, [M, B], in the language model's own scale."""
+
+    def of_member(params: Params) -> jax.Array:
+        model = Autoencoder(width=x.shape[-1], features=params["b_enc"].shape[-1])
+        x_hat = model.apply({"params": params}, normalize(normalization, x))
+        return jnp.sum(jnp.square(x - denormalize(normalization, x_hat)), -1)
+
+    return jax.vmap(of_member)(params)
+
+
+def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
+    """FVU of each member of a group over all held-out tokens, errors summed in float64."""
+    total = float(held_out.eigenvalues.sum())
+    errors = []
+    for start in range(0, len(held_out.x), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        normalization = held_out.normalization
+        if held_out.kind == "story":
+            normalization = Normalization(normalization.mean[rows], normalization.scale[rows])
+        errors.append(np.asarray(_squared_errors(group.params, held_out.x[rows], normalization), np.float64))
+    return [fraction_of_variance_unexplained(of_member, total) for of_member in np.concatenate(errors, axis=1)]

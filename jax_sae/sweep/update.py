@@ -1,0 +1,133 @@
+"""One optimiser step: of a member, of a group (the only vmap), of the sweep, and many steps in one dispatch."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_sae.autoencoder.loss import loss_per_element, squared_error
+from jax_sae.autoencoder.model import Autoencoder, init_params
+from jax_sae.config import Member, SweepConfig, TrainConfig
+from jax_sae.sweep.members import Group
+from jax_sae.sweep.optimizer import make_optimizer
+
+Params = dict[str, jax.Array]
+
+
+class MemberState(NamedTuple):
+    """What the next step of a member needs; in a group, each array has a leading axis M."""
+
+    params: Params
+    opt_state: Any
+    learning_rate: jax.Array
+
+
+SweepState = tuple[MemberState, ...]
+"""A stacked state for each group."""
+
+
+def init_member(member: Member, width: int, sweep: SweepConfig, train: TrainConfig) -> MemberState:
+    """The state of a member at step 0, at its own number of features."""
+    model = Autoencoder(width, member.features, sweep.initialization, sweep.encoder_bias)
+    params = init_params(model, member.seed)
+    learning_rate = jnp.float32(member.learning_rate)
+    return MemberState(params, make_optimizer(learning_rate, train).init(params), learning_rate)
+
+
+def stack(states: list[MemberState], padded: MemberState) -> MemberState:
+    """Stack members of a group, each padded with zeros to the shapes of `padded`.
+
+    Zeros stay zeros: a padded feature has pre-activation 0, so its activation, the gradients of its weights and bias,
+    and what an optimiser makes of them are 0. `unstack` is the inverse.
+    """
+
+    def pad(like: jax.Array, *leaves: jax.Array) -> jax.Array:
+        zeros = jnp.zeros(like.shape, like.dtype)
+        return jnp.stack([zeros.at[tuple(slice(n) for n in leaf.shape)].set(leaf) for leaf in leaves])
+
+    return jax.tree.map(pad, padded, *states)
+
+
+def unstack(stacked: MemberState, shapes: list[MemberState]) -> list[MemberState]:
+    """The members of a group, each trimmed to its own shapes."""
+
+    def trim(i: int, like: jax.ShapeDtypeStruct, leaf: jax.Array) -> jax.Array:
+        return leaf[i][tuple(slice(n) for n in like.shape)]
+
+    return [jax.tree.map(partial(trim, i), shape, stacked) for i, shape in enumerate(shapes)]
+
+
+def member_shapes(group: Group, width: int, sweep: SweepConfig, train: TrainConfig) -> list[MemberState]:
+    """Shapes and dtypes of each member's state, at its own number of features; computes nothing."""
+    return [jax.eval_shape(partial(init_member, member, width, sweep, train)) for member in group.members]
+
+
+def padded_shape(shapes: list[MemberState]) -> MemberState:
+    """The shapes of the widest member."""
+    return max(shapes, key=lambda shape: shape.params["b_enc"].shape)
+
+
+def init_sweep(groups: tuple[Group, ...], width: int, sweep: SweepConfig, train: TrainConfig) -> SweepState:
+    """The state of every member at step 0; a member's initial values do not depend on the others."""
+    return tuple(
+        stack(
+            [init_member(member, width, sweep, train) for member in group.members],
+            padded_shape(member_shapes(group, width, sweep, train)),
+        )
+        for group in groups
+    )
+
+
+def update_member(
+    state: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+) -> tuple[MemberState, jax.Array]:
+    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before the step."""
+    model = Autoencoder(width=x.shape[-1], features=state.params["b_enc"].shape[-1])
+
+    def loss(params: Params) -> jax.Array:
+        return squared_error(x, model.apply({"params": params}, x), weights)
+
+    error, gradient = jax.value_and_grad(loss)(state.params)
+    updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state), loss_per_element(error, weights, x.shape[-1])
+
+
+def update_sweep(
+    state: SweepState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+) -> tuple[SweepState, jax.Array]:
+    """One step of every member of every group on the same batch; also their losses per element [M], in groups' order."""
+    update_group = jax.vmap(partial(update_member, train=train), in_axes=(0, None, None))
+    states, losses = zip(*[update_group(group, x, weights) for group in state], strict=True)
+    return tuple(states), jnp.concatenate(losses)
+
+
+@partial(jax.jit, static_argnames="train", donate_argnames="state")
+def update_many(
+    state: SweepState, x: jax.Array, weights: jax.Array, first: jax.Array, last: jax.Array, *, train: TrainConfig
+) -> tuple[SweepState, jax.Array]:
+    """A step on each of the batches first, ..., last - 1 of a run, in one dispatch.
+
+    The number of steps is traced (`lax.fori_loop`, which compiles to the same loop as `lax.scan`), so that one compiled
+    program serves up to the next checkpoint as well as the whole run, and a resumed run computes the same bits.
+
+    Args:
+        state: is donated.
+        x: [batches, B, D]; weights: [batches, B].
+        first: number of the first batch to use.
+        last: number after the last.
+        train: settings of the run.
+
+    Returns:
+        The state after them, and losses per element [batches, M], 0 outside first to last.
+    """
+    n_members = sum(group.learning_rate.shape[0] for group in state)
+
+    def body(i: jax.Array, carry: tuple[SweepState, jax.Array]) -> tuple[SweepState, jax.Array]:
+        state, losses = carry
+        state, loss = update_sweep(state, x[i], weights[i], train=train)
+        return state, losses.at[i].set(loss)
+
+    return jax.lax.fori_loop(first, last, body, (state, jnp.zeros((x.shape[0], n_members), jnp.float32)))
