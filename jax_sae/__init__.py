@@ -1,0 +1,35 @@
+"""Trains autoencoders on the activations of language models, every member of a sweep at once.
+
+Dimension letters, here and as suffixes of local names: B tokens of a batch, T tokens of a story, D width of the
+activations, F features, M members of a group. Arrays that are stored, and public arguments, carry no suffix.
+
+    sae = jax_sae.load_autoencoder("runs/demo", features=64)
+    lm = jax_sae.load_language_model("jax_sae/demo/model", layer=2)
+    features = sae.encode(lm.activations(["Once upon a time there was a fox."])[0])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from jax_sae.errors import BadInput
+
+if TYPE_CHECKING:
+    from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+    from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
+
+__all__ = ["BadInput", "LanguageModel", "TrainedAutoencoder", "load_autoencoder", "load_language_model"]
+
+_WHERE = {
+    "LanguageModel": "jax_sae.language_model.pretrained",
+    "load_language_model": "jax_sae.language_model.pretrained",
+    "TrainedAutoencoder": "jax_sae.sweep.inference",
+    "load_autoencoder": "jax_sae.sweep.inference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import jax_sae` and `--help` take no time."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'jax_sae' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)
