@@ -1,0 +1,44 @@
+"""FVU and the PCA floor against closed forms."""
+
+import numpy as np
+import pytest
+
+from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
+from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
+
+X = (np.random.default_rng(0).normal(size=(500, 8)) * np.array([5, 4, 3, 2, 1, 0.5, 0.1, 0.01]) + 100).astype(np.float32)
+
+
+def fvu(x_hat: np.ndarray) -> float:
+    """FVU of a reconstruction of X."""
+    x = X.astype(np.float64)
+    return fraction_of_variance_unexplained(np.square(x - x_hat).sum(1), np.square(x - x.mean(0)).sum())
+
+
+def test_fvu_of_identity_mean_and_a_shifted_mean() -> None:
+    """0, 1, and 1 + |shift|^2 / variance."""
+    mean = X.mean(0, dtype=np.float64)
+    variance = np.square(X - mean).sum(1).mean()
+    assert fvu(X) == 0
+    assert fvu(mean) == pytest.approx(1, abs=1e-12)
+    assert fvu(mean + 2.0) == pytest.approx(1 + 8 * 4 / variance, rel=1e-9)
+
+
+@pytest.mark.parametrize("directions", range(9))
+def test_pca_reaches_its_floor_and_other_directions_do_not(directions: int) -> None:
+    """The floor is what projection on the leading eigenvectors loses; random directions lose more."""
+    eigenvalues = covariance_eigenvalues(X, rows_at_a_time=64)
+    x = X.astype(np.float64) - X.mean(0, dtype=np.float64)
+    _, _, V = np.linalg.svd(x, full_matrices=False)
+    lost = np.square(x - x @ V[:directions].T @ V[:directions]).sum()
+    assert pca_floor(eigenvalues, directions) == pytest.approx(lost, rel=1e-6, abs=1e-6)
+    Q = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0][:, :directions]
+    if 0 < directions < 8:
+        assert np.square(x - x @ Q @ Q.T).sum() > lost
+
+
+def test_eigenvalues_sum_to_the_variance() -> None:
+    """Largest first, and all of it."""
+    eigenvalues = covariance_eigenvalues(X)
+    assert np.all(np.diff(eigenvalues) <= 0)
+    assert eigenvalues.sum() == pytest.approx(np.square(X - X.mean(0, dtype=np.float64)).sum(), rel=1e-9)

@@ -1,0 +1,195 @@
+"""A sweep computes for each member what the member computes alone."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.config import Config, Member, SweepConfig, TrainConfig, sweep_members
+from jax_sae.sweep import update
+from jax_sae.sweep.members import Group, make_groups
+from jax_sae.sweep.optimizer import make_optimizer, relative_schedule
+from jax_sae.sweep.update import MemberState, init_member, init_sweep, member_shapes, unstack, update_many
+
+D, B, STEPS = 24, 32, 12
+TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup_steps=3)
+
+
+@pytest.fixture
+def data() -> tuple[jax.Array, jax.Array]:
+    """Batches [STEPS, B, D], and weights with some padding."""
+    x = jax.random.normal(jax.random.key(0), (STEPS, B, D)) * jnp.linspace(2, 0.1, D)
+    weights = jnp.ones((STEPS, B)).at[:, -3:].set(0)
+    return x, weights
+
+
+def trained(sweep: SweepConfig, data: tuple[jax.Array, jax.Array]) -> dict[str, tuple[MemberState, np.ndarray]]:
+    """Each member's final state, trimmed to its own width, and its losses."""
+    groups = make_groups(sweep_members(sweep))
+    state, losses = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
+    results, column = {}, 0
+    for group, stacked in zip(groups, state, strict=True):
+        for name, member in zip(group.names, unstack(stacked, member_shapes(group, D, sweep, TRAIN)), strict=True):
+            results[name] = (member, np.asarray(losses[:, column]))
+            column += 1
+    return results
+
+
+@pytest.mark.parametrize("initialization", ["torch", "orthogonal"])
+def test_member_equals_its_solo_run(data: tuple[jax.Array, jax.Array], initialization: str) -> None:
+    """F = 4, 23, 24 and 31 in one sweep, 23 padded to 24 beside it, against each alone; seeds and rates differ too."""
+    members = (Member(4, 0, 1e-2), Member(23, 1, 3e-3), Member(24, 2, 1e-2), Member(31, 0, 1e-3))
+    sweep = SweepConfig(members=members, initialization=initialization)  # type: ignore[arg-type]
+    assert [group.names for group in make_groups(members)] == [("F4",), ("F23", "F24"), ("F31",)]
+    together = trained(sweep, data)
+    for member in members:
+        [(alone, losses)] = trained(replace(sweep, members=(member,)), data).values()
+        state, losses_together = together[f"F{member.features}"]
+        np.testing.assert_allclose(losses_together, losses, rtol=0, atol=1e-6)
+        for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
+            assert found.shape == expected.shape
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_767_beside_768_equals_its_solo_run() -> None:
+    """At the real sizes, a few steps: the widths of the starting experiment in one padded group."""
+    width, train = 768, TrainConfig(steps=3, batch_tokens=64)
+    sweep = SweepConfig(features=(767, 768))
+    x = jax.random.normal(jax.random.key(1), (3, 64, width))
+    group, *rest = make_groups(sweep_members(sweep))
+    assert group.names == ("F767", "F768") and not rest
+    (state,), _ = update_many(init_sweep((group,), width, sweep, train), x, jnp.ones((3, 64)), 0, 3, train=train)
+    together = unstack(state, member_shapes(group, width, sweep, train))[0]
+    step = jax.jit(partial(update.update_member, train=train))
+    alone = init_member(group.members[0], width, sweep, train)
+    for batch in x:
+        alone, _ = step(alone, batch, jnp.ones(64))
+    for name, value in alone.params.items():
+        assert value.shape == together.params[name].shape
+        np.testing.assert_allclose(together.params[name], value, rtol=0, atol=1e-6)
+
+
+def test_padded_features_stay_exactly_zero(data: tuple[jax.Array, jax.Array]) -> None:
+    """Parameters and moments of the feature that F = 23 does not have, after training beside F = 24."""
+    sweep = SweepConfig(features=(23, 24), learning_rates=(1e-2,))
+    groups = make_groups(sweep_members(sweep))
+    (state,), _ = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
+    moments = state.opt_state[0]
+    for tree in (state.params, moments.mu, moments.nu):
+        for name, axis in [("W_enc", 1), ("b_enc", 0), ("W_dec", 0)]:
+            assert not np.any(np.asarray(tree[name][0]).take(-1, axis)), name
+            assert np.any(np.asarray(tree[name][1]).take(-1, axis)), name
+
+
+def test_initial_values_do_not_depend_on_the_other_members() -> None:
+    """A member of a sweep begins where it begins alone."""
+    sweep = SweepConfig(features=(23, 24))
+    groups = make_groups(sweep_members(sweep))
+    (state,) = init_sweep(groups, D, sweep, TRAIN)
+    first, _ = unstack(state, member_shapes(groups[0], D, sweep, TRAIN))
+    alone = init_member(Member(23), D, sweep, TRAIN)
+    assert all(np.array_equal(first.params[name], alone.params[name]) for name in alone.params)
+
+
+def test_step_is_traced_once(data: tuple[jax.Array, jax.Array], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatches of different lengths, over the same shapes, trace the member's step once a group."""
+    traces = []
+    original = update.update_member
+
+    def counting(*args: object, **kwargs: object) -> object:
+        traces.append(1)
+        return original(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(update, "update_member", counting)
+    sweep = SweepConfig(features=(5, 23, 24))
+    train = replace(TRAIN, seed=12345)  # settings of its own, so that nothing was compiled for them before
+    state = init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)
+    for first, last in [(0, 1), (1, 5), (5, STEPS), (0, STEPS)]:
+        state, _ = update_many(state, *data, first, last, train=train)
+    assert len(traces) == 2  # a group of F = 5, and a group of F = 23 and 24
+
+
+def test_dispatches_of_any_length_give_the_same_bits(data: tuple[jax.Array, jax.Array]) -> None:
+    """What resuming bit for bit rests on."""
+    sweep = SweepConfig(features=(5, 24))
+    groups = make_groups(sweep_members(sweep))
+    whole, losses = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
+    state = init_sweep(groups, D, sweep, TRAIN)
+    for first, last in [(0, 1), (1, 2), (2, 9), (9, STEPS)]:
+        state, some = update_many(state, *data, first, last, train=TRAIN)
+        assert np.array_equal(some[first:last], losses[first:last])
+    assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(whole)))
+
+
+def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> None:
+    """One step of a member against Optax applied by hand to the formula of the gradient."""
+    x, weights = data[0][0], data[1][0]
+    sweep = SweepConfig(features=(7,))
+    state = init_member(Member(7, learning_rate=1e-2), D, sweep, TRAIN)
+    p = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
+    pre = np.asarray(x, np.float64) @ p["W_enc"] + p["b_enc"]
+    features = np.maximum(pre, 0)
+    error = features @ p["W_dec"] + p["b_dec"] - np.asarray(x, np.float64)
+    g = 2 * np.asarray(weights)[:, None] * error
+    g_pre = (g @ p["W_dec"].T) * (pre > 0)
+    gradient = {"W_enc": x.T @ g_pre, "b_enc": g_pre.sum(0), "W_dec": features.T @ g, "b_dec": g.sum(0)}
+    expected_loss = (np.asarray(weights)[:, None] * error**2).sum() / (float(weights.sum()) * D)
+    optimizer = make_optimizer(jnp.float32(1e-2), TRAIN)
+    gradient = {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}
+    updates, _ = optimizer.update(gradient, optimizer.init(state.params), state.params)
+    new, loss = update.update_member(state, x, weights, train=TRAIN)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, value in optax.apply_updates(state.params, updates).items():
+        np.testing.assert_allclose(new.params[name], value, atol=2e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
+    """Warm-up from above 0 to 1, then constant, or 0 at the end."""
+    relative = relative_schedule(TrainConfig(steps=100, warmup_steps=10, schedule=schedule))  # type: ignore[arg-type]
+    values = np.array([relative(step) for step in range(101)])
+    assert 0 < values[0] < 0.1 + 1e-6 and values[10] == 1
+    assert np.all(np.diff(values[:11]) > 0) and np.all(np.diff(values[10:]) <= 1e-7)
+    assert values[100] == pytest.approx(1 if schedule == "constant" else 0, abs=1e-6)
+
+
+def test_groups_hold_members_of_nearly_equal_width() -> None:
+    """Narrowest first; names say what tells members of one width apart."""
+    members = (Member(1000), Member(768, 1), Member(767), Member(100), Member(768, 0, 1e-2), Member(768, 0, 1e-3))
+    groups = make_groups(members)
+    assert [group.features for group in groups] == [100, 768, 1000]
+    assert groups[1] == Group(
+        (members[2], members[1], members[4], members[5]), ("F767", "F768-seed1-lr0.001", "F768-seed0-lr0.01", "F768-seed0-lr0.001")
+    )  # fmt: skip
+    assert Config().sweep.features == (100, 767, 768, 1000)
+
+
+def test_model_is_what_it_says() -> None:
+    """decode(encode(x)) is the call; features are never negative; torch's bounds hold for every parameter."""
+    model = Autoencoder(width=9, features=400)
+    params = init_member(Member(400), 9, SweepConfig(), TRAIN).params
+    x = jax.random.normal(jax.random.key(3), (5, 9))
+    features = model.apply({"params": params}, x, method="encode")
+    assert float(jnp.min(features)) == 0
+    expected = np.maximum(x @ params["W_enc"] + params["b_enc"], 0) @ params["W_dec"] + params["b_dec"]
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-6)
+    for name, fan_in in [("W_enc", 9), ("b_enc", 9), ("W_dec", 400), ("b_dec", 400)]:
+        largest = float(jnp.max(jnp.abs(params[name])))
+        assert 0.5 * fan_in**-0.5 < largest <= fan_in**-0.5, name
+
+
+def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() -> None:
+    """With every feature active and F >= D nothing is lost; 0 is always reconstructed as 0."""
+    sweep = SweepConfig(initialization="orthogonal", encoder_bias=50.0)
+    x = jax.random.normal(jax.random.key(4), (6, 9))
+    for features, lost in [(9, 0.0), (12, 0.0), (5, None)]:
+        params = init_member(Member(features), 9, sweep, TRAIN).params
+        model = Autoencoder(9, features)
+        assert np.allclose(model.apply({"params": params}, jnp.zeros((1, 9))), 0, atol=1e-4)
+        error = jnp.square(model.apply({"params": params}, x) - x).mean()
+        assert error < 1e-6 if lost == 0.0 else error > 0.1
