@@ -5,17 +5,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from running import REPOSITORY, never
 
 from jax_sae.config import Config, load_config
 from jax_sae.sweep.train import train
-
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -27,17 +24,6 @@ def demo_config() -> Config:
         activations=replace(config.activations, block_tokens=448, held_out_tokens=1500),
         train=replace(config.train, steps=12, batch_tokens=64, warmup_steps=2, checkpoint_every=5, log_every=2),
     )
-
-
-def stop_at(step: int) -> Callable[[], bool]:
-    """A `stop_requested` that asks for a stop at a step, where every step is a dispatch (log_every = 1)."""
-    calls = iter(range(1, 10**9))
-    return lambda: next(calls) >= step
-
-
-def never() -> bool:
-    """A `stop_requested` that does not."""
-    return False
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,147 @@
+"""A run from start to end: what it leaves, that resuming changes nothing, and that PCA is never beaten."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import REPOSITORY, never, stop_at
+
+from jax_sae.config import Config
+from jax_sae.errors import BadInput
+from jax_sae.sweep.checkpoints import Checkpoints, Tree
+from jax_sae.sweep.train import train
+
+
+def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Every array of a checkpoint with its path."""
+    for name, value in tree.items():
+        yield from leaves(value, f"{prefix}{name}/") if isinstance(value, dict) else [(prefix + name, value)]
+
+
+def final_state(out: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint."""
+    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
+        return dict(leaves(checkpoints.read_state(checkpoints.step_or_newest(None))))
+
+
+def test_a_run_leaves_what_the_contract_names(demo_run: Path, demo_config: Config) -> None:
+    """Files, keys and numbers of steps."""
+    config = json.loads((demo_run / "config.json").read_text())
+    assert config["train"]["steps"] == 12 and config["model"]["layer"] == 2
+    assert {"jax_sae", "jax", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(config["versions"])
+    lines = [json.loads(line) for line in (demo_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["tokens"] for line in lines] == [128, 256, 384, 512, 640, 768]
+    assert set(lines[0]["members"]) == {"F8", "F63", "F64", "F83"}
+    assert set(lines[0]["members"]["F8"]) == {"loss_per_element", "learning_rate"}
+    assert sorted(int(path.name) for path in (demo_run / "checkpoints").iterdir()) == [5, 10, 12]
+    for figure in ("loss.png", "loss_zoomed.png"):
+        assert (demo_run / "figures" / figure).read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((demo_run / "summary.json").read_text())
+    assert [member["name"] for member in summary["members"]] == ["F8", "F63", "F64", "F83"]
+    for member in summary["members"]:
+        assert member["steps"] == 12 and member["tokens"] == 768 and member["non_finite"] is False
+        assert 0 < member["fvu"] < 10 and member["loss_per_element"] > 0
+    assert summary["harvest_tokens_per_second"] > 0 and summary["train_tokens_per_second"] > 0
+
+
+def test_summary_loss_is_the_mean_of_the_last_percent_of_steps(demo_run: Path) -> None:
+    """Of 12 steps that is the last one, which the checkpoint keeps."""
+    summary = json.loads((demo_run / "summary.json").read_text())
+    state = final_state(demo_run)
+    for member in summary["members"]:
+        losses = state[f"members/{member['name']}/losses"]
+        assert losses.shape == (12,)
+        assert member["loss_per_element"] == pytest.approx(float(losses[-1]), rel=1e-6)
+
+
+def test_the_floor_is_never_beaten(demo_config: Config, tmp_path: Path) -> None:
+    """Narrow members, trained until they are close to it; the floor falls with F and is 0 from D on."""
+    config = replace(
+        demo_config,
+        sweep=replace(demo_config.sweep, features=(1, 2, 4, 8, 63, 64, 70), learning_rates=(1e-2,)),
+        train=replace(demo_config.train, steps=300, batch_tokens=128, checkpoint_every=300, schedule="cosine"),
+        activations=replace(demo_config.activations, block_tokens=8192),
+    )
+    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    members = json.loads((tmp_path / "run" / "summary.json").read_text())["members"]
+    floors = [member["pca_floor_fvu"] for member in members]
+    assert floors == sorted(floors, reverse=True) and floors[4] > 0 and floors[5:] == [0, 0]
+    assert all(member["fvu"] >= member["pca_floor_fvu"] for member in members)
+    assert members[1]["fvu"] < 1.2 * members[1]["pca_floor_fvu"]
+    assert members[0]["fvu_over_floor"] >= 1 and members[5]["fvu_over_floor"] is None
+
+
+@pytest.mark.parametrize("batching", ["tokens", "story"])
+def test_resume_is_bit_equal(demo_config: Config, tmp_path: Path, batching: str) -> None:
+    """Stopped inside a block, twice, and resumed: every array and every line of metrics as if never stopped."""
+    normalization = "dataset" if batching == "tokens" else "story"
+    config = replace(
+        demo_config,
+        activations=replace(demo_config.activations, normalization=normalization, block_tokens=1024),
+        sweep=replace(demo_config.sweep, features=(8, 63, 64) if batching == "tokens" else (63, 64)),
+        train=replace(demo_config.train, batching=batching, log_every=1, steps=23),
+    )
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train(config, straight, resume=False, stop_requested=never)
+    assert not train(config, stopped, resume=False, stop_requested=stop_at(6))
+    assert not train(config, stopped, resume=True, stop_requested=stop_at(8))
+    assert train(config, stopped, resume=True, stop_requested=never)
+    expected, found = final_state(straight), final_state(stopped)
+    assert set(expected) == set(found)
+    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+    assert (straight / "metrics.jsonl").read_text() == (stopped / "metrics.jsonl").read_text()
+
+
+def test_resume_drops_lines_after_the_checkpoint(demo_config: Config, tmp_path: Path) -> None:
+    """Lines that a killed run wrote after its last checkpoint are written again, not twice."""
+    out = tmp_path / "run"
+    config = replace(demo_config, train=replace(demo_config.train, log_every=1))
+    assert not train(config, out, resume=False, stop_requested=stop_at(4))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "tokens": 1, "members": {}}\n')
+    assert train(config, out, resume=True, stop_requested=never)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13)) and lines[4]["members"]
+
+
+def test_a_finished_run_is_left_alone(demo_config: Config, demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resuming says so and changes no file."""
+    before = {path: path.stat().st_mtime_ns for path in demo_run.rglob("*") if path.is_file()}
+    assert train(demo_config, demo_run, resume=True, stop_requested=never)
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in demo_run.rglob("*") if path.is_file()}
+
+
+def test_one_harvest_serves_a_sweep(demo_config: Config, tmp_path: Path) -> None:
+    """A bare array of another width, given as activations.path, trains; its last rows are held out."""
+    x = np.random.default_rng(0).normal(size=(3000, 20)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    config = replace(
+        demo_config,
+        activations=replace(demo_config.activations, path=str(tmp_path / "x.npy")),
+        sweep=replace(demo_config.sweep, features=(5, 20)),
+    )
+    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["held_out_tokens"] == 300
+
+
+def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> None:
+    """The run's directory is made once every input is known to be good."""
+    x = np.full((3000, 20), np.nan, np.float32)
+    np.save(tmp_path / "x.npy", x)
+    config = replace(demo_config, activations=replace(demo_config.activations, path=str(tmp_path / "x.npy")))
+    with pytest.raises(BadInput, match="not finite"):
+        train(config, tmp_path / "run", resume=False, stop_requested=never)
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_are_valid() -> None:
+    """Every file in configs/."""
+    from jax_sae.config import load_config
+
+    for path in sorted((REPOSITORY / "configs").glob("*.toml")):
+        load_config(path)
