@@ -1,0 +1,94 @@
+"""Settings: one source of defaults, TOML over them, and clear words for what does not fit."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from running import REPOSITORY
+
+from jax_sae.config import Config, Member, config_from_dict, config_to_dict, load_config, option_names, sweep_members
+from jax_sae.errors import BadInput
+
+BAD = [
+    ("[train]\nstep = 3", r"unknown key 'train.step'; did you mean 'train.steps'"),
+    ("[trian]\nsteps = 3", r"unknown key 'trian'"),
+    ("[train]\nsteps = 0", r"train.steps is 0; a number above 0"),
+    ("[train]\nsteps = -5", r"train.steps is -5"),
+    ("[train]\nsteps = 'many'", r"train.steps is 'many'; a whole number was expected"),
+    ("[train]\nsteps = 1.5", r"train.steps is 1.5; a whole number"),
+    ("[train]\nsteps = true", r"train.steps is True"),
+    ("[train]\nbatch_tokens = 0", r"train.batch_tokens is 0"),
+    ("[train]\nbatch_tokens = 4096\n[activations]\nblock_tokens = 100", r"a block must hold at least one batch"),
+    ("[train]\nschedule = 'sine'", r"train.schedule is 'sine'; 'constant' or 'cosine' or 'linear' was expected"),
+    ("[train]\nwarmup_steps = 20\nsteps = 20", r"warm-up must be shorter"),
+    ("[train]\nbeta2 = 1.0", r"train.beta2 is 1.0"),
+    ("[sweep]\nfeatures = [8, 0]", r"sweep.features is 0"),
+    ("[sweep]\nfeatures = []", r"no members"),
+    ("[sweep]\nfeatures = 8", r"sweep.features is 8; a list"),
+    ("[sweep]\nfeatures = [8, 8]", r"this member twice"),
+    ("[sweep]\nlearning_rates = [-1e-3]", r"sweep.learning_rates is -0.001"),
+    ("[sweep]\nlearning_rates = [nan]", r"sweep.learning_rates is nan"),
+    ("[sweep]\nseeds = [-1]", r"sweep.seeds is -1; 0 or more"),
+    ("[sweep]\nencoder_bias = 1.0", r"belongs to sweep.initialization = 'orthogonal'"),
+    ("[[sweep.members]]\nseed = 1", r"'sweep.members.features' is missing"),
+    ("[[sweep.members]]\nfeatures = 3\nwidth = 1", r"unknown key 'sweep.members.width'"),
+    ("[activations]\npath = 'x.npy'\nnormalization = 'story'", r"rows without their stories"),
+    ("[model]\nlayer = -1", r"model.layer is -1"),
+    ("model = 3", r"model is 3; a table"),
+    ("steps = ", r"not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("toml", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_what_does_not_fit_is_named(toml: str, message: str, tmp_path: Path) -> None:
+    """The setting, its value and what was expected, in one line."""
+    path = tmp_path / "bad.toml"
+    path.write_text(toml)
+    with pytest.raises(BadInput, match=message) as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_toml_overrides_defaults_and_nothing_else(tmp_path: Path) -> None:
+    """What the file does not name keeps its default."""
+    path = tmp_path / "some.toml"
+    path.write_text("[train]\nsteps = 7\n[sweep]\nlearning_rates = [1]")
+    expected = Config()
+    expected = replace(
+        expected, train=replace(expected.train, steps=7), sweep=replace(expected.sweep, learning_rates=(1.0,))
+    )
+    assert load_config(path) == expected
+
+
+def test_json_round_trip() -> None:
+    """`config.json` holds everything, explicit members too."""
+    config = Config(sweep=replace(Config().sweep, members=(Member(3, 1, 0.5), Member(4))))
+    assert config_from_dict(config_to_dict(config), "x") == config
+    assert set(option_names()) >= {"train.steps", "sweep.members", "activations.path", "text.validation_split"}
+
+
+def test_product_of_lists_or_explicit_members() -> None:
+    """Features outermost; explicit members replace the product."""
+    sweep = replace(Config().sweep, features=(3, 4), seeds=(0, 1), learning_rates=(0.1,))
+    assert sweep_members(sweep) == (Member(3, 0, 0.1), Member(3, 1, 0.1), Member(4, 0, 0.1), Member(4, 1, 0.1))
+    assert sweep_members(replace(sweep, members=(Member(9),))) == (Member(9),)
+
+
+def test_as_published_is_the_source_experiment() -> None:
+    """One story a step, per-story normalisation, Adam with a constant 1e-5, 100,000 steps, torch's initial values."""
+    config = load_config(REPOSITORY / "configs" / "tinystories_33m_as_published.toml")
+    assert (config.model.path, config.model.layer) == ("roneneldan/TinyStories-33M", 2)
+    assert config.train.batching == "story" and config.activations.normalization == "story"
+    assert (config.train.optimizer, config.train.schedule, config.train.warmup_steps) == ("adam", "constant", 0)
+    assert (config.train.beta1, config.train.beta2, config.train.steps) == (0.9, 0.999, 100_000)
+    assert config.sweep.features == (100, 767, 768, 1000) and config.sweep.learning_rates == (1e-5,)
+    assert config.sweep.initialization == "torch" and config.train.checkpoint_every == 5000
+
+
+def test_config_files_set_only_what_differs_from_the_defaults() -> None:
+    """So that a default stands in one place; the purpose of a setting that equals it is to be read."""
+    for path in (REPOSITORY / "configs").glob("*.toml"):
+        with open(path, "rb") as file:
+            assert tomllib.load(file)
+        load_config(path)
