@@ -111,7 +111,7 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
     check_flags(argv)
     given = next((argv[i + 1] for i, flag in enumerate(argv[:-1]) if flag == "--config"), None)
     given = next((flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")), given)
-    defaults = defaults or load_config(Path(given) if given else default_config)
+    start = defaults or load_config(Path(given) if given else default_config)
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
         """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
         resume: bool = False
         """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
-        settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: defaults)
+        settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: start)
 
     parsed = tyro.cli(
         CommandLine, args=list(argv), registry=registry, prog="train_all.py", config=(tyro.conf.FlagCreatePairsOff,)

@@ -1,0 +1,1 @@
+"""Where batches come from: activations of a language model, or rows on disk."""

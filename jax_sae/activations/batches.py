@@ -76,7 +76,7 @@ def batch_runs(
     make_block = _token_block if train.batching == "tokens" else _story_block
     while True:
         used, start = position.batch, replace(position, batch=0)
-        for run, position in make_block(source, fitted, start, activations, train):
+        for run, position in make_block(source, fitted, start, activations, train):  # noqa: B007 - the last one counts
             if used < len(run.x):
                 yield replace(run, used=used)
             used = max(0, used - len(run.x))
@@ -106,7 +106,7 @@ def _token_block(
         first, last = spans[i]
         x[places[firsts[i] : firsts[i + 1]]] = rows[first:last]
     end = replace(end, block=start.block + 1)
-    after = tuple(replace(start, batch=n) for n in range(1, n_batches)) + (end,)
+    after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
     yield Run(x.reshape(n_batches, B, -1), np.ones((n_batches, B), np.float32), 0, after), end
 
 
@@ -144,7 +144,7 @@ def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[
     while True:
         order = _order(len(source), shuffle_seed, here.epoch)
         while here.item < len(source):
-            for item in source.read(order[here.item : here.item + READ_AHEAD]):
+            for item in source.read(order[here.item : here.item + READ_AHEAD].tolist()):
                 if len(item):
                     seen_in_epoch = True
                     yield item, here

@@ -21,8 +21,8 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 class Normalization(NamedTuple):
     """Two arrays that broadcast against activations [..., D]: x_n = (x - mean) * scale."""
 
-    mean: np.ndarray | jax.Array
-    scale: np.ndarray | jax.Array
+    mean: np.ndarray | np.floating | jax.Array
+    scale: np.ndarray | np.floating | jax.Array
 
 
 def identity(width: int) -> Normalization:

@@ -34,8 +34,13 @@ class Item(Protocol):
 class Source(Protocol):
     """A sequence of items with activations of width D."""
 
-    name: str
-    width: int
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+
+    @property
+    def width(self) -> int:
+        """D."""
 
     def __len__(self) -> int:
         """Return the number of items."""

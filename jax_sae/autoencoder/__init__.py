@@ -1,0 +1,1 @@
+"""One autoencoder: model, loss, metrics, and what PCA could do."""

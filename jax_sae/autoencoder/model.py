@@ -6,6 +6,7 @@ W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D]; row i of W_dec is the direction of
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 from jax_sae.config import Initialization
 
 Initializer = Callable[..., jax.Array]
+Params = dict[str, jax.Array]
+"""W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32."""
 
 
 def torch_linear(fan_in: int) -> Initializer:
@@ -64,6 +67,26 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x))
 
 
-def init_params(model: Autoencoder, seed: int) -> dict[str, jax.Array]:
+def init_params(model: Autoencoder, seed: int) -> Params:
     """Initial parameters of a member, a function of its own seed and width alone."""
     return model.init(jax.random.key(seed), jnp.zeros((1, model.width)))["params"]
+
+
+def encode(params: Params, x: jax.Array) -> jax.Array:
+    """x[..., D] -> features [..., F] of the autoencoder with these parameters."""
+    return _apply(params, x, "encode")
+
+
+def decode(params: Params, features: jax.Array) -> jax.Array:
+    """features[..., F] -> reconstruction [..., D] of the autoencoder with these parameters."""
+    return _apply(params, features, "decode")
+
+
+def reconstruct(params: Params, x: jax.Array) -> jax.Array:
+    """x[..., D] -> reconstruction [..., D] of the autoencoder with these parameters."""
+    return _apply(params, x, "__call__")
+
+
+def _apply(params: Params, x: jax.Array, method: str) -> jax.Array:
+    D, F = params["W_enc"].shape
+    return cast(jax.Array, Autoencoder(D, F).apply({"params": params}, x, method=method))

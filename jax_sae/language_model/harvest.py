@@ -1,7 +1,7 @@
 """Token ids -> activations, batched by length so that little padding is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def padded_length(n_tokens: int) -> int:
 
 @jax.jit(static_argnums=0)
 def _forward(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, token_ids)
+    return cast(jax.Array, model.apply({"params": params}, token_ids))
 
 
 def harvest(

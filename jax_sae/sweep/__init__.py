@@ -1,0 +1,1 @@
+"""Many autoencoders at once: members, update, checkpoints, the loop, use."""

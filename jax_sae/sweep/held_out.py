@@ -11,10 +11,10 @@ from jax_sae.activations.normalize import Normalization, denormalize, for_story,
 from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
-from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.autoencoder.model import Params, reconstruct
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
-from jax_sae.sweep.update import MemberState, Params
+from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096
 
@@ -67,8 +67,7 @@ def _squared_errors(params: Params, x: jax.Array, normalization: Normalization) 
     """|x - x_hat|^2 of each member and row, [M, B], in the language model's own scale."""
 
     def of_member(params: Params) -> jax.Array:
-        model = Autoencoder(width=x.shape[-1], features=params["b_enc"].shape[-1])
-        x_hat = model.apply({"params": params}, normalize(normalization, x))
+        x_hat = reconstruct(params, normalize(normalization, x))
         return jnp.sum(jnp.square(x - denormalize(normalization, x_hat)), -1)
 
     return jax.vmap(of_member)(params)
@@ -82,6 +81,6 @@ def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
         rows = slice(start, start + ROWS_AT_A_TIME)
         normalization = held_out.normalization
         if held_out.kind == "story":
-            normalization = Normalization(normalization.mean[rows], normalization.scale[rows])
+            normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
         errors.append(np.asarray(_squared_errors(group.params, held_out.x[rows], normalization), np.float64))
     return [fraction_of_variance_unexplained(of_member, total) for of_member in np.concatenate(errors, axis=1)]

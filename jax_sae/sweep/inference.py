@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +9,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
-from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.autoencoder.model import Params, decode, encode
 from jax_sae.config import Config, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
 
 
 @jax.jit
-def _encode(params: dict[str, jax.Array], normalization: Normalization, x: jax.Array) -> jax.Array:
-    D, F = params["W_enc"].shape
-    return cast(jax.Array, Autoencoder(D, F).apply({"params": params}, normalize(normalization, x), method="encode"))
+def _encode(params: Params, normalization: Normalization, x: jax.Array) -> jax.Array:
+    return encode(params, normalize(normalization, x))
 
 
 @jax.jit
-def _decode(params: dict[str, jax.Array], normalization: Normalization, features: jax.Array) -> jax.Array:
-    D, F = params["W_enc"].shape
-    return denormalize(normalization, Autoencoder(D, F).apply({"params": params}, features, method="decode"))
+def _decode(params: Params, normalization: Normalization, features: jax.Array) -> jax.Array:
+    return denormalize(normalization, decode(params, features))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +31,7 @@ class TrainedAutoencoder:
 
     name: str
     step: int
-    params: dict[str, jax.Array]
+    params: Params
     """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations."""
     normalization: Normalization
     config: Config = field(repr=False)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.batches import Position
@@ -76,7 +77,7 @@ def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) ->
                 shape._replace(
                     params=saved["params"],
                     opt_state=from_flat(shape.opt_state, saved["optimizer"]),
-                    learning_rate=np.float32(member.learning_rate),
+                    learning_rate=jnp.float32(member.learning_rate),
                 )
             )
         state.append(stack(members, padded_shape(shapes)))

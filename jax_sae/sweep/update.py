@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
-from jax_sae.autoencoder.model import Autoencoder, init_params
+from jax_sae.autoencoder.model import Autoencoder, Params, init_params, reconstruct
 from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.sweep.members import Group
 from jax_sae.sweep.optimizer import make_optimizer
-
-Params = dict[str, jax.Array]
 
 
 class MemberState(NamedTuple):
@@ -84,10 +82,9 @@ def update_member(
     state: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
 ) -> tuple[MemberState, jax.Array]:
     """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before the step."""
-    model = Autoencoder(width=x.shape[-1], features=state.params["b_enc"].shape[-1])
 
     def loss(params: Params) -> jax.Array:
-        return squared_error(x, model.apply({"params": params}, x), weights)
+        return squared_error(x, reconstruct(params, x), weights)
 
     error, gradient = jax.value_and_grad(loss)(state.params)
     updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)

@@ -1,0 +1,66 @@
+"""What holds of the source as a whole: which way imports run, and that importing starts nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import REPOSITORY
+
+PACKAGE = REPOSITORY / "jax_sae"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+LAYERS = {"errors": 0, "config": 1, "language_model": 2, "autoencoder": 2, "activations": 3, "sweep": 4, "command_line": 5}
+
+
+def imports(path: Path) -> set[str]:
+    """The first name below `jax_sae` of every module that a file imports from this package."""
+    tree = ast.parse(path.read_text())
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("jax_sae.")}
+
+
+def files_with(word: str) -> set[str]:
+    """Files of the package that hold a word."""
+    return {path.relative_to(PACKAGE).as_posix() for path in MODULES if word in path.read_text()}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_run_downwards(path: Path) -> None:
+    """A file imports from its own folder and from lower layers; the autoencoder knows no language model."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in imports(path) - {own}:
+        assert LAYERS[other] < LAYERS[own], f"{path} imports {other}"
+
+
+def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
+    """Orbax in one file; one vmap for training and one for evaluation; torch nowhere; few places that compile."""
+    assert files_with("import orbax") == {"sweep/checkpoints.py"}
+    assert files_with("jax.vmap") == {"sweep/update.py", "sweep/held_out.py"}
+    assert not files_with("import torch")
+    assert files_with("jax.jit") == {
+        "language_model/harvest.py",
+        "language_model/pretrained.py",
+        "sweep/held_out.py",
+        "sweep/inference.py",
+        "sweep/update.py",
+    }
+
+
+def test_importing_starts_no_backend_and_help_needs_no_jax() -> None:
+    """With a platform that does not exist, any array made at import time would fail."""
+    names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in MODULES]
+    code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
+    environment = {**os.environ, "JAX_PLATFORMS": "none", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    code = "import sys, jax_sae.command_line, jax_sae.config, jax_sae; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_prints_the_file_tree() -> None:
+    """Every file of the package, of configs/ and of scripts/ stands in the README's tree."""
+    readme = (REPOSITORY / "README.md").read_text()
+    files = [*MODULES, *(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "scripts").glob("*.py")]
+    assert [path.name for path in files if f"  {path.name} " not in readme] == []
