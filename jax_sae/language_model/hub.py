@@ -6,6 +6,7 @@ hub id in the local cache; on the hub itself. What is in the cache is used as it
 
 import importlib
 import json
+import os
 import re
 import sys
 import threading
@@ -19,7 +20,7 @@ from jax_sae.errors import BadInput
 Kind = Literal["model", "dataset"]
 
 CONNECT_SECONDS = 3.0
-ANSWER_SECONDS = 6.0  # with the look-up of the address, which has no limit of its own, and several addresses tried
+ANSWER_SECONDS = 5.0  # with the look-up of the address, which has no limit of its own, and several addresses tried
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -46,7 +47,7 @@ class NoAnswer(Exception):
 def find_local(name: str) -> Path | None:
     """The file or directory of that name, if it exists: below the working directory, or in the embedded demo."""
     path = Path(name).expanduser()
-    if path.exists():
+    if name and os.path.exists(path):  # which, unlike Path.exists, takes a name that cannot be for one that is not
         return path
     beside_package = Path(__file__).parents[2] / name
     return beside_package if name.startswith("jax_sae/demo/") and beside_package.exists() else None
@@ -87,10 +88,10 @@ def find_weight_files(directory: Path) -> list[Path]:
         if not name.endswith(".index.json"):
             return [path]
         weight_map = read_json(path).get("weight_map")
-        files = set(weight_map.values()) if isinstance(weight_map, dict) and weight_map else {None}
-        if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
             raise BadInput(f"{path}: weight_map should name, for each tensor, a file in the same directory")
-        return [directory / file for file in sorted(files)]
+        return [directory / file for file in sorted(set(files))]
     raise BadInput(f"{directory}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
 
@@ -154,7 +155,9 @@ def cannot_load(name: str, what: str, reason: str) -> BadInput:
 def hub_switched_off() -> Iterator[None]:
     """Within it, the Hugging Face libraries use files on this machine only, and at once, as with HF_HUB_OFFLINE=1."""
     importlib.import_module("huggingface_hub.constants")
-    modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
+    modules: list[Any] = [
+        sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules
+    ]
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
         module.HF_HUB_OFFLINE = True
@@ -165,7 +168,7 @@ def hub_switched_off() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error of another library on one line, shortened."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
@@ -188,13 +191,12 @@ def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[P
         files = ask_hub(name, "model")
     except NoAnswer as error:
         raise cannot_load(name, what, str(error)) from error
-    wanted = {"config.json", *TOKENIZER_FILES} & set(files)
-    if what == "language model":
-        wanted |= _weights_in_one_format(files)
+    wanted = _weights_in_one_format(files) if what == "language model" else set(TOKENIZER_FILES) & set(files)
     if not wanted:
-        raise BadInput(f"cannot load {what} {name!r}: its repository on the hub holds none of the files of a {what}")
+        expected = WEIGHT_FILES if what == "language model" else TOKENIZER_FILES
+        raise BadInput(f"cannot load {what} {name!r}: its repository on the hub has none of {', '.join(expected)}")
     try:
-        return Path(snapshot_download(name, allow_patterns=sorted(wanted)))
+        return Path(snapshot_download(name, allow_patterns=["config.json", *TOKENIZER_FILES, *sorted(wanted)]))
     except HfHubHTTPError as error:
         raise _refused(name, "model", error) from error
     except Exception as error:  # whatever the network and the disk can do to a download

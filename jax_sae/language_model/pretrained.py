@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ Text = str | Sequence[int] | np.ndarray
 """A string, or the token ids of one."""
 
 MASKS = (".attn.attention.bias", ".attn.attention.masked_bias")  # constants that older checkpoints hold; not weights
+
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,11 @@ class LanguageModel:
         The blocks from `layer` on are loaded at the first call, and kept. Arguments and errors as for `activations`.
         """
         model, params = self._whole
-        run = jax.jit(partial(model.apply, method="logits"))
         logits = []
         for story in self._token_ids(texts):
-            length = min(padded_length(len(story)), model.config.max_position_embeddings)
-            token_ids = np.pad(story, (0, length - len(story)))[None]
-            logits.append(np.array(run({"params": params}, token_ids)[0, : len(story)]))
+            length = min(padded_length(max(len(story), 1)), model.config.max_position_embeddings)
+            token_ids = np.pad(story, (0, length - len(story)))[None]  # causal: the padding does not matter
+            logits.append(np.array(_logits(model, params, token_ids)[0, : len(story)]))
         return logits
 
     @cached_property
@@ -99,9 +100,11 @@ class LanguageModel:
         if isinstance(texts, str):
             raise BadInput("texts is a string; a list of strings or of token ids was expected: put it in [ ]")
         config = self.model.config
+        strings = [text for text in texts if isinstance(text, str)]
+        tokenized = iter(tokenize(self.tokenizer, strings) if strings else [])
         stories = []
         for i, text in enumerate(texts):
-            ids = np.asarray(tokenize(self.tokenizer, [text])[0] if isinstance(text, str) else text)
+            ids = np.asarray(next(tokenized) if isinstance(text, str) else text)
             if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
                 raise BadInput(
                     f"text {i} is an array of shape {ids.shape} and dtype {ids.dtype}; a string or a list of token ids "
@@ -109,7 +112,7 @@ class LanguageModel:
                 )
             if len(ids) > config.max_position_embeddings:
                 raise BadInput(
-                    f"text {i} has {len(ids)} tokens, {self.name} has {config.max_position_embeddings} positions: shorten it"
+                    f"text {i} has {len(ids)} tokens, but the model {config.max_position_embeddings} positions: cut it"
                 )
             if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
                 raise BadInput(
@@ -118,6 +121,11 @@ class LanguageModel:
                 )
             stories.append(ids.astype(np.int32))
         return stories
+
+
+@jax.jit(static_argnums=0)
+def _logits(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
+    return cast(jax.Array, model.apply({"params": params}, token_ids, method="logits"))
 
 
 def load_language_model(name: str, layer: int) -> LanguageModel:
@@ -154,8 +162,8 @@ def _load_params(directory: Path, model: GPTNeo, loaded: Mapping[str, Any]) -> d
         is_of_the_network = name.startswith(("wte.", "wpe.", "h.", "ln_f.")) and not name.endswith(MASKS)
         if is_of_the_network and name not in names:
             raise BadInput(
-                f"{weight.file}: holds {weight.name}, which a GPT-Neo of this config.json does not have; the two files do "
-                "not belong together"
+                f"{weight.file}: holds {weight.name}, which a GPT-Neo with this config.json does not have: they do not "
+                "belong together"
             )
     params = dict(traverse_util.flatten_dict(loaded))
     for path, shape in _shapes(model).items():
@@ -177,10 +185,10 @@ def _load_params(directory: Path, model: GPTNeo, loaded: Mapping[str, Any]) -> d
 
 def _as_float32(weight: _Weight) -> np.ndarray:
     value = weight.read()
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise BadInput(f"{weight.file}: {weight.name} is {value.dtype}; floating point was expected")
+    if value.dtype.name not in FLOATS:
+        raise BadInput(f"{weight.file}: {weight.name} is {value.dtype}; expected one of {', '.join(FLOATS)}")
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused below
-        value = value.astype(np.float32)
+        value = value.astype(np.float32, copy=False)
     if not np.isfinite(value).all():
         raise BadInput(f"{weight.file}: {weight.name} has values that are not finite in float32")
     return value
@@ -207,7 +215,8 @@ def _open_checkpoint(directory: Path) -> dict[str, _Weight]:
         for weight in _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file):
             name = weight.name.removeprefix("transformer.")
             if name in weights:
-                raise BadInput(f"{file}: holds {weight.name}, which {weights[name].file} holds too, as {weights[name].name}")
+                other = weights[name]
+                raise BadInput(f"{file}: holds {weight.name}, but {other.file} holds it too, as {other.name}")
             weights[name] = weight
     return weights
 
@@ -224,8 +233,11 @@ def _open_safetensors(file: Path) -> Iterator[_Weight]:
     from safetensors import SafetensorError, safe_open
 
     def read(name: str) -> np.ndarray:
-        with safe_open(file, framework="np") as content:
-            return content.get_tensor(name)
+        try:
+            with safe_open(file, framework="np") as content:
+                return content.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the latter: unknown dtypes
+            raise BadInput(f"{file}: {name} cannot be read ({error})") from error
 
     try:
         with safe_open(file, framework="np") as content:

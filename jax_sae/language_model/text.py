@@ -117,6 +117,10 @@ class Story:
     token_ids: np.ndarray
     tokens_cut: int
 
+    def __len__(self) -> int:
+        """Return the number of tokens that are left."""
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True, eq=False)
 class Stories:
@@ -135,7 +139,7 @@ class Stories:
         """The number of rows, those without text included."""
         return len(self.rows)
 
-    def read(self, indices: Sequence[int]) -> list[Story]:
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Story]:
         """The stories in these rows, in this order; where there is no text (or only white space), of length 0.
 
         Raises:

@@ -137,16 +137,17 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dic
 def _read_entry(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
     """The bytes of an entry of at most `most` bytes, as uint8; memory is taken only for what the file can hold."""
     info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+    if info.compress_type != zipfile.ZIP_STORED:
         raise zipfile.BadZipFile(f"{name} is compressed, which torch.save never does")
     if info.file_size > min(most, Path(str(archive.filename)).stat().st_size):
         raise zipfile.BadZipFile(f"{name} claims to have {info.file_size} bytes")
     content = np.empty(info.file_size, np.uint8)
     with archive.open(info) as stream:
         for start in range(0, info.file_size, CHUNK_BYTES):
-            part = memoryview(content)[start : start + CHUNK_BYTES]
-            if stream.readinto(part) != len(part):
+            part = stream.read(CHUNK_BYTES)
+            if len(part) != min(CHUNK_BYTES, info.file_size - start):
                 raise EOFError(f"{name} is cut short")
+            content[start : start + len(part)] = np.frombuffer(part, np.uint8)
         stream.read()  # zipfile verifies the checksum where it finds the end, also that of an empty entry
     return content
 
