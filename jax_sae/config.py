@@ -19,7 +19,6 @@ from jax_sae.errors import BadInput
 Normalization = Literal["dataset", "story", "none"]
 Initialization = Literal["torch", "orthogonal"]
 Batching = Literal["tokens", "story"]
-Optimizer = Literal["adam", "muon"]
 Schedule = Literal["constant", "cosine", "linear"]
 
 
@@ -103,8 +102,6 @@ class TrainConfig:
     """tokens: shuffled tokens. story: one whole story a step, in order."""
     batch_tokens: int = 4096
     """Tokens B of a step; with story batching a step has the tokens of its story."""
-    optimizer: Optimizer = "adam"
-    """adam: Kingma and Ba 2015. muon: orthogonalised momentum for the two matrices, Adam for the biases."""
     beta1: float = 0.9
     """Adam's decay rate of the first moment."""
     beta2: float = 0.999

@@ -80,7 +80,7 @@ def test_as_published_is_the_source_experiment() -> None:
     config = load_config(REPOSITORY / "configs" / "tinystories_33m_as_published.toml")
     assert (config.model.path, config.model.layer) == ("roneneldan/TinyStories-33M", 2)
     assert config.train.batching == "story" and config.activations.normalization == "story"
-    assert (config.train.optimizer, config.train.schedule, config.train.warmup_steps) == ("adam", "constant", 0)
+    assert (config.train.schedule, config.train.warmup_steps) == ("constant", 0)
     assert (config.train.beta1, config.train.beta2, config.train.steps) == (0.9, 0.999, 100_000)
     assert config.sweep.features == (100, 767, 768, 1000) and config.sweep.learning_rates == (1e-5,)
     assert config.sweep.initialization == "torch" and config.train.checkpoint_every == 5000

@@ -16,7 +16,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.language_model.text import Stories, Story, available_splits, load_tokenizer, open_split
+from jax_sae.language_model.text import Stories, Story, choose_split, load_tokenizer, open_dataset
 
 ROWS_PER_CHUNK = 256
 """Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
@@ -158,12 +158,12 @@ def _open_rows(activations: ActivationsConfig) -> tuple[Source, Source, list[str
 def _open_stories(model: ModelConfig, text: TextConfig) -> tuple[Source, Source, list[str]]:
     lm = load_language_model(model.path, model.layer)
     tokenizer = load_tokenizer(text.tokenizer) if text.tokenizer else lm.tokenizer
-    splits = available_splits(text.path)
+    splits = open_dataset(text.path)
     held_out_split = text.validation_split or next((name for name in ("validation", "test") if name in splits), "")
     config = lm.model.config
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
-        rows = open_split(text.path, split, text.column)
+        rows = choose_split(splits, text.path, split, text.column)
         stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size)
         return StorySource(stories, first, len(stories) if last is None else last, lm.model, lm.params)
 

@@ -60,10 +60,10 @@ class GPTNeoConfig:
         """
         if config.get("model_type") != "gpt_neo":
             raise BadInput(
-                f"{where}: model_type is {config.get('model_type')!r}, but only 'gpt_neo' is run here; for another model, "
-                "write its activations with scripts/export_torch_activations.py and train with --activations.path"
+                f"{where}: model_type is {config.get('model_type')!r}, but only 'gpt_neo' is run here; for another "
+                "model, write its activations with scripts/export_torch_activations.py and give --activations.path"
             )
-        sizes = {}
+        sizes: dict[str, int] = {}
         for key, default in [
             ("vocab_size", 50257),
             ("hidden_size", 2048),
@@ -71,33 +71,54 @@ class GPTNeoConfig:
             ("num_heads", 16),
             ("max_position_embeddings", 2048),
             ("window_size", 256),
+            ("intermediate_size", None),
         ]:
             size = config.get(key, default)
+            if key == "intermediate_size" and size is None:
+                size = 4 * sizes["hidden_size"]
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise BadInput(f"{where}: {key} is {size!r}; a positive whole number was expected")
             sizes[key] = size
         if sizes["hidden_size"] % sizes["num_heads"]:
-            raise BadInput(f"{where}: hidden_size {sizes['hidden_size']} is not a multiple of num_heads {sizes['num_heads']}")
-        intermediate = config.get("intermediate_size")
-        activation = config.get("activation_function", "gelu_new")
-        if activation not in ACTIVATION_FUNCTIONS:
-            raise BadInput(f"{where}: activation_function is {activation!r}; known are {', '.join(ACTIVATION_FUNCTIONS)}")
-        kinds = config.get("attention_layers")
-        if kinds is None:
-            types = config.get("attention_types", [[["global", "local"], sizes["num_layers"] // 2]])
-            kinds = [kind for pattern, repeats in types for _ in range(repeats) for kind in pattern]
-        if len(kinds) != sizes["num_layers"] or not set(kinds) <= {"global", "local"}:
             raise BadInput(
-                f"{where}: attention_layers is {kinds}; expected {sizes['num_layers']} entries (num_layers), each 'global' or 'local'"
+                f"{where}: hidden_size {sizes['hidden_size']} is not a multiple of num_heads {sizes['num_heads']}"
+            )
+        activation = config.get("activation_function", "gelu_new")
+        if not isinstance(activation, str) or activation not in ACTIVATION_FUNCTIONS:
+            raise BadInput(
+                f"{where}: activation_function is {activation!r}; known are {', '.join(ACTIVATION_FUNCTIONS)}"
+            )
+        epsilon = config.get("layer_norm_epsilon", 1e-5)
+        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+            raise BadInput(f"{where}: layer_norm_epsilon is {epsilon!r}; a number between 0 and 1 was expected")
+        tied = config.get("tie_word_embeddings", True)
+        if not isinstance(tied, bool):
+            raise BadInput(f"{where}: tie_word_embeddings is {tied!r}; true or false was expected")
+        kinds = _attention_kinds(config, sizes["num_layers"])
+        if len(kinds) != sizes["num_layers"] or any(kind not in ("global", "local") for kind in kinds):
+            raise BadInput(
+                f"{where}: attention_layers, or attention_types written out, is not a list of 'global' and 'local'; "
+                f"expected {sizes['num_layers']} entries (num_layers)"
             )
         return cls(
             **sizes,
-            intermediate_size=4 * sizes["hidden_size"] if intermediate is None else intermediate,
             activation_function=activation,
-            layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
-            attention_layers=tuple(kinds),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+            layer_norm_epsilon=epsilon,
+            attention_layers=kinds,
+            tie_word_embeddings=tied,
         )
+
+
+def _attention_kinds(config: dict[str, Any], num_layers: int) -> tuple[Any, ...]:
+    """The kind of each block, where the config's lists have the right form; else something of another length."""
+    kinds = config.get("attention_layers")
+    if kinds is None:
+        types = config.get("attention_types", [[["global", "local"], num_layers // 2]])
+        try:
+            kinds = [kind for pattern, repeats in types for _ in range(min(repeats, num_layers + 1)) for kind in pattern]
+        except (TypeError, ValueError):
+            return ()
+    return tuple(kinds) if isinstance(kinds, list) else ()
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
 from jax_sae.language_model.harvest import harvest, padded_length
-from jax_sae.language_model.hub import find_model_files, find_weight_files, read_json
+from jax_sae.language_model.hub import find_model_files, find_weight_files, has_tokenizer, read_json
 from jax_sae.language_model.text import load_tokenizer, tokenize
 from jax_sae.language_model.torch_file import TensorReference, open_torch_file, refuse_pointer
 
@@ -22,6 +22,8 @@ Text = str | Sequence[int] | np.ndarray
 """A string, or the token ids of one."""
 
 MASKS = (".attn.attention.bias", ".attn.attention.masked_bias")  # constants that older checkpoints hold; not weights
+
+GPT_NEO_TOKENIZER, GPT_NEO_VOCABULARY = "EleutherAI/gpt-neo-125M", 50257
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -52,11 +54,15 @@ class LanguageModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer in the model's directory.
+        """The tokenizer in the model's directory; where a model has none but GPT-Neo's vocabulary, GPT-Neo's own.
+
+        The TinyStories models are such: they were trained on the ids of EleutherAI/gpt-neo-125M's tokenizer, GPT-2's.
 
         Raises:
             BadInput: if there is none.
         """
+        if not has_tokenizer(self.directory) and self.model.config.vocab_size == GPT_NEO_VOCABULARY:
+            return load_tokenizer(GPT_NEO_TOKENIZER)
         return load_tokenizer(str(self.directory))
 
     def activations(self, texts: Sequence[Text]) -> list[np.ndarray]:

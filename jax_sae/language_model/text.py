@@ -70,7 +70,11 @@ def open_split(path: str, split: str, column: str) -> "Dataset":
     Raises:
         BadInput: if there is no such dataset, split or column.
     """
-    splits = _load(path)
+    return choose_split(open_dataset(path), path, split, column)
+
+
+def choose_split(splits: "DatasetDict", path: str, split: str, column: str) -> "Dataset":
+    """The rows of one split of a dataset that is open already; `path` names it in errors, which are `open_split`'s."""
     if split not in splits:
         raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}")
     rows = splits[split]
@@ -81,12 +85,8 @@ def open_split(path: str, split: str, column: str) -> "Dataset":
     return rows
 
 
-def available_splits(path: str) -> list[str]:
-    """The names of the splits of the dataset that `open_split` would open."""
-    return list(_load(path))
-
-
-def _load(path: str) -> "DatasetDict":
+def open_dataset(path: str) -> "DatasetDict":
+    """All splits of a dataset, by name; `path` and errors as for `open_split`."""
     import datasets
 
     source, files, hub_is_silent = path, None, ""

@@ -24,7 +24,7 @@ def relative_schedule(train: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(learning_rate: jax.Array, train: TrainConfig) -> optax.GradientTransformation:
-    """Adam (Kingma and Ba 2015) or Muon (Jordan et al. 2024) with the member's own, traced, learning rate.
+    """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) with the member's own, traced, learning rate.
 
     It is made inside the vmapped update, so that learning rates may differ between the members of a group.
     """
@@ -33,6 +33,4 @@ def make_optimizer(learning_rate: jax.Array, train: TrainConfig) -> optax.Gradie
     def schedule(step: jax.Array) -> jax.Array:
         return learning_rate * relative(step)
 
-    if train.optimizer == "muon":
-        return optax.contrib.muon(schedule, adam_b1=train.beta1, adam_b2=train.beta2)
     return optax.adam(schedule, b1=train.beta1, b2=train.beta2)

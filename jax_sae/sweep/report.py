@@ -103,7 +103,7 @@ def describe(config: Config, groups: tuple[Group, ...], width: int) -> list[str]
     inside = " | ".join(" ".join(group.names) for group in groups)
     return [
         f"members       {sum(len(group.names) for group in groups)} of width {width}, groups {inside}",
-        f"training      {train.steps:,} steps of {tokens}, {train.optimizer}, on {jax.devices()[0].device_kind}",
+        f"training      {train.steps:,} steps of {tokens}, Adam, on {jax.devices()[0].device_kind}",
     ]
 
 

@@ -125,7 +125,7 @@ def test_more_tokens_than_positions_are_refused_not_clamped() -> None:
         ({"num_heads": 5}, "not a multiple of num_heads"),
         ({"activation_function": "selu"}, "activation_function is 'selu'"),
         ({"attention_layers": ["global"]}, "expected 4 entries"),
-        ({"attention_layers": ["global", "local", "sparse", "local"]}, "'global' or 'local'"),
+        ({"attention_layers": ["global", "local", "sparse", "local"]}, "'global' and 'local'"),
     ],
 )
 def test_configs_that_cannot_be_run_are_refused_by_name(change: dict[str, object], message: str) -> None:
@@ -133,3 +133,29 @@ def test_configs_that_cannot_be_run_are_refused_by_name(change: dict[str, object
     config = {"model_type": "gpt_neo", "hidden_size": 8, "num_layers": 4, "num_heads": 2} | change
     with pytest.raises(BadInput, match=f"some/config.json: .*{message}"):
         GPTNeoConfig.from_hugging_face(config, "some/config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_types", 5),
+        ("attention_types", [[["global"], 10**12]]),
+        ("attention_layers", 5),
+        ("attention_layers", [["global"], ["local"], ["global"], ["local"]]),
+        ("layer_norm_epsilon", "a"),
+        ("layer_norm_epsilon", None),
+        ("activation_function", ["gelu"]),
+        ("activation_function", "tanh"),
+        ("intermediate_size", "x"),
+        ("intermediate_size", -3),
+        ("hidden_size", 10**9 + 1),
+        ("num_heads", 0),
+        ("tie_word_embeddings", "yes"),
+        ("model_type", "llama"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(key: str, value: object) -> None:
+    """Not a TypeError, and no model of a size that nobody wrote."""
+    config = {"model_type": "gpt_neo", "num_layers": 4, "attention_types": [[["global", "local"], 2]], key: value}
+    with pytest.raises(BadInput, match=r"here\.json"):
+        GPTNeoConfig.from_hugging_face(config, "here.json")

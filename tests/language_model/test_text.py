@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from jax_sae.errors import BadInput
-from jax_sae.language_model.text import Stories, available_splits, load_tokenizer, open_split
+from jax_sae.language_model.text import Stories, load_tokenizer, open_dataset, open_split
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def test_a_folder_of_parquet_files_has_its_splits_and_stays_on_disk(tmp_path: Pa
     """Missing splits and columns are refused with those that there are."""
     write_split(tmp_path / "train.parquet", ["a", "b", "c"])
     write_split(tmp_path / "validation.parquet", ["d"])
-    assert available_splits(str(tmp_path)) == ["train", "validation"]
+    assert list(open_dataset(str(tmp_path))) == ["train", "validation"]
     rows = open_split(str(tmp_path), "train", "text")
     assert rows["text"][:] == ["a", "b", "c"] and rows.cache_files  # mapped from a file, not held in memory
     with pytest.raises(BadInput, match="no split 'test'; there are 'train', 'validation'"):
@@ -118,7 +118,7 @@ def test_single_files_are_the_split_train(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "x.txt").write_text("a\nb\n")
     monkeypatch.chdir(tmp_path)
     for name in ("x.parquet", "x.jsonl", "x.csv", str(tmp_path / "x.txt")):
-        assert available_splits(name) == ["train"]
+        assert list(open_dataset(name)) == ["train"]
         assert open_split(name, "train", "text")["text"][:] == ["a", "b"], name
 
 
