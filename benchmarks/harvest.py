@@ -1,6 +1,7 @@
 """The harvest of two of four blocks at TinyStories-33M's size, as a fraction of the rate `jnp.dot` reaches.
 
-Story lengths are drawn from a log-normal distribution around 200 tokens. Counted are 24 D^2 operations a token and block for the matrix products and 4 T D for attention over all T positions, for real
+Story lengths are drawn from a log-normal distribution around 200 tokens. Counted
+are 24 D^2 operations a token and block for the matrix products and 4 T D for attention over all T positions, for real
 tokens only: padding counts as time lost. Weights are random; they do not change the time.
 
     python benchmarks/harvest.py
@@ -50,13 +51,17 @@ def main(tokens: int = 65536, rounds: int = 5) -> None:
     W = [jax.random.normal(jax.random.key(1), (D, out)) for out in (D, 4 * D)]
     dot = jax.jit(jnp.dot)
     times = seconds(
-        {"dot": lambda: [dot(x, w) for w in W], "harvest": lambda: [a for _, a in harvest(model, params, stories)]}, rounds
+        {"dot": lambda: [dot(x, w) for w in W], "harvest": lambda: [a for _, a in harvest(model, params, stories)]},
+        rounds,
     )
     rate = [2 * TOKENS_AT_A_TIME * D * 5 * D / t for t in times["dot"]]
     ratios = [operations / t / r for t, r in zip(times["harvest"], rate, strict=True)]
     speed = [n / t for t in times["harvest"]]
     print(f"{len(stories)} stories, {n} tokens, mean length {n / len(stories):.0f}")
-    print(f"{spread(speed)} tokens/s, fraction of jnp.dot {spread(ratios)}, jnp.dot {statistics.median(rate) / 1e9:.0f} GF/s")
+    print(
+        f"{spread(speed)} tokens/s, fraction of jnp.dot {spread(ratios)}, "
+        f"jnp.dot {statistics.median(rate) / 1e9:.0f} GF/s"
+    )
     results = {"tokens_per_second": statistics.median(speed), "ratio": statistics.median(ratios)}
     print(json.dumps({"benchmark": "harvest", "device": jax.devices()[0].device_kind, "results": results}))
 

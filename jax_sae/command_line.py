@@ -177,7 +177,9 @@ def choose_directory(arguments: Arguments) -> Path:
         if arguments.out is None:
             return numbered[-1]
         if holds_run(arguments.out):
-            raise BadInput(f"{arguments.out} already holds a run; go on with it by --resume, or give --out another name")
+            raise BadInput(
+                f"{arguments.out} already holds a run; go on with it by --resume, or give --out another name"
+            )
         if arguments.out.exists() and not arguments.out.is_dir():
             raise BadInput(f"--out {arguments.out} is a file; a directory was expected")
         return arguments.out
@@ -218,7 +220,9 @@ def settings_to_resume(arguments: Arguments, out: Path, argv: Sequence[str], def
         if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME
     ]
     if refused:
-        raise BadInput(f"{out} was started with other settings ({'; '.join(refused)}); resume with its own, or start a new run")
+        raise BadInput(
+            f"{out} was started with other settings ({'; '.join(refused)}); resume with its own, or start a new run"
+        )
     return config
 
 

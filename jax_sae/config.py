@@ -45,7 +45,8 @@ class TextConfig:
     split: str = "train"
     """The split to train on."""
     validation_split: str = ""
-    """The split for held-out numbers; empty: 'validation' or 'test' if there is one, else the end of the training split, which is then not trained on."""
+    """The split for held-out numbers; empty: 'validation' or 'test' if there is one, else the end of the training split,
+    which is then not trained on."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class ActivationsConfig:
     """What the autoencoders read."""
 
     path: str = ""
-    """Read activations from here instead of running a language model: a store, or an .npy, .safetensors or .pt file with one array [N, D]."""
+    """Read activations from here instead of running a language model: a store, or an .npy, .safetensors or .pt file with
+    one array [N, D]."""
     normalization: Normalization = "dataset"
-    """dataset: mean removed, scaled so that the mean squared norm is D. story: per story, (x - mean) / std * sqrt(D) with scalar mean and std. none: as they are."""
+    """dataset: mean removed, scaled so that the mean squared norm is D. story: per story, (x - mean) / std * sqrt(D) with
+    scalar mean and std. none: as they are."""
     block_tokens: int = 131_072
     """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
     held_out_tokens: int = 65_536
@@ -85,11 +88,13 @@ class SweepConfig:
     learning_rates: tuple[float, ...] = (1e-3,)
     """Peak learning rates."""
     members: tuple[Member, ...] = ()
-    """Explicit members instead of the combinations: [[sweep.members]] tables in TOML, features=768,seed=1,learning_rate=1e-3 on the command line."""
+    """Explicit members instead of the combinations: [[sweep.members]] tables in TOML,
+    features=768,seed=1,learning_rate=1e-3 on the command line."""
     initialization: Initialization = "torch"
     """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, its transpose as W_enc."""
     encoder_bias: float = 0.0
-    """With orthogonal: initial value of every b_enc, in standard deviations of a normalised activation; above 0, features start active."""
+    """With orthogonal: initial value of every b_enc, in standard deviations of a normalised activation; above 0, features
+    start active."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,8 @@ class TrainConfig:
     """Adam's decay rate of the second moment."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling to zero at the last step along a cosine or a line."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from zero."""
+    warmup: float = 0.0
+    """The part of the steps, from 0 to 1, over which the learning rate rises linearly from zero."""
     checkpoint_every: int = 5000
     """Steps between checkpoints; there is one at the end too."""
     log_every: int = 10
@@ -163,7 +168,9 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def _build(cls: type, table: Any, where: str, prefix: str) -> Any:
     if not isinstance(table, dict):
-        raise BadInput(f"{where}: {prefix.rstrip('.')} is {table!r}; a table with the keys of {cls.__name__} was expected")
+        raise BadInput(
+            f"{where}: {prefix.rstrip('.')} is {table!r}; a table with the keys of {cls.__name__} was expected"
+        )
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in hints:
@@ -247,13 +254,14 @@ def validate(config: Config) -> None:
     positive("activations.held_out_tokens", activations.held_out_tokens)
     for name in ("steps", "batch_tokens", "checkpoint_every", "log_every"):
         positive(f"train.{name}", getattr(train, name))
-    not_negative("train.warmup_steps", train.warmup_steps)
     not_negative("train.seed", train.seed)
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(train, name) < 1:
-            raise BadInput(f"train.{name} is {getattr(train, name)}; a number from 0 up to, but not including, 1 was expected")
-    if train.warmup_steps >= train.steps and train.warmup_steps:
-        raise BadInput(f"train.warmup_steps is {train.warmup_steps}, but train.steps is {train.steps}; the warm-up must be shorter")
+            raise BadInput(
+                f"train.{name} is {getattr(train, name)}; a number from 0 up to, but not including, 1 was expected"
+            )
+    if not 0 <= train.warmup <= 1:
+        raise BadInput(f"train.warmup is {train.warmup}; a part of the steps, from 0 to 1, was expected")
     if train.batching == "tokens" and train.batch_tokens > activations.block_tokens:
         raise BadInput(
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
@@ -269,7 +277,9 @@ def validate(config: Config) -> None:
         raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
     members = sweep_members(sweep)
     if not members:
-        raise BadInput("the sweep has no members: sweep.features, sweep.seeds and sweep.learning_rates each need a value")
+        raise BadInput(
+            "the sweep has no members: sweep.features, sweep.seeds and sweep.learning_rates each need a value"
+        )
     for member in members:
         positive("sweep.features", member.features)
         not_negative("sweep.seeds", member.seed)

@@ -1,4 +1,4 @@
-"""Train every autoencoder of a sweep at once; `--help` says how. Without flags: configs/demo.toml, in about 3 minutes."""
+"""Train every autoencoder of a sweep at once; `--help` says how. Without flags: configs/demo.toml, in minutes."""
 
 import sys
 from pathlib import Path

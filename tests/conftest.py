@@ -22,7 +22,7 @@ def demo_config() -> Config:
     return replace(
         config,
         activations=replace(config.activations, block_tokens=448, held_out_tokens=1500),
-        train=replace(config.train, steps=12, batch_tokens=64, warmup_steps=2, checkpoint_every=5, log_every=2),
+        train=replace(config.train, steps=12, batch_tokens=64, warmup=0.2, checkpoint_every=5, log_every=2),
     )
 
 

@@ -18,7 +18,7 @@ from jax_sae.command_line import main
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [
     *("--sweep.features", "4", "64", "--train.steps", "6", "--train.checkpoint-every", "4", "--train.log-every", "2"),
-    *("--train.batch-tokens", "32", "--train.warmup-steps", "0"),
+    *("--train.batch-tokens", "32", "--train.warmup", "0"),
     *("--activations.block-tokens", "256", "--activations.held-out-tokens", "500"),
 ]
 
@@ -53,7 +53,10 @@ def test_explicit_members(tmp_path: Path) -> None:
     """On the command line, with the parts that may be left out."""
     assert run(*SMALL, "--out", "x", "--sweep.members", "features=3,seed=2,learning_rate=1e-2", "features=5") == 0
     members = json.loads(Path("x/config.json").read_text())["sweep"]["members"]
-    assert members == [{"features": 3, "seed": 2, "learning_rate": 1e-2}, {"features": 5, "seed": 0, "learning_rate": 1e-3}]
+    assert members == [
+        {"features": 3, "seed": 2, "learning_rate": 1e-2},
+        {"features": 5, "seed": 0, "learning_rate": 1e-3},
+    ]
 
 
 def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +132,9 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert all(flag in text for flag in ("--train.batch-tokens", "--sweep.learning-rates", "--activations.path", "--resume"))
+    assert all(
+        flag in text for flag in ("--train.batch-tokens", "--sweep.learning-rates", "--activations.path", "--resume")
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

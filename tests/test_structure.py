@@ -11,7 +11,15 @@ from running import REPOSITORY
 
 PACKAGE = REPOSITORY / "jax_sae"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-LAYERS = {"errors": 0, "config": 1, "language_model": 2, "autoencoder": 2, "activations": 3, "sweep": 4, "command_line": 5}
+LAYERS = {
+    "errors": 0,
+    "config": 1,
+    "language_model": 2,
+    "autoencoder": 2,
+    "activations": 3,
+    "sweep": 4,
+    "command_line": 5,
+}
 
 
 def imports(path: Path) -> set[str]:

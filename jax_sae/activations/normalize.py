@@ -39,7 +39,10 @@ def estimate_dataset(x: np.ndarray) -> Normalization:
     mean = x.mean(0, dtype=np.float64)
     variance = np.mean([np.square(row - mean).sum() for row in x])
     if not variance > 0:
-        raise BadInput(f"the {len(x)} activations that were read for the normalisation are all equal; there is nothing to learn from them")
+        raise BadInput(
+            f"the {len(x)} activations that were read for the normalisation are all equal; "
+            "there is nothing to learn from them"
+        )
     return Normalization(mean.astype(np.float32), np.float32(np.sqrt(x.shape[1] / variance)))
 
 
@@ -51,7 +54,9 @@ def estimate_story(x: np.ndarray) -> Normalization:
     """
     mean, std = x.mean(dtype=np.float64), x.std(dtype=np.float64, ddof=1)
     if not std > 0:
-        raise BadInput(f"a story of {len(x)} tokens has activations that are all equal; it cannot be normalised by itself")
+        raise BadInput(
+            f"a story of {len(x)} tokens has activations that are all equal; it cannot be normalised by itself"
+        )
     return Normalization(np.float32(mean), np.float32(np.sqrt(x.shape[-1]) / std))
 
 

@@ -173,12 +173,16 @@ def _open_stories(model: ModelConfig, text: TextConfig) -> tuple[Source, Source,
         held_out_line = f"the split '{held_out_split}'"
     else:
         if len(training) < 20:
-            raise BadInput(f"{text.path} has {len(training)} stories and no held-out split; at least 20 are needed, a tenth held out")
+            raise BadInput(
+                f"{text.path} has {len(training)} stories and no held-out split; "
+                "at least 20 are needed, a tenth held out"
+            )
         first = len(training) - max(2, min(1000, len(training) // 10))
         held_out, training = source(text.split, first), source(text.split, 0, first)
         held_out_line = f"the last {len(held_out):,} stories of the split '{text.split}', which are not trained on"
     lines = [
-        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, width {config.hidden_size}",
+        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, "
+        f"width {config.hidden_size}",
         f"text          {text.path}: {len(training):,} stories of the split '{text.split}'",
         f"held out      {held_out_line}",
     ]

@@ -12,7 +12,9 @@ writes a store with our own GPT-Neo, `scripts/export_torch_activations.py` one o
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import one_line, read_json
 
 FORMAT = "jax_sae activations 1"
 SHARD_BYTES = 256 * 2**20
 DTYPES = ("float32", "float16")
+SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +47,22 @@ class Rows:
         return self.arrays[0].shape[1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop as a new float32 array [stop - start, D]."""
-        pieces = []
-        for array in self.arrays:
-            pieces.append(array[max(start, 0) : max(stop, 0)].astype(np.float32))
-            start, stop = start - len(array), stop - len(array)
-        return np.concatenate(pieces)
+        """Rows start to stop as a new float32 array [stop - start, D].
+
+        Raises:
+            IndexError: if there are no such rows.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"rows {start} to {stop} of {len(self)}")
+        rows = np.empty((stop - start, self.width), np.float32)
+        first = 0  # the number of the array's first row
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the reader refuses
+            for array in self.arrays:
+                begin, end = max(start, first), min(stop, first + len(array))
+                if begin < end:
+                    rows[begin - start : end - start] = array[begin - first : end - first]
+                first += len(array)
+        return rows
 
 
 def write_store(
@@ -56,24 +70,23 @@ def write_store(
 ) -> dict[str, Any]:
     """Write the activations of stories, each [T, D], as a store and return its manifest.
 
-    Memory holds one shard (256 MiB) at a time.
+    Memory holds the rows of one shard (256 MiB) twice.
 
     Args:
         directory: is created; must not exist or be empty.
-        stories: activations of one story after another, all of the same D, or blocks of rows.
+        stories: floating-point activations of one story after another, all of the same D; T may be 0.
         model: where they come from: Hugging Face id or directory.
         layer: which of its hidden_states.
         dtype: 'float32', or 'float16' (half the disk; 11 bits of mantissa, at most 65504).
         **facts: anything else that should stand in the manifest (text, tokenizer, ...); JSON values.
 
     Raises:
-        BadInput: if the directory holds something, the dtype is unknown, or an activation is not finite in it.
+        BadInput: if the directory holds something or cannot be written to, the dtype is unknown, there are no
+            activations, they are not [T, D] floats of one D, or one of them is not finite in `dtype`.
     """
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; a store holds {' or '.join(DTYPES)}")
-    if directory.exists() and any(directory.iterdir()):
-        raise BadInput(f"{directory} is not empty; give the store a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    check_new_directory(directory)
     shards: list[dict[str, Any]] = []
     pending: list[np.ndarray] = []
     width = 0
@@ -81,20 +94,28 @@ def write_store(
     def flush() -> None:
         path = directory / f"shard-{len(shards):05d}.npy"
         rows = np.concatenate(pending)
-        np.save(path, rows)
+        try:
+            np.save(path, rows)
+        except OSError as error:  # the disk is full
+            raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
         shards.append({"file": path.name, "rows": len(rows), "sha256": sha256(path)})
         pending.clear()
 
     for story in stories:
+        _check(story, f"a story for {directory}")
         width = width or story.shape[1]
         with np.errstate(over="ignore"):  # reported below, with what to do
             rows = story.astype(dtype)
         if rows.shape[1] != width:
-            raise BadInput(f"a story has activations of width {rows.shape[1]}, those before it {width}; a store has one width")
+            raise BadInput(
+                f"{directory}: a story has activations of width {rows.shape[1]}, those before it {width}; "
+                "a store has one width"
+            )
         if not np.isfinite(rows).all():
-            hint = "; float16 ends at 65504: use float32" if np.isfinite(story).all() else ""
+            hint = "; float16 ends at 65504: use float32" if dtype == "float16" and np.isfinite(story).all() else ""
             raise BadInput(f"{directory}: a story's activations are not finite in {dtype}{hint}")
-        pending.append(rows)
+        if len(rows):
+            pending.append(rows)
         if sum(piece.nbytes for piece in pending) >= SHARD_BYTES:
             flush()
     if pending:
@@ -105,16 +126,31 @@ def write_store(
         "format": FORMAT,
         "model": model,
         "layer": layer,
+        **facts,
         "dtype": dtype,
         "width": width,
         "rows": sum(shard["rows"] for shard in shards),
         "shards": shards,
-        **facts,
     }
     temporary = directory / "manifest.json.partial"
     temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     os.replace(temporary, directory / "manifest.json")
     return manifest
+
+
+def check_new_directory(directory: Path) -> None:
+    """Make a directory for a store.
+
+    Raises:
+        BadInput: if it holds something already, or cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(directory.iterdir())
+    except OSError as error:
+        raise BadInput(f"{directory} cannot be made a directory: {error.strerror}") from error
+    if not is_empty:
+        raise BadInput(f"{directory} is not empty; give the store a new directory")
 
 
 def open_rows(path: str) -> Rows:
@@ -123,7 +159,7 @@ def open_rows(path: str) -> Rows:
     Arrays stay on disk where the format allows (.npy); float16, float32 and float64 are read, as float32.
 
     Raises:
-        BadInput: if there is nothing to read at `path`, it is damaged, or it is not one two-dimensional array of floats.
+        BadInput: if there is nothing to read at `path`, it is damaged, or it is not one array [N, D] of floats.
     """
     where = Path(path)
     if where.is_dir():
@@ -141,57 +177,94 @@ def open_rows(path: str) -> Rows:
         array = _open_torch(where)
     else:
         raise BadInput(f"{path}: the name ends in {where.suffix!r}; .npy, .safetensors or .pt was expected")
-    return Rows((_check(array, where),), path)
+    _check(array, path)
+    if 0 in array.shape:
+        raise BadInput(f"{path}: the array has shape {list(array.shape)}: there is nothing in it")
+    return Rows((array,), path)
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Digest of a file's bytes, in hexadecimal; BadInput if they cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a store.
+    """The manifest of a store, its entries of the right types; whether they are true of the shards is not looked at.
 
     Raises:
         BadInput: if there is none, or it is not one of this format.
     """
     path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{directory} is not a store of activations: it has no readable manifest.json") from error
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not path.is_file():
+        raise BadInput(f"{directory} is not a whole store of activations: it has no manifest.json")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
         raise BadInput(f"{path} is not a manifest of the format {FORMAT!r}")
+    check_manifest(manifest, path)
     return manifest
+
+
+def check_manifest(manifest: dict[str, Any], path: Path) -> None:
+    """Raise BadInput at the first entry that is missing or of the wrong type; a shard is a file beside the manifest."""
+
+    def check(entries: dict[str, Any], key: str, fits: Callable[[Any], bool], expected: str, where: str = "") -> None:
+        if key not in entries:
+            raise BadInput(f"{path}: {where}{key!r} is missing")
+        if not fits(entries[key]):
+            raise BadInput(f"{path}: {where}{key!r} is {reprlib.repr(entries[key])}; {expected} was expected")
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**63
+
+    check(manifest, "dtype", lambda value: value in DTYPES, " or ".join(DTYPES))
+    check(manifest, "width", is_count, "a whole number above 0")
+    check(manifest, "rows", is_count, "a whole number above 0")
+    check(manifest, "shards", lambda value: isinstance(value, list) and len(value) > 0, "a list of shards")
+    for i, shard in enumerate(manifest["shards"]):
+        where = f"of shard {i}, "
+        if not isinstance(shard, dict):
+            raise BadInput(f"{path}: shard {i} is {reprlib.repr(shard)}; an object was expected")
+        check(shard, "file", lambda name: matches(SHARD_NAME, name), "the plain name of an .npy file", where)
+        check(shard, "rows", is_count, "a whole number above 0", where)
+        check(shard, "sha256", lambda digest: matches("[0-9a-f]{64}", digest), "64 hexadecimal digits", where)
+    in_shards = sum(shard["rows"] for shard in manifest["shards"])
+    if manifest["rows"] != in_shards:
+        raise BadInput(f"{path}: 'rows' is {manifest['rows']}, but its shards have {in_shards} rows together")
+
+
+def matches(pattern: str, text: Any) -> bool:
+    """Whether `text` is a string of that form."""
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
 def _open_store(directory: Path) -> Rows:
     manifest = read_manifest(directory)
     arrays = []
     for shard in manifest["shards"]:
-        path = directory / Path(shard["file"]).name
+        path = directory / shard["file"]
         if not path.is_file():
             raise BadInput(f"{directory}: the manifest names {path.name}, which is missing; export the store again")
-        array = _check(_open_npy(path), path)
-        expected = (shard["rows"], manifest["width"])
-        if array.shape != expected or str(array.dtype) != manifest["dtype"]:
-            raise BadInput(
-                f"{path}: holds {array.dtype}{list(array.shape)}, but the manifest says {manifest['dtype']}{list(expected)}"
-            )
         if sha256(path) != shard["sha256"]:
             raise BadInput(f"{path} is damaged: its sha256 is not the manifest's; export the store again")
+        array = _open_npy(path)
+        found = f"{array.dtype}{list(array.shape)}"
+        expected = f"{manifest['dtype']}{[shard['rows'], manifest['width']]}"
+        if found != expected:
+            raise BadInput(f"{path}: holds {found}, but the manifest says {expected}")
         arrays.append(array)
     return Rows(tuple(arrays), str(directory))
 
 
 def _open_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise BadInput(f"{path} is not a whole .npy file: {error}") from error
+        with np.errstate(over="ignore"):  # by a size that cannot be, which is refused next
+            return np.asarray(np.lib.format.open_memmap(path, mode="r"))  # as a plain array: slices of it are cheap
+    except Exception as error:  # the header is parsed as Python, and a damaged one may raise anything
+        raise BadInput(f"{path} is not a whole .npy file of numbers ({one_line(error)})") from error
 
 
 def _open_safetensors(path: Path) -> np.ndarray:
@@ -200,8 +273,10 @@ def _open_safetensors(path: Path) -> np.ndarray:
     try:
         with safe_open(path, framework="numpy") as file:
             return file.get_tensor(_only(list(file.keys()), path))
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} is not a whole .safetensors file: {error}") from error
+    except BadInput:
+        raise
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the latter: dtypes unknown to numpy
+        raise BadInput(f"{path} cannot be read as a .safetensors file ({one_line(error)})") from error
 
 
 def _open_torch(path: Path) -> np.ndarray:
@@ -215,13 +290,13 @@ def _open_torch(path: Path) -> np.ndarray:
 
 def _only(names: Sequence[str], path: Path) -> str:
     if len(names) != 1:
-        raise BadInput(f"{path} holds {len(names)} arrays ({', '.join(sorted(names)[:8])}); one array [N, D] was expected")
+        some = ", ".join(sorted(names)[:8])
+        raise BadInput(f"{path} holds {len(names)} arrays ({some}); one array [N, D] was expected")
     return names[0]
 
 
-def _check(array: np.ndarray, path: Path) -> np.ndarray:
-    if array.ndim != 2 or 0 in array.shape:
-        raise BadInput(f"{path}: the array has shape {list(array.shape)}; [N, D], N tokens of D numbers, was expected")
+def _check(array: np.ndarray, where: str) -> None:
+    if array.ndim != 2:
+        raise BadInput(f"{where}: the array has shape {list(array.shape)}; [N, D], N tokens of D numbers, was expected")
     if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-        raise BadInput(f"{path}: the array is of {array.dtype}; floating-point activations were expected")
-    return array
+        raise BadInput(f"{where}: the array is of {array.dtype}; floating-point activations were expected")

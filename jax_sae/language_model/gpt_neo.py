@@ -115,7 +115,9 @@ def _attention_kinds(config: dict[str, Any], num_layers: int) -> tuple[Any, ...]
     if kinds is None:
         types = config.get("attention_types", [[["global", "local"], num_layers // 2]])
         try:
-            kinds = [kind for pattern, repeats in types for _ in range(min(repeats, num_layers + 1)) for kind in pattern]
+            kinds = [
+                kind for pattern, repeats in types for _ in range(min(repeats, num_layers + 1)) for kind in pattern
+            ]
         except (TypeError, ValueError):
             return ()
     return tuple(kinds) if isinstance(kinds, list) else ()

@@ -9,7 +9,7 @@ import numpy as np
 from jax_sae.language_model.gpt_neo import GPTNeo
 
 TOKENS_AT_A_TIME = 8192
-"""Tokens of a forward pass, padding included: large enough to fill the matrix products, small enough to stay in cache."""
+"""Tokens of a forward pass, padding included: enough to fill the matrix products, few enough for the caches."""
 
 
 def padded_length(n_tokens: int) -> int:

@@ -36,9 +36,14 @@ def member_colours(members: Sequence[Member], width: int) -> list[str]:
 
 
 def draw_losses(
-    directory: Path, names: Sequence[str], colours: Sequence[str], losses: np.ndarray, floors: Sequence[float], title: str
+    directory: Path,
+    names: Sequence[str],
+    colours: Sequence[str],
+    losses: np.ndarray,
+    floors: Sequence[float],
+    title: str,
 ) -> None:
-    """Draw `loss.png`, from 0 to the first loss, and `loss_zoomed.png`, logarithmic, where small losses can be told apart.
+    """Draw `loss.png`, from 0 to the first loss, and `loss_zoomed.png`, logarithmic, which tells small losses apart.
 
     Args:
         directory: where to write.

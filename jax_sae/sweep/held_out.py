@@ -43,7 +43,7 @@ class HeldOut:
         return pca_floor(self.eigenvalues, directions) / float(self.eigenvalues.sum())
 
     def loss_floor(self, features: int) -> float:
-        """The least loss per element, in normalised units, of any autoencoder with that many features on these tokens."""
+        """The least loss per element, in normalised units, that so many features can have on these tokens."""
         return pca_floor(self.normalized_eigenvalues, features) / self.x.size
 
 

@@ -86,13 +86,18 @@ class TrainedAutoencoder:
     def _checked(self, x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x, jnp.float32)
         if x.shape[-1:] != (self.width,):
-            raise BadInput(f"x has shape {x.shape}; {self.name} expects [..., {self.width}]: is this the model and layer it was trained on?")
+            raise BadInput(
+                f"x has shape {x.shape}; {self.name} expects [..., {self.width}]: "
+                "is this the model and layer it was trained on?"
+            )
         return x
 
     def _normalization_of(self, x: jax.Array) -> Normalization:
         kind = self.config.activations.normalization
         if kind == "story" and x.ndim != 2:
-            raise BadInput(f"x has shape {x.shape}; this run normalised per story, so give one whole story [T, {self.width}]")
+            raise BadInput(
+                f"x has shape {x.shape}; this run normalised per story, so give one whole story [T, {self.width}]"
+            )
         return for_story(kind, self.normalization, np.asarray(x))
 
 
@@ -135,8 +140,6 @@ def _choose(members: Tree, features: int | None, name: str | None, run: str | Pa
     ]
     if len(fitting) == 1:
         return fitting[0]
-    asked = " and ".join(
-        [f"name {name!r}"] * (name is not None) + [f"{features} features"] * (features is not None)
-    )
+    asked = " and ".join([f"name {name!r}"] * (name is not None) + [f"{features} features"] * (features is not None))
     found = f"{len(fitting)} members with {asked}" if asked else f"{len(fitting)} members"
     raise BadInput(f"{run} has {found}; say name= one of {', '.join(fitting or members)}")

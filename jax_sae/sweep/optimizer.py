@@ -9,18 +9,21 @@ from jax_sae.config import TrainConfig
 def relative_schedule(train: TrainConfig) -> optax.Schedule:
     """The learning rate at each step (counted from 0) as a fraction of the member's peak.
 
-    (step + 1) / (warmup_steps + 1) during the warm-up; then 1, or falling to 0 at the end of the run:
-    cosine (1 + cos(pi t)) / 2 or linear 1 - t, t from 0 to 1.
+    (step + 1) / (W + 1) during the warm-up of W = warmup * steps, rounded, steps; then 1, or falling to 0 at the end of
+    the run: cosine (1 + cos(pi t)) / 2 or linear 1 - t, t from 0 to 1.
     """
-    remaining = train.steps - train.warmup_steps
+    warmup_steps = round(train.warmup * train.steps)
+    remaining = max(1, train.steps - warmup_steps)
     after = {
         "constant": optax.constant_schedule(1.0),
         "cosine": optax.cosine_decay_schedule(1.0, remaining),
         "linear": optax.linear_schedule(1.0, 0.0, remaining),
     }[train.schedule]
-    first = 1.0 / (train.warmup_steps + 1)
-    warmup = optax.linear_schedule(first, 1.0, train.warmup_steps)
-    return optax.join_schedules([warmup, after], [train.warmup_steps]) if train.warmup_steps else after
+    if not warmup_steps:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps), after], [warmup_steps]
+    )
 
 
 def make_optimizer(learning_rate: jax.Array, train: TrainConfig) -> optax.GradientTransformation:

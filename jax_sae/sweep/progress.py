@@ -61,7 +61,10 @@ def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) ->
         run, tree = checkpoints.read_run(step), checkpoints.read_state(step)
     found = tree["normalization"]["mean"].shape[-1]
     if found != width:
-        raise BadInput(f"{out} has autoencoders of width {found}, but the activations now have width {width}; resume with the run's own")
+        raise BadInput(
+            f"{out} has autoencoders of width {found}, but the activations now have width {width}; "
+            "resume with the run's own"
+        )
     if step > config.train.steps:
         raise BadInput(f"{out} is at step {step}, beyond train.steps {config.train.steps}; give more steps, or none")
     losses = np.zeros((config.train.steps, len(tree["members"])), np.float32)
@@ -82,4 +85,6 @@ def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) ->
             )
         state.append(stack(members, padded_shape(shapes)))
     normalization = Normalization(**tree["normalization"])
-    return Progress(step, run["tokens"], Position(**run["position"]), jax.device_put(tuple(state)), losses, normalization)
+    return Progress(
+        step, run["tokens"], Position(**run["position"]), jax.device_put(tuple(state)), losses, normalization
+    )

@@ -167,7 +167,7 @@ def finish(
         f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
         f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
         f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png",
-        f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={members[-1]['name']!r}); features = sae.encode(x)",
+        f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={members[-1]['name']!r}); sae.encode(x)",
     ]
     say(lines)
 
@@ -190,7 +190,10 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
     ]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in [header, *rows]
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
-from jax_sae.activations.normalize import Normalization, estimate_dataset, identity
+from jax_sae.activations.normalize import estimate_dataset, identity
 from jax_sae.activations.sources import Source, open_sources
 from jax_sae.config import Config, sweep_members
 from jax_sae.sweep import report
@@ -62,7 +62,7 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         Checkpoints(out / "checkpoints") as checkpoints,
         report.Log(out / "metrics.jsonl", config, groups, progress.step) as log,
     ):
-        for progress in dispatches(progress, source, config, clock):
+        for progress in dispatches(progress, source, config, clock):  # noqa: B020 - it goes on from there
             log.write(progress, clock.train_tokens / clock.train_seconds)
             last = progress.step == config.train.steps or stop_requested()
             if last or progress.step % config.train.checkpoint_every == 0:
@@ -116,4 +116,8 @@ def dispatches(progress: Progress, source: Source, config: Config, clock: Clock)
 def steps_to_next_event(step: int, config: Config) -> int:
     """Steps until there is something to write: a log line, a checkpoint, or the end."""
     train = config.train
-    return min(train.log_every - step % train.log_every, train.checkpoint_every - step % train.checkpoint_every, train.steps - step)
+    return min(
+        train.log_every - step % train.log_every,
+        train.checkpoint_every - step % train.checkpoint_every,
+        train.steps - step,
+    )

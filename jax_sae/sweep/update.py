@@ -81,7 +81,7 @@ def init_sweep(groups: tuple[Group, ...], width: int, sweep: SweepConfig, train:
 def update_member(
     state: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
 ) -> tuple[MemberState, jax.Array]:
-    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before the step."""
+    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before it."""
 
     def loss(params: Params) -> jax.Array:
         return squared_error(x, reconstruct(params, x), weights)
@@ -95,7 +95,7 @@ def update_member(
 def update_sweep(
     state: SweepState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
 ) -> tuple[SweepState, jax.Array]:
-    """One step of every member of every group on the same batch; also their losses per element [M], in groups' order."""
+    """One step of every member of every group on the same batch; also losses per element [M], in groups' order."""
     update_group = jax.vmap(partial(update_member, train=train), in_axes=(0, None, None))
     states, losses = zip(*[update_group(group, x, weights) for group in state], strict=True)
     return tuple(states), jnp.concatenate(losses)
@@ -112,7 +112,8 @@ def update_many(
 
     Args:
         state: is donated.
-        x: [batches, B, D]; weights: [batches, B].
+        x: [batches, B, D].
+        weights: [batches, B].
         first: number of the first batch to use.
         last: number after the last.
         train: settings of the run.

@@ -39,7 +39,9 @@ class FakeSource:
     def __init__(self, lengths: Sequence[int], cut: dict[int, int] | None = None) -> None:
         """Remember the lengths."""
         starts = np.cumsum([1, *lengths])
-        self.stories = [FakeStory(int(s), n, (cut or {}).get(i, 0)) for i, (s, n) in enumerate(zip(starts, lengths, strict=False))]
+        self.stories = [
+            FakeStory(int(s), n, (cut or {}).get(i, 0)) for i, (s, n) in enumerate(zip(starts, lengths, strict=False))
+        ]
 
     def __len__(self) -> int:
         """Return the number of stories."""

@@ -6,7 +6,9 @@ import pytest
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 
-X = (np.random.default_rng(0).normal(size=(500, 8)) * np.array([5, 4, 3, 2, 1, 0.5, 0.1, 0.01]) + 100).astype(np.float32)
+X = (np.random.default_rng(0).normal(size=(500, 8)) * np.array([5, 4, 3, 2, 1, 0.5, 0.1, 0.01]) + 100).astype(
+    np.float32
+)
 
 
 def fvu(x_hat: np.ndarray) -> float:

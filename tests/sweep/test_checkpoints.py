@@ -35,7 +35,9 @@ def test_plain_orbax_reads_a_checkpoint_where_this_package_is_absent(demo_run: P
     """The same arrays as through the API, at the member's own width."""
     checkpoint = demo_run / "checkpoints" / "5"
     subprocess.run(
-        [sys.executable, "-c", PLAIN_ORBAX, str(checkpoint.absolute()), str(tmp_path / "x.npz")], check=True, cwd=tmp_path
+        [sys.executable, "-c", PLAIN_ORBAX, str(checkpoint.absolute()), str(tmp_path / "x.npz")],
+        check=True,
+        cwd=tmp_path,
     )
     plain = np.load(tmp_path / "x.npz")
     sae = jax_sae.load_autoencoder(demo_run, features=63, step=5)

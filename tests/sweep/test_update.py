@@ -17,7 +17,7 @@ from jax_sae.sweep.optimizer import make_optimizer, relative_schedule
 from jax_sae.sweep.update import MemberState, init_member, init_sweep, member_shapes, unstack, update_many
 
 D, B, STEPS = 24, 32, 12
-TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup_steps=3)
+TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup=0.25)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> N
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
     """Warm-up from above 0 to 1, then constant, or 0 at the end."""
-    relative = relative_schedule(TrainConfig(steps=100, warmup_steps=10, schedule=schedule))  # type: ignore[arg-type]
+    relative = relative_schedule(TrainConfig(steps=100, warmup=0.1, schedule=schedule))  # type: ignore[arg-type]
     values = np.array([relative(step) for step in range(101)])
     assert 0 < values[0] < 0.1 + 1e-6 and values[10] == 1
     assert np.all(np.diff(values[:11]) > 0) and np.all(np.diff(values[10:]) <= 1e-7)
@@ -164,7 +164,8 @@ def test_groups_hold_members_of_nearly_equal_width() -> None:
     groups = make_groups(members)
     assert [group.features for group in groups] == [100, 768, 1000]
     assert groups[1] == Group(
-        (members[2], members[1], members[4], members[5]), ("F767", "F768-seed1-lr0.001", "F768-seed0-lr0.01", "F768-seed0-lr0.001")
+        (members[2], members[1], members[4], members[5]),
+        ("F767", "F768-seed1-lr0.001", "F768-seed0-lr0.01", "F768-seed0-lr0.001"),
     )  # fmt: skip
     assert Config().sweep.features == (100, 767, 768, 1000)
 

@@ -1,0 +1,92 @@
+"""A text -> its activations on disk, whichever program runs the language model.
+
+stories in order ─► blocks of whole stories ─► activations, in any order ─► in the order of the text ─► write_store
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jax_sae.activations.store import write_store
+from jax_sae.errors import BadInput
+from jax_sae.language_model.text import Stories, Story
+
+BLOCK_TOKENS = 65_536
+"""Tokens that are computed before they are written: enough for batches of equal length, few enough for memory."""
+
+READ_AHEAD = 64
+"""Stories that are tokenised at a time."""
+
+
+def write_text(
+    directory: Path,
+    stories: Stories,
+    activations_of: Callable[[Sequence[np.ndarray]], Iterable[tuple[int, np.ndarray]]],
+    n_tokens: int | None,
+    **facts: Any,
+) -> str:
+    """Write the activations of a text as a store: whole stories in order, with a progress bar.
+
+    Args:
+        directory: of the store; must not exist or be empty.
+        stories: the text.
+        activations_of: token ids [T] of stories, none of them empty -> (number of the story, its activations [T, D])
+            of each, in any order.
+        n_tokens: end with the story that reaches so many tokens; None: all stories.
+        **facts: as for `write_store`; what became of the text is put beside them.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        BadInput: as `write_store` and `Stories.read`, and if `n_tokens` is not above 0.
+    """
+    from tqdm import tqdm
+
+    if n_tokens is not None and n_tokens < 1:
+        raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
+    counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0}
+
+    def in_order() -> Iterator[np.ndarray]:
+        with tqdm(total=n_tokens or len(stories), unit=" tokens" if n_tokens else " stories") as bar:
+            for block in _blocks(stories, n_tokens, counts):
+                found: list[Any] = [None] * len(block)
+                for i, x in activations_of([story.token_ids for story in block]):
+                    found[i] = x
+                    bar.update(min(len(x), bar.total - bar.n) if n_tokens else 1)
+                if not n_tokens:
+                    bar.update(counts["stories"] - bar.n)  # the empty ones
+                yield from found
+
+    manifest = write_store(directory, in_order(), text_read=counts, **facts)  # which looks at `counts` at its end
+    n_bytes = sum(shard.stat().st_size for shard in directory.glob("*.npy"))
+    return (
+        f"{directory}: {manifest['rows']:,} rows of width {manifest['width']} in {manifest['dtype']}, "
+        f"{n_bytes / 1e6:,.1f} MB, of {counts['stories']:,} stories; {counts['empty_stories']:,} had no text, "
+        f"{counts['cut_stories']:,} were cut at {stories.max_tokens:,} tokens ({counts['tokens_cut']:,} tokens lost)"
+    )
+
+
+def _blocks(stories: Stories, n_tokens: int | None, counts: dict[str, int]) -> Iterator[list[Story]]:
+    """Stories that have tokens, about `BLOCK_TOKENS` tokens at a time, up to the one that reaches `n_tokens`."""
+    block: list[Story] = []
+    in_block = total = 0
+    for first in range(0, len(stories), READ_AHEAD):
+        for story in stories.read(range(first, min(first + READ_AHEAD, len(stories)))):
+            counts["stories"] += 1
+            counts["empty_stories"] += len(story) == 0
+            counts["cut_stories"] += story.tokens_cut > 0
+            counts["tokens_cut"] += story.tokens_cut
+            if len(story):
+                block.append(story)
+            in_block, total = in_block + len(story), total + len(story)
+            is_last = n_tokens is not None and total >= n_tokens
+            if in_block >= BLOCK_TOKENS or is_last:
+                yield block
+                block, in_block = [], 0
+            if is_last:
+                return
+    if block:
+        yield block

@@ -1,0 +1,297 @@
+"""The script writes hidden_states as transformers defines them. Needs torch, which the rest of the project does not."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from running import REPOSITORY
+
+from jax_sae.activations import text_to_store
+from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.language_model.text import load_tokenizer, tokenize
+
+DEMO = REPOSITORY / "jax_sae" / "demo"
+SCRIPTS = REPOSITORY / "scripts"
+POSITIONS = 48
+TEXTS = [
+    "Once upon a time there was a fox.",
+    "",
+    "The sun was warm. " * 20,  # longer than the positions
+    "Tom had a red ball. He liked to play with it in the park every day.",
+    "  ",
+    "A",
+    "One day, Lily went to the river with her mom and saw a big fish swim away.",
+    "The end. " * 8,
+]
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `scripts/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script("export_torch_activations")
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """The library, or the test is skipped."""
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def models(torch, tmp_path_factory):
+    """Directories of small random models with the demo's tokenizer, by their kind."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 2048, "max_position_embeddings": POSITIONS, "bos_token_id": 0, "eos_token_id": 0}
+    local = {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 8}
+    made = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=3, n_head=2, **sizes)),
+        "gpt_neo": GPTNeoForCausalLM(GPTNeoConfig(hidden_size=24, num_layers=3, num_heads=2, **local, **sizes)),
+        "llama": LlamaForCausalLM(
+            LlamaConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=40, **sizes)
+        ),
+    }
+    directories = {}
+    for kind, model in made.items():
+        directories[kind] = tmp_path_factory.mktemp(kind)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(directories[kind])
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(DEMO / "model" / name, directories[kind])
+    return directories
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The file with the texts."""
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def hidden_states(torch, models):
+    """Of each kind of model: for each text all hidden states [T, D], each text by itself, without padding."""
+    from transformers import AutoModelForCausalLM
+
+    token_ids = tokenize(load_tokenizer(str(DEMO / "model")), [text.strip() and text for text in TEXTS])
+    found = {}
+    for kind, directory in models.items():
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        with torch.inference_mode():
+            outputs = [model(torch.tensor([ids[:POSITIONS]]), output_hidden_states=True) for ids in token_ids if ids]
+        found[kind] = [[state[0].numpy() for state in output.hidden_states] for output in outputs]
+    return found
+
+
+def arguments(model, text, out, *others, layer=2):
+    """A command line."""
+    return [
+        "--model",
+        str(model),
+        "--layer",
+        str(layer),
+        "--text-path",
+        str(text),
+        "--out",
+        str(out),
+        *map(str, others),
+    ]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama"])
+def test_rows_are_the_hidden_states_of_the_texts_in_order(
+    kind, layer, models, text, hidden_states, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(text_to_store, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(text_to_store, "READ_AHEAD", 3)
+    assert script.main(arguments(models[kind], text, tmp_path / "acts", "--batch-tokens", 60, layer=layer)) == 0
+    rows = open_rows(str(tmp_path / "acts"))
+    expected = np.concatenate([states[layer] for states in hidden_states[kind]])
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(rows.read(0, len(rows)), expected, rtol=0, atol=2e-5)
+    assert "blocks are run" not in capsys.readouterr().out
+
+
+def test_the_manifest_and_the_closing_line_say_what_was_read(models, text, hidden_states, tmp_path, capsys):
+    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", "--dtype", "float16")) == 0
+    manifest = read_manifest(tmp_path / "acts")
+    lost = len(tokenize(load_tokenizer(str(DEMO / "model")), [TEXTS[2]])[0]) - POSITIONS
+    assert lost > 0
+    expected = {
+        "model": str(models["gpt2"]),
+        "layer": 2,
+        "text": str(text),
+        "split": "train",
+        "column": "text",
+        "tokenizer": str(models["gpt2"]),
+        "dtype": "float16",
+        "text_read": {"stories": 8, "empty_stories": 2, "cut_stories": 1, "tokens_cut": lost},
+    }
+    assert {name: manifest[name] for name in expected} == expected
+    line = capsys.readouterr().out
+    assert f"{manifest['rows']} rows of width 24 in float16" in line
+    assert f"8 stories; 2 had no text, 1 were cut at {POSITIONS} tokens ({lost} tokens lost)" in line
+    rows = open_rows(str(tmp_path / "acts")).read(0, manifest["rows"])
+    exact = np.concatenate([states[2] for states in hidden_states["gpt2"]])
+    np.testing.assert_allclose(rows, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_longer_texts_are_cut_and_the_text_that_reaches_the_number_of_tokens_is_the_last(
+    models, text, hidden_states, tmp_path
+):
+    options = ["--max-length", 7, "--tokens", 15]
+    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", *options)) == 0
+    expected = np.concatenate([states[2][:7] for states in hidden_states["gpt2"][:3]])
+    assert 15 <= len(expected) < 22
+    np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
+    read = read_manifest(tmp_path / "acts")
+    assert (read["rows"], read["text_read"]["stories"]) == (len(expected), 4)
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_our_own_gpt_neo_writes_the_same(layer, models, text, tmp_path):
+    harvest = load_script("harvest_activations")
+    assert script.main(arguments(models["gpt_neo"], text, tmp_path / "torch", layer=layer)) == 0
+    assert harvest.main(arguments(models["gpt_neo"], text, tmp_path / "jax", layer=layer)) == 0
+    torch_rows, rows = (open_rows(str(tmp_path / name)) for name in ("torch", "jax"))
+    n = len(rows)
+    np.testing.assert_allclose(rows.read(0, n), torch_rows.read(0, len(torch_rows)), rtol=0, atol=1e-4)
+    torch_manifest, manifest = (read_manifest(tmp_path / name) for name in ("torch", "jax"))
+    assert manifest["text_read"] == torch_manifest["text_read"]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+def test_only_the_blocks_below_the_layer_are_run(torch, models, layer):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(models["gpt2"])
+    forward = script.forward_to_layer(model, layer)
+    ran = []
+    for i, block in enumerate(model.h):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    forward(torch.arange(5)[None], torch.ones((1, 5), dtype=torch.int64))
+    assert ran == list(range(layer))
+
+
+@pytest.mark.parametrize("oddity", ["no list of blocks", "another input", "rounding"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_model_that_is_built_otherwise_is_run_whole(torch, oddity, layer, capsys):
+    class Odd(torch.nn.Module):
+        """Three times 2 x + 1, but the hidden states are not simply what goes from block to block."""
+
+        device = torch.device("cpu")
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=3, vocab_size=50))
+
+        def __init__(self):
+            super().__init__()
+            blocks = [torch.nn.Identity() for _ in range(3)]
+            self.blocks = torch.nn.ModuleList(blocks) if oddity != "no list of blocks" else torch.nn.Sequential(*blocks)
+
+        def forward(self, token_ids, attention_mask, use_cache, output_hidden_states=False):
+            x = token_ids[..., None].float()
+            states = [x]
+            for block in self.blocks:
+                x = 2 * block(x + {"another input": 1.0, "rounding": 1e-6}.get(oddity, 0.0)) + 1
+                states.append(x)
+            return SimpleNamespace(hidden_states=states) if output_hidden_states else (x,)
+
+    forward = script.forward_to_layer(Odd(), layer)
+    assert "all its 3 blocks are run" in capsys.readouterr().out
+    token_ids = torch.tensor([[3, 5]])
+    expected = Odd()(token_ids, None, False, output_hidden_states=True).hidden_states[layer]
+    assert torch.equal(forward(token_ids, torch.ones_like(token_ids)), expected)
+
+
+def refused(capsys, argv, *parts):
+    """The script ends with exit code 2 and one line that has all `parts` in it."""
+    assert script.main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for part in parts:
+        assert str(part) in lines[0]
+
+
+def test_without_torch_it_says_what_to_install(tmp_path, text, monkeypatch, capsys):
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    refused(capsys, arguments("a/b", text, tmp_path / "acts"), "torch is not installed", "pip install -e '.[torch]'")
+
+
+@pytest.mark.parametrize(
+    ("others", "parts"),
+    [
+        (["--layer", 4], ["layer 4", "3 blocks; valid are 0 to 3"]),
+        (["--layer", -1], ["layer -1", "3 blocks; valid are 0 to 3"]),
+        (["--max-length", 0], ["--max-length is 0", f"1 to {POSITIONS}"]),
+        (["--max-length", POSITIONS + 1], [f"--max-length is {POSITIONS + 1}", f"1 to {POSITIONS}"]),
+        (["--batch-tokens", 0], ["--batch-tokens is 0"]),
+        (["--tokens", 0], ["tokens", "is 0"]),
+        (["--device", "abacus"], ["--device 'abacus'"]),
+        (["--device", "cuda:77"], ["--device 'cuda:77'"]),
+        (["--text-column", "story"], ["no column 'story'"]),
+        (["--text-split", "test"], ["no split 'test'"]),
+        (["--text-path", "absent/absent.jsonl"], ["absent/absent.jsonl"]),
+        (["--tokenizer", "absent/absent"], ["absent/absent"]),
+        (["--model", "absent/absent"], ["absent/absent"]),
+    ],
+)
+def test_bad_input_is_told_in_one_line(torch, others, parts, models, text, tmp_path, capsys):
+    refused(capsys, arguments(models["gpt2"], text, tmp_path / "acts", *others), *parts)
+    assert not list(tmp_path.glob("acts/*"))
+
+
+def test_files_that_are_no_model_are_told_in_one_line(torch, models, text, tmp_path, capsys):
+    shutil.copytree(models["gpt2"], tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    whole = config.read_text()
+    for content in ("{", "{}", whole.replace('"gpt2"', '"gpt99"')):
+        config.write_text(content)
+        refused(capsys, arguments(tmp_path / "model", text, tmp_path / "acts"), tmp_path / "model")
+    config.write_text(whole)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(capsys, arguments(tmp_path / "model", text, tmp_path / "acts"), tmp_path / "model")
+
+
+def test_a_directory_that_holds_something_is_left_alone(torch, models, text, tmp_path, capsys):
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "acts" / "notes.txt").write_text("mine")
+    refused(capsys, arguments(models["gpt2"], text, tmp_path / "acts"), "not empty")
+
+
+def test_an_absent_gguf_file_is_told_in_one_line(torch, models, text, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    refused(capsys, arguments(models["gpt2"], text, tmp_path / "acts", "--gguf-file", "x.gguf"), "'x.gguf'")
+    (models["gpt2"] / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    refused(
+        capsys, arguments(models["gpt2"], text, tmp_path / "acts", "--gguf-file", "broken.gguf"), "cannot be loaded"
+    )
+
+
+def test_nothing_but_the_bar_and_the_closing_line_is_on_the_screen(torch, models, text, tmp_path):
+    command = [sys.executable, SCRIPTS / "export_torch_activations.py"]
+    environment = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *arguments(models["gpt_neo"], text, tmp_path / "acts")],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'acts'}: ") and done.stdout.count("\n") == 1
+    assert all("stories/s]" in line or "? stories" in line for line in done.stderr.splitlines() if line.strip())
+    assert Path(tmp_path / "acts" / "manifest.json").is_file()

@@ -1,0 +1,155 @@
+"""The script writes what the language model computes, and a sweep can be trained on it."""
+
+import importlib.util
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from running import REPOSITORY
+
+from jax_sae import command_line
+from jax_sae.activations import store, text_to_store
+from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+from jax_sae.language_model.text import open_split
+
+MODEL = "jax_sae/demo/model"
+STORIES = "jax_sae/demo/stories"
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `scripts/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script("harvest_activations")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """The demo's, up to layer 2."""
+    return load_language_model(MODEL, 2)
+
+
+def arguments(out, *others):
+    """A command line that reads the demo's validation stories."""
+    model_and_text = ["--model", MODEL, "--text-path", STORIES, "--text-split", "validation"]
+    return [*model_and_text, "--out", str(out), *map(str, others)]
+
+
+@pytest.mark.parametrize("block_tokens", [1, 500, 65_536])
+def test_rows_are_the_activations_of_the_stories_in_order(lm, block_tokens, tmp_path, monkeypatch, capsys):
+    """Whatever is computed together, and in whichever shard it lies."""
+    monkeypatch.setattr(text_to_store, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(text_to_store, "READ_AHEAD", 3)
+    monkeypatch.setattr(store, "SHARD_BYTES", 100_000)
+    assert script.main(arguments(tmp_path / "acts", "--tokens", 1500)) == 0
+    stories, n_tokens = [], 0
+    for text in open_split(STORIES, "validation", "text")["text"]:
+        if n_tokens >= 1500:
+            break
+        stories += lm.activations([text])
+        n_tokens += len(stories[-1])
+    rows, manifest = open_rows(str(tmp_path / "acts")), read_manifest(tmp_path / "acts")
+    np.testing.assert_allclose(rows.read(0, len(rows)), np.concatenate(stories), rtol=0, atol=1e-4)
+    assert len(manifest["shards"]) > 1
+    counts = {"stories": len(stories), "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0}
+    assert manifest["text_read"] == counts
+    assert (manifest["model"], manifest["layer"], manifest["split"]) == (MODEL, 2, "validation")
+    assert f"{n_tokens:,} rows of width 64 in float32" in capsys.readouterr().out
+
+
+def test_memory_holds_a_few_stories_at_a_time(tmp_path, monkeypatch):
+    """A block is computed and written before the next one is read."""
+    monkeypatch.setattr(text_to_store, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(text_to_store, "READ_AHEAD", 1)
+    stories = LengthOnly([100] * 50)
+    events = []
+
+    def activations_of(token_ids):
+        events.append(stories.n_read)
+        return ((i, np.ones((len(ids), 2))) for i, ids in reversed(list(enumerate(token_ids))))
+
+    text_to_store.write_text(tmp_path / "acts", stories, activations_of, None, model="a/b", layer=2)
+    assert events == [*range(3, 50, 3), 50]
+
+
+class LengthOnly:
+    """Stands in for `Stories`; counts what is read."""
+
+    max_tokens = 1000
+
+    def __init__(self, lengths):
+        self.lengths, self.n_read = lengths, 0
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def read(self, indices):
+        self.n_read += len(indices)
+        return [text_to_store.Story(np.zeros(self.lengths[i], np.int32), 0) for i in indices]
+
+
+def test_stories_without_text_and_beyond_the_positions_are_counted(lm, tmp_path, capsys):
+    texts = ["", "A fox.", "   ", "The sun was warm. " * 200, None]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in texts))
+    text = ["--text-path", tmp_path / "texts.jsonl", "--text-split", "train", "--text-column", "story"]
+    assert script.main(arguments(tmp_path / "acts", *text)) == 0
+    n_tokens = [len(ids) for ids in lm.tokenizer(texts[1:4:2])["input_ids"]]
+    assert n_tokens[1] > 512
+    manifest = read_manifest(tmp_path / "acts")
+    assert manifest["rows"] == n_tokens[0] + 512
+    counts = {"stories": 5, "empty_stories": 3, "cut_stories": 1, "tokens_cut": n_tokens[1] - 512}
+    assert manifest["text_read"] == counts
+    line = capsys.readouterr().out
+    assert f"5 stories; 3 had no text, 1 were cut at 512 tokens ({n_tokens[1] - 512:,} tokens lost)" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sweep_is_trained_on_what_was_written(tmp_path, dtype, monkeypatch, capsys):
+    """In another process the language model would not be needed; here it must not be loaded."""
+    assert script.main(arguments(tmp_path / "acts", "--tokens", 3000, "--dtype", dtype)) == 0
+    assert read_manifest(tmp_path / "acts")["dtype"] == dtype
+    monkeypatch.setattr("jax_sae.activations.sources.load_language_model", None)
+    flags = ["--activations.path", str(tmp_path / "acts"), "--activations.block-tokens", "1024"]
+    flags += ["--activations.held-out-tokens", "300", "--sweep.features", "8", "64", "--sweep.seeds", "0"]
+    flags += ["--train.steps", "20", "--train.batch-tokens", "128", "--train.warmup", "0.1"]
+    monkeypatch.setattr(command_line, "Signals", lambda: type("Silent", (), {"received": 0})())
+    out = tmp_path / "run"
+    assert command_line.main([*flags, "--out", str(out)], REPOSITORY / "configs" / "demo.toml") == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) >= 2
+    assert "rows of width 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("others", "part"),
+    [
+        (["--layer", 5], "layer 5"),
+        (["--tokens", 0], "the number of tokens to write is 0"),
+        (["--tokens", -3], "the number of tokens to write is -3"),
+        (["--model", "absent/absent"], "absent/absent"),
+        (["--text-split", "test"], "no split 'test'"),
+        (["--text-column", "story"], "no column 'story'"),
+        (["--tokenizer", "absent/absent"], "absent/absent"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(others, part, tmp_path, capsys):
+    assert script.main(arguments(tmp_path / "acts", *others)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+    assert not list(tmp_path.glob("acts/*"))
+
+
+def test_a_second_harvest_does_not_overwrite_the_first(tmp_path, capsys):
+    assert script.main(arguments(tmp_path / "acts", "--tokens", 100)) == 0
+    before = (tmp_path / "acts" / "manifest.json").read_bytes()
+    assert script.main(arguments(tmp_path / "acts", "--tokens", 200)) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert (tmp_path / "acts" / "manifest.json").read_bytes() == before
