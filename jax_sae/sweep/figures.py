@@ -64,7 +64,8 @@ def draw_losses(
     curves = losses[: n * width].reshape(n, width, -1).mean(1)
     finite = losses[np.isfinite(losses) & (losses > 0)]
     for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
-        figure = Figure(figsize=(9, 5), layout="constrained")
+        entries = len(names) + sum(floor > 0 for floor in floors) + 1
+        figure = Figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
         axes: Any = figure.subplots()
         for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
             axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {curves[-1, i]:.2g}")

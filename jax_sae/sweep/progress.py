@@ -50,13 +50,15 @@ def save(checkpoints: Checkpoints, progress: Progress, config: Config, groups: t
     checkpoints.save(progress.step, {"members": members, "normalization": normalization}, run)
 
 
-def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) -> Progress:
-    """Read the newest checkpoint of the run in `out`.
+def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) -> Progress | None:
+    """Read the newest checkpoint of the run in `out`; None if it did not come to its first one.
 
     Raises:
-        BadInput: if there is none, or it is of activations of another width, or beyond the last step of `config`.
+        BadInput: if the checkpoint is of activations of another width, or beyond the last step of `config`.
     """
-    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        if not checkpoints.steps():
+            return None
         step = checkpoints.step_or_newest(None)
         run, tree = checkpoints.read_run(step), checkpoints.read_state(step)
     found = tree["normalization"]["mean"].shape[-1]

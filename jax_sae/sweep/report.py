@@ -137,8 +137,8 @@ def finish(
         )
     summary = {
         "members": members,
-        "harvest_tokens_per_second": clock.harvest_tokens / clock.harvest_seconds,
-        "train_tokens_per_second": clock.train_tokens / clock.train_seconds,
+        "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
+        "train_tokens_per_second": clock.train_tokens / max(clock.train_seconds, 1e-9),
         "held_out_tokens": len(held_out.x),
         "empty_stories": progress.position.empty_stories,
         "cut_stories": progress.position.cut_stories,

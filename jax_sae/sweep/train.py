@@ -51,25 +51,29 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
     source, held_out_source, lines = open_sources(config)
     groups = make_groups(sweep_members(config.sweep))
     report.say(lines + report.describe(config, groups, source.width))
-    progress = restore(config, groups, source.width, out) if resume else begin(config, groups, source)
-    if progress.step == config.train.steps:
-        report.say([f"{out} is finished: it is at its last step, {progress.step}; there is nothing to do"])
-        return True
+    progress = restore(config, groups, source.width, out) if resume else None
+    if progress is not None:
+        report.say([f"resuming      {out} at step {progress.step:,}"])
+        if progress.step == config.train.steps and (out / "summary.json").exists():
+            report.say(["it is finished: that is its last step; there is nothing to do"])
+            return True
+    progress = progress or begin(config, groups, source)
     held_out = harvest_held_out(held_out_source, progress.normalization, config.activations)
     report.write_config(out, config)
     clock = Clock()
+    stopped = False
     with (
         Checkpoints(out / "checkpoints") as checkpoints,
         report.Log(out / "metrics.jsonl", config, groups, progress.step) as log,
     ):
         for progress in dispatches(progress, source, config, clock):  # noqa: B020 - it goes on from there
             log.write(progress, clock.train_tokens / clock.train_seconds)
-            last = progress.step == config.train.steps or stop_requested()
-            if last or progress.step % config.train.checkpoint_every == 0:
+            stopped = stop_requested() and progress.step < config.train.steps
+            if stopped or progress.step == config.train.steps or progress.step % config.train.checkpoint_every == 0:
                 save(checkpoints, progress, config, groups, source.width)
-            if last:
+            if stopped:
                 break
-    if progress.step < config.train.steps:
+    if stopped:
         report.say([f"stopped and saved at step {progress.step}; go on with --out {out} --resume"])
         return False
     report.finish(out, config, groups, progress, held_out, clock)
@@ -90,14 +94,19 @@ def begin(config: Config, groups: tuple[Group, ...], source: Source) -> Progress
 
 
 def dispatches(progress: Progress, source: Source, config: Config, clock: Clock) -> Iterator[Progress]:
-    """Train, and yield the progress after each dispatch: at every log line, checkpoint and end of a block's run."""
-    start = time.perf_counter()
-    for run in batch_runs(source, progress.normalization, progress.position, config.activations, config.train):
+    """Train to the last step, and yield the progress after each dispatch.
+
+    A dispatch ends at every log line, at every checkpoint, and with the batches of equal shape that are there.
+    """
+    runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
+    while progress.step < config.train.steps:
+        start = time.perf_counter()
+        run = next(runs)
         x, weights = jax.device_put((run.x, run.weights))
         clock.harvest_seconds += time.perf_counter() - start
         clock.harvest_tokens += int(run.weights.sum())
         first = run.used
-        while first < len(run.x):
+        while first < len(run.x) and progress.step < config.train.steps:
             start = time.perf_counter()
             last = first + min(len(run.x) - first, steps_to_next_event(progress.step, config))
             state, losses = update_many(progress.state, x, weights, first, last, train=config.train)
@@ -110,7 +119,6 @@ def dispatches(progress: Progress, source: Source, config: Config, clock: Clock)
             clock.train_tokens += tokens
             yield progress
             first = last
-        start = time.perf_counter()
 
 
 def steps_to_next_event(step: int, config: Config) -> int:

@@ -108,11 +108,37 @@ def test_resume_drops_lines_after_the_checkpoint(demo_config: Config, tmp_path: 
     assert [line["step"] for line in lines] == list(range(1, 13)) and lines[4]["members"]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(demo_config: Config, tmp_path: Path) -> None:
+    """Resuming it is the same as starting it; and one killed before its summary gets it."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(demo_config, out, resume=False, stop_requested=interrupt)
+    assert (out / "metrics.jsonl").read_text() and not list((out / "checkpoints").iterdir())
+    assert train(demo_config, out, resume=True, stop_requested=never)
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]
+    summary = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    assert train(demo_config, out, resume=True, stop_requested=never)
+    assert json.loads((out / "summary.json").read_text())["members"] == summary["members"]
+
+
+def interrupt() -> bool:
+    """A `stop_requested` that is the end of the process."""
+    raise KeyboardInterrupt
+
+
 def test_a_finished_run_is_left_alone(demo_config: Config, demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resuming says so and changes no file."""
     before = {path: path.stat().st_mtime_ns for path in demo_run.rglob("*") if path.is_file()}
     assert train(demo_config, demo_run, resume=True, stop_requested=never)
-    assert "is finished" in capsys.readouterr().out
+    assert "it is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in demo_run.rglob("*") if path.is_file()}
 
 
