@@ -1,6 +1,7 @@
 """All that changes while a run goes on, and its way into a checkpoint and back."""
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -13,8 +14,24 @@ from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Tree, from_flat, to_flat
 from jax_sae.sweep.members import Group
-from jax_sae.sweep.report import versions
 from jax_sae.sweep.update import SweepState, member_shapes, padded_shape, stack, unstack
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of what decides its results."""
+    return {"jax_sae": version("jax_sae"), **{name: version(name) for name in PACKAGES}}
+
+
+@dataclass
+class Clock:
+    """Where the time of this process goes; a run that is resumed begins a new one."""
+
+    harvest_seconds: float = 0.0
+    harvest_tokens: int = 0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
 
 
 @dataclass(frozen=True, eq=False)

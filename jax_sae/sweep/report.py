@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,17 +17,7 @@ from jax_sae.sweep.figures import draw_losses, member_colours
 from jax_sae.sweep.held_out import HeldOut, held_out_fvu
 from jax_sae.sweep.members import Group
 from jax_sae.sweep.optimizer import relative_schedule
-
-if TYPE_CHECKING:
-    from jax_sae.sweep.progress import Progress
-    from jax_sae.sweep.train import Clock
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """The versions of this package and of what decides its results."""
-    return {"jax_sae": version("jax_sae"), **{name: version(name) for name in PACKAGES}}
+from jax_sae.sweep.progress import Clock, Progress, versions
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,7 +63,7 @@ class Log:
         self._file.close()
         self._bar.close()
 
-    def write(self, progress: "Progress", tokens_per_second: float) -> None:
+    def write(self, progress: Progress, tokens_per_second: float) -> None:
         """Advance the bar; at every `log_every`-th step write a line, with losses averaged since the line before."""
         step = progress.step
         losses = progress.losses[max(0, step - self._every) : step].mean(0, dtype=np.float64)
@@ -108,68 +98,77 @@ def describe(config: Config, groups: tuple[Group, ...], width: int) -> list[str]
 
 
 def finish(
-    out: Path, config: Config, groups: tuple[Group, ...], progress: "Progress", held_out: HeldOut, clock: "Clock"
+    out: Path, config: Config, groups: tuple[Group, ...], progress: Progress, held_out: HeldOut, clock: Clock
 ) -> None:
     """Write `summary.json` and the figures; print the closing table and how to use what was trained."""
+    members = [(name, member) for group in groups for name, member in zip(group.names, group.members, strict=True)]
+    in_order = [members.index(pair) for member in sweep_members(config.sweep) for pair in members if pair[1] == member]
+    summary = summarize(config, groups, progress, held_out, clock)
+    summary["members"] = [summary["members"][i] for i in in_order]
+    write_json(out / "summary.json", summary)
+    width = held_out.x.shape[1]
+    draw_losses(
+        out / "figures",
+        [members[i][0] for i in in_order],
+        member_colours([members[i][1] for i in in_order], width),
+        progress.losses[:, in_order],
+        [held_out.loss_floor(members[i][1].features) for i in in_order],
+        f"{out.name}: reconstruction of activations of width {width}",
+    )
+    lines = ["", closing_table(summary["members"]), ""]
+    if summary["empty_stories"] or summary["cut_stories"]:
+        lines.append(
+            f"stories       {summary['empty_stories']} without text were skipped; {summary['cut_stories']} longer than "
+            f"the language model's positions were cut, {summary['tokens_cut']} tokens in all"
+        )
+    lines += [f"not finite    {m['name']}: its numbers mean nothing" for m in summary["members"] if m["non_finite"]]
+    say(
+        [
+            *lines,
+            f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
+            f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
+            f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png",
+            f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={members[in_order[-1]][0]!r}); "
+            "features = sae.encode(x)",
+        ]
+    )
+
+
+def summarize(
+    config: Config, groups: tuple[Group, ...], progress: Progress, held_out: HeldOut, clock: Clock
+) -> dict[str, Any]:
+    """The contents of `summary.json`, with the members in the groups' order."""
+    members = [(name, member) for group in groups for name, member in zip(group.names, group.members, strict=True)]
     fvus = [fvu for group in progress.state for fvu in held_out_fvu(held_out, group)]
     last = progress.losses[-max(1, config.train.steps // 100) :].mean(0, dtype=np.float64)
-    order = {member: i for i, member in enumerate(sweep_members(config.sweep))}
-    columns = [(member, name) for group in groups for member, name in zip(group.members, group.names, strict=True)]
-    by_config = sorted(range(len(columns)), key=lambda i: order[columns[i][0]])
-    members = []
-    for i in by_config:
-        (member, name), floor = columns[i], held_out.fvu_floor(columns[i][0].features)
-        finite = bool(np.isfinite(progress.losses[:, i]).all() and np.isfinite(fvus[i]))
-        members.append(
+    found = []
+    for i, (name, member) in enumerate(members):
+        floor = held_out.fvu_floor(member.features)
+        found.append(
             {
                 "name": name,
-                "features": member.features,
-                "seed": member.seed,
-                "learning_rate": member.learning_rate,
+                **asdict(member),
                 "steps": progress.step,
                 "tokens": progress.tokens,
                 "loss_per_element": finite_or_none(last[i]),
                 "fvu": finite_or_none(fvus[i]),
                 "pca_floor_fvu": floor,
                 "fvu_over_floor": finite_or_none(fvus[i] / floor) if floor > 0 else None,
-                "non_finite": not finite,
+                "non_finite": not (np.isfinite(progress.losses[:, i]).all() and np.isfinite(fvus[i])),
             }
         )
-    summary = {
-        "members": members,
+    position = progress.position
+    return {
+        "members": found,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
         "train_tokens_per_second": clock.train_tokens / max(clock.train_seconds, 1e-9),
         "held_out_tokens": len(held_out.x),
-        "empty_stories": progress.position.empty_stories,
-        "cut_stories": progress.position.cut_stories,
-        "tokens_cut": progress.position.tokens_cut,
-        "epochs": progress.position.epoch,
+        "epochs": position.epoch,
+        "empty_stories": position.empty_stories,
+        "cut_stories": position.cut_stories,
+        "tokens_cut": position.tokens_cut,
         "device": jax.devices()[0].device_kind,
     }
-    write_json(out / "summary.json", summary)
-    ordered = [columns[i][0] for i in by_config]
-    draw_losses(
-        out / "figures",
-        [columns[i][1] for i in by_config],
-        member_colours(ordered, held_out.x.shape[1]),
-        progress.losses[:, by_config],
-        [held_out.loss_floor(member.features) for member in ordered],
-        f"{out.name}: reconstruction of activations of width {held_out.x.shape[1]}",
-    )
-    position = progress.position
-    lines = ["", closing_table(members), ""]
-    if position.empty_stories or position.cut_stories:
-        lines.append(
-            f"stories       {position.empty_stories} without text were skipped; {position.cut_stories} longer than the "
-            f"language model's positions were cut, {position.tokens_cut} tokens in all"
-        )
-    lines += [
-        f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
-        f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
-        f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png",
-        f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={members[-1]['name']!r}); sae.encode(x)",
-    ]
-    say(lines)
 
 
 def closing_table(members: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,21 +16,11 @@ from jax_sae.sweep import report
 from jax_sae.sweep.checkpoints import Checkpoints
 from jax_sae.sweep.held_out import harvest_held_out
 from jax_sae.sweep.members import Group, make_groups
-from jax_sae.sweep.progress import Progress, restore, save
+from jax_sae.sweep.progress import Clock, Progress, restore, save
 from jax_sae.sweep.update import init_sweep, update_many
 
 NORMALIZATION_TOKENS = 16_384
 """Tokens from which the `dataset` normalisation is estimated: the first ones of the training order."""
-
-
-@dataclass
-class Clock:
-    """Where the time of this process goes."""
-
-    harvest_seconds: float = 0.0
-    harvest_tokens: int = 0
-    train_seconds: float = 0.0
-    train_tokens: int = 0
 
 
 def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[], bool]) -> bool:
