@@ -45,8 +45,7 @@ class TextConfig:
     split: str = "train"
     """The split to train on."""
     validation_split: str = ""
-    """The split for held-out numbers; empty: 'validation' or 'test' if there is one, else the end of the training
-    split, which is then not trained on."""
+    """The held-out split; empty: 'validation' or 'test', else the end of the training split, then not trained on."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,9 @@ class ActivationsConfig:
     """What the autoencoders read."""
 
     path: str = ""
-    """Read activations from here instead of running a language model: a store, or an .npy, .safetensors or .pt file
-    with one array [N, D]."""
+    """Instead of a language model: a store, or an .npy, .safetensors or .pt file with one array [N, D]."""
     normalization: Normalization = "dataset"
-    """dataset: mean removed, scaled so that the mean squared norm is D. story: per story, (x - mean) / std * sqrt(D)
-    with scalar mean and std. none: as they are."""
+    """dataset: mean removed, mean squared norm D. story: per story (x - mean) / std * sqrt(D). none: as they are."""
     block_tokens: int = 131_072
     """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
     held_out_tokens: int = 65_536
@@ -88,13 +85,11 @@ class SweepConfig:
     learning_rates: tuple[float, ...] = (1e-3,)
     """Peak learning rates."""
     members: tuple[Member, ...] = ()
-    """Explicit members instead of the combinations: [[sweep.members]] tables in TOML,
-    features=768,seed=1,learning_rate=1e-3 on the command line."""
+    """Instead of the lists: [[sweep.members]] in TOML, features=768,seed=1,learning_rate=1e-3 as a flag."""
     initialization: Initialization = "torch"
     """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, its transpose as W_enc."""
     encoder_bias: float = 0.0
-    """With orthogonal: initial value of every b_enc, in standard deviations of a normalised activation; above 0,
-    features start active."""
+    """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active."""
 
 
 @dataclass(frozen=True)
