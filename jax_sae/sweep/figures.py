@@ -53,10 +53,8 @@ def draw_losses(
         floors: of the members, least loss per element on the held-out tokens; 0 where F >= D.
         title: of both figures.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["axes.formatter.limits"] = (-3, 4)
     directory.mkdir(parents=True, exist_ok=True)
     width = max(1, len(losses) // CURVE_POINTS)
     n = len(losses) // width
@@ -77,6 +75,7 @@ def draw_losses(
         if scale == "linear" and len(finite):
             axes.set_ylim(0, 1.05 * np.percentile(finite, 99.9))
         axes.set_xlim(0, len(losses))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
         axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
         axes.set_title(title, fontsize="medium")
