@@ -78,7 +78,6 @@ def keep_libraries_quiet() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(name, value)

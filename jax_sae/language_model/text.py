@@ -4,8 +4,8 @@ Rows stay in the files of the `datasets` library, mapped into memory: only the r
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +102,27 @@ def open_dataset(path: str) -> "DatasetDict":
     else:
         raise BadInput(f"{local}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}")
     try:
-        with hub_switched_off() if local or hub_is_silent else nullcontext():
+        with _files_on_this_machine() if local or hub_is_silent else nullcontext():
             return datasets.load_dataset(source, data_files=files)
     except Exception as error:  # there are many, for each file format and each trouble
         if hub_is_silent:
             raise cannot_load(path, "dataset", hub_is_silent) from error
         raise BadInput(f"{path}: cannot be loaded as a dataset ({one_line(error.__cause__ or error)})") from error
+
+
+@contextmanager
+def _files_on_this_machine() -> Iterator[None]:
+    """Within it, `datasets` asks no hub, and shows no progress, which only a download is slow enough for."""
+    import datasets
+
+    were_off = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with hub_switched_off():
+            yield
+    finally:
+        if not were_off:
+            datasets.enable_progress_bars()
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ def test_what_is_too_long_is_cut_and_counted_without_a_word(
     tokenizer_directory: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing on the screen, nothing in the log."""
-    with caplog.at_level(logging.DEBUG, "transformers"):
+    with caplog.at_level(logging.WARNING, "transformers"):
         long, short = stories_of(["a" * 5000, "a" * 100], tokenizer_directory).read([0, 1])
     assert (len(long.token_ids), long.tokens_cut) == (100, 4900)
     assert (len(short.token_ids), short.tokens_cut) == (100, 0)
