@@ -17,7 +17,7 @@ import tyro
 from timing import seconds, spread
 
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
-from jax_sae.language_model.harvest import TOKENS_AT_A_TIME, harvest
+from jax_sae.language_model.harvest import harvest
 
 TINYSTORIES_33M = {
     "model_type": "gpt_neo",
@@ -27,6 +27,7 @@ TINYSTORIES_33M = {
     "attention_types": [[["global", "local"], 2]],
 }
 LAYER = 2
+ROWS = 4096  # of the matrix products that it is compared with
 
 
 def main(tokens: int = 65536, rounds: int = 5) -> None:
@@ -47,14 +48,14 @@ def main(tokens: int = 65536, rounds: int = 5) -> None:
         stories.append(random.integers(0, config.vocab_size, length))
     n = sum(map(len, stories))
     operations = sum(LAYER * len(story) * (24 * D * D + 4 * len(story) * D) for story in stories)
-    x = jax.random.normal(jax.random.key(0), (TOKENS_AT_A_TIME, D))
+    x = jax.random.normal(jax.random.key(0), (ROWS, D))
     W = [jax.random.normal(jax.random.key(1), (D, out)) for out in (D, 4 * D)]
     dot = jax.jit(jnp.dot)
     times = seconds(
         {"dot": lambda: [dot(x, w) for w in W], "harvest": lambda: [a for _, a in harvest(model, params, stories)]},
         rounds,
     )
-    rate = [2 * TOKENS_AT_A_TIME * D * 5 * D / t for t in times["dot"]]
+    rate = [2 * ROWS * D * 5 * D / t for t in times["dot"]]
     ratios = [operations / t / r for t, r in zip(times["harvest"], rate, strict=True)]
     speed = [n / t for t in times["harvest"]]
     print(f"{len(stories)} stories, {n} tokens, mean length {n / len(stories):.0f}")
