@@ -12,8 +12,8 @@ from jax_sae.language_model.gpt_neo import GPTNeo
 def tokens_at_a_time() -> int:
     """Tokens of a forward pass, padding included.
 
-    On a CPU the arrays of 1024 tokens stay in the caches and in memory that the process already has, which harvests half
-    as fast again as 8192 tokens do (docs/LOG.md); an accelerator needs more to be filled.
+    On a CPU the arrays of 1024 tokens stay in the caches and in memory that the process already has: half as fast again
+    as 8192 tokens (docs/LOG.md). An accelerator needs more to be filled.
     """
     return 1024 if jax.default_backend() == "cpu" else 32_768
 
