@@ -60,7 +60,7 @@ def draw_losses(
     n = len(losses) // width
     steps = (np.arange(n) + 0.5) * width
     curves = losses[: n * width].reshape(n, width, -1).mean(1)
-    finite = losses[np.isfinite(losses) & (losses > 0)]
+    first = curves[0][np.isfinite(curves[0])]
     for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
         entries = len(names) + sum(floor > 0 for floor in floors) + 1
         figure = Figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
@@ -72,8 +72,8 @@ def draw_losses(
                     floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}"
                 )
         axes.set_yscale(scale)
-        if scale == "linear" and len(finite):
-            axes.set_ylim(0, 1.05 * np.percentile(finite, 99.9))
+        if scale == "linear" and len(first):
+            axes.set_ylim(0, 1.05 * first.max())
         axes.set_xlim(0, len(losses))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
