@@ -45,7 +45,7 @@ class Position:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class BatchRun:
     """Adjacent batches of a block, all of one shape."""
 
     x: np.ndarray
@@ -60,7 +60,7 @@ class Run:
 
 def batch_runs(
     source: Source, fitted: Normalization, position: Position, activations: ActivationsConfig, train: TrainConfig
-) -> Iterator[Run]:
+) -> Iterator[BatchRun]:
     """Batches from `position` on, for ever, a run of equal shape at a time.
 
     Args:
@@ -84,7 +84,7 @@ def batch_runs(
 
 def _token_block(
     source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
-) -> Iterator[tuple[Run, Position]]:
+) -> Iterator[tuple[BatchRun, Position]]:
     """One run with all batches of the block, and where the next block starts."""
     B = train.batch_tokens
     n_batches = activations.block_tokens // B
@@ -107,12 +107,12 @@ def _token_block(
         x[places[firsts[i] : firsts[i + 1]]] = rows[first:last]
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield Run(x.reshape(n_batches, B, -1), np.ones((n_batches, B), np.float32), 0, after), end
+    yield BatchRun(x.reshape(n_batches, B, -1), np.ones((n_batches, B), np.float32), 0, after), end
 
 
 def _story_block(
     source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
-) -> Iterator[tuple[Run, Position]]:
+) -> Iterator[tuple[BatchRun, Position]]:
     """A run of one batch for each story of the block, and where the next block starts."""
     del train  # stories come in the order of the text, whole
     items: list[Item] = []
@@ -131,7 +131,7 @@ def _story_block(
         x = np.zeros((1, padded_length(T), source.width), np.float32)
         x[0, :T] = rows
         weights = (np.arange(x.shape[1]) < T).astype(np.float32)[None]
-        yield Run(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,)), end
+        yield BatchRun(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,)), end
 
 
 def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:

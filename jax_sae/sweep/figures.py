@@ -9,30 +9,27 @@ import numpy as np
 from jax_sae.config import Member
 
 CURVE_POINTS = 500
-COLOUR_BLIND_SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-"""Okabe and Ito 2008; used for members beyond the four of the starting experiment."""
 
 
 def member_colours(members: Sequence[Member], width: int) -> list[str]:
     """Green, blue, red and orange for F far below, one below, equal to and above D, as in the starting experiment.
 
-    The first member of each kind has its colour; the others take theirs from a colour-blind-safe list, in turn.
+    The first member of each kind has its colour; the others share out cividis, a colour-blind-safe map, from dark blue
+    to yellow.
     """
+    import matplotlib
+
     free = {"tab:green", "tab:blue", "tab:red", "tab:orange"}
-    colours, extra = [], 0
+    colours = []
     for member in members:
         difference = member.features - width
-        colour = (
-            "tab:red" if difference == 0 else "tab:orange" if difference > 0
-            else "tab:blue" if difference == -1 else "tab:green"
-        )  # fmt: skip
-        if colour in free:
-            free.remove(colour)
-        else:
-            colour = COLOUR_BLIND_SAFE[extra % len(COLOUR_BLIND_SAFE)]
-            extra += 1
-        colours.append(colour)
-    return colours
+        colour = "tab:red" if difference == 0 else "tab:orange" if difference > 0 else "tab:green"
+        colour = "tab:blue" if difference == -1 else colour
+        colours.append(colour if colour in free else "")
+        free.discard(colour)
+    further = iter(np.linspace(0, 0.95, max(2, colours.count(""))))
+    cividis = matplotlib.colormaps["cividis"]
+    return [colour or matplotlib.colors.to_hex(cividis(next(further))) for colour in colours]
 
 
 def draw_losses(
@@ -62,12 +59,12 @@ def draw_losses(
     curves = losses[: n * width].reshape(n, width, -1).mean(1)
     first = curves[0][np.isfinite(curves[0])]
     for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
-        entries = len(names) + sum(floor > 0 for floor in floors) + 1
+        entries = len(names) + len({floor for floor in floors if floor > 0}) + 1
         figure = Figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
         axes: Any = figure.subplots()
         for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
             axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {curves[-1, i]:.2g}")
-            if floors[i] > 0:
+            if floors[i] > 0 and floors[i] not in floors[:i]:  # members of one width have one floor
                 axes.axhline(
                     floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}"
                 )

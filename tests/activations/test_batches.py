@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from jax_sae.activations.batches import Position, Run, batch_runs, first_activations
+from jax_sae.activations.batches import BatchRun, Position, batch_runs, first_activations
 from jax_sae.activations.normalize import identity
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -62,7 +62,7 @@ class FakeSource:
 SOURCE = FakeSource([5, 0, 17, 1, 30, 9, 12, 3, 0, 8, 21, 6], cut={4: 100})  # 112 tokens
 
 
-def runs(train: TrainConfig, position: Position = Position(), source: FakeSource = SOURCE) -> Iterator[Run]:  # noqa: B008
+def runs(train: TrainConfig, position: Position = Position(), source: FakeSource = SOURCE) -> Iterator[BatchRun]:  # noqa: B008
     """Batch runs of the fake source."""
     return batch_runs(source, identity(2), position, ACTIVATIONS, train)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import REPOSITORY, never, stop_at
+from running import never, stop_at
 
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
@@ -163,11 +163,3 @@ def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="not finite"):
         train(config, tmp_path / "run", resume=False, stop_requested=never)
     assert not (tmp_path / "run").exists()
-
-
-def test_configs_are_valid() -> None:
-    """Every file in configs/."""
-    from jax_sae.config import load_config
-
-    for path in sorted((REPOSITORY / "configs").glob("*.toml")):
-        load_config(path)
