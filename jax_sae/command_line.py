@@ -2,17 +2,19 @@
 
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 from jax_sae.config import Config, Member, config_from_dict, config_to_dict, load_config, option_names, validate
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, RunFailed
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -23,6 +25,9 @@ MAY_CHANGE_ON_RESUME = (
     "text.tokenizer",
     "activations.path",
 )
+
+
+OWN_FLAGS = ("help", "config", "out", "resume", "debug")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +41,47 @@ class Arguments:
 
 
 def main(argv: Sequence[str], default_config: Path) -> int:
-    """Run `train_all.py`; the exit code is 0 when finished, 2 for bad input, 130 or 143 after Ctrl-C or SIGTERM.
+    """Run `train_all.py`; returns the exit code, as `run_script`, and 130 or 143 after Ctrl-C or SIGTERM.
 
     A first signal saves at the next step boundary and ends; a second one ends at once.
     """
-    keep_libraries_quiet()
-    try:
+
+    def work() -> int:
         arguments = parse(argv, default_config)
         out = choose_directory(arguments)
         config = settings_to_resume(arguments, out, argv, default_config) if arguments.resume else arguments.settings
         validate(config)
+        from jax_sae.activations.interruptible import Stopped
         from jax_sae.sweep.train import train
 
         signals = Signals()
-        finished = train(config, out, resume=arguments.resume, stop_requested=lambda: bool(signals.received))
+        try:
+            finished = train(config, out, resume=arguments.resume, stop_requested=lambda step: signals.received > 0)
+        except Stopped:
+            print("stopped before the first step; there was nothing to save")
+            finished = False
         return 0 if finished else 128 + signals.received
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return run_script(argv, work)
+
+
+def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
+    """Do the work of a script, and return its exit code; what ends it badly is one line, or with --debug a traceback.
+
+    0: done. 1: the machine failed: a disk is full, every member diverged. 2: something given cannot be used. Any other
+    exception is a defect of this package, and is raised.
+    """
+    keep_libraries_quiet()
+    try:
+        return work()
+    except (BadInput, RunFailed, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        is_full = f"a file could not be written ({error}); make room, and go on with --resume"
+        print(f"error: {is_full if isinstance(error, OSError) else error}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
 
 
 class Signals:
@@ -116,8 +144,9 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
     class CommandLine:
         """Train every autoencoder of a sweep at once on the activations of a language model.
 
-        A flag overrides the TOML file of --config, and that the defaults. Exit codes: 0 finished, 2 something given
-        cannot be used, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+        A flag overrides the TOML file of --config, and that the defaults. Exit codes: 0 finished, 1 the run could not
+        go on (a full disk, every member diverged), 2 something given cannot be used, 130 or 143 stopped by Ctrl-C or
+        SIGTERM after saving.
         """
 
         config: Path = default_config
@@ -126,6 +155,8 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
         """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
         resume: bool = False
         """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
+        debug: bool = False
+        """Show the traceback of an error, above its one line."""
         settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: start)
 
     parsed = tyro.cli(
@@ -136,7 +167,14 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
 
 def check_flags(argv: Sequence[str]) -> None:
     """Raise BadInput at the first flag that does not exist, with the nearest one that does."""
-    known = ["--help", "--config", "--out", "--resume", *(f"--{name.replace('_', '-')}" for name in option_names())]
+    known = [
+        "--help",
+        "--config",
+        "--out",
+        "--resume",
+        "--debug",
+        *(f"--{name.replace('_', '-')}" for name in option_names()),
+    ]
     for argument in argv:
         flag = argument.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:

@@ -21,6 +21,8 @@ Initialization = Literal["torch", "orthogonal"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
 
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -60,6 +62,10 @@ class ActivationsConfig:
     """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
     held_out_tokens: int = 65_536
     """Tokens of the held-out set, on which FVU and the PCA floor are measured; whole stories up to this number."""
+    exclude_first_tokens: int = 0
+    """Tokens at the start of each story that are not used, neither for training nor held out."""
+    norm_limit: float = 0.0
+    """Tokens whose activation has a larger norm |x|, in the model's scale, are not used; 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,19 @@ def validate(config: Config) -> None:
             "activations.path holds rows without their stories, so train.batching and activations.normalization "
             "cannot be 'story'; use 'tokens' and 'dataset'"
         )
+    not_negative("activations.exclude_first_tokens", activations.exclude_first_tokens)
+    if activations.path and activations.exclude_first_tokens:
+        raise BadInput(
+            f"activations.exclude_first_tokens is {activations.exclude_first_tokens}, but activations.path holds rows "
+            "without their stories; export them again with --exclude-first-tokens, or use activations.norm_limit"
+        )
+    not_negative("activations.norm_limit", activations.norm_limit)
+    if activations.norm_limit and (train.batching == "story" or activations.normalization == "story"):
+        raise BadInput(
+            f"activations.norm_limit is {activations.norm_limit}, but it needs tokens that do not depend on the rest "
+            "of their story, so train.batching and activations.normalization cannot be 'story'; use 'tokens' and "
+            "'dataset', or activations.exclude_first_tokens in place of the limit"
+        )
     not_negative("sweep.encoder_bias", sweep.encoder_bias)
     if sweep.encoder_bias and sweep.initialization != "orthogonal":
         raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
@@ -279,6 +298,12 @@ def validate(config: Config) -> None:
         positive("sweep.features", member.features)
         not_negative("sweep.seeds", member.seed)
         positive("sweep.learning_rates", member.learning_rate)
+        if not SMALLEST_FLOAT32 <= member.learning_rate <= LARGEST_FLOAT32:
+            becomes = "zero" if member.learning_rate < 1 else "infinite"
+            raise BadInput(
+                f"sweep.learning_rates is {member.learning_rate!r}, which float32 would make {becomes}; "
+                f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
+            )
     for i, member in enumerate(members):
         if member in members[:i]:
             raise BadInput(f"the sweep has this member twice: {member}")

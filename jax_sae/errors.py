@@ -1,4 +1,4 @@
-"""The one exception that means "what was given cannot be used"."""
+"""The two exceptions that a script prints as one line, without a traceback."""
 
 
 class BadInput(ValueError):
@@ -6,4 +6,11 @@ class BadInput(ValueError):
 
     The message is one line: what was found, what was expected, and what to do. A script prints it without a traceback
     and ends with exit code 2. Anything else that is raised is a defect of this package and keeps its traceback.
+    """
+
+
+class RunFailed(RuntimeError):
+    """A run that began well cannot go on: the disk is full, or every member has diverged.
+
+    The message is one line, as for `BadInput`; a script prints it and ends with exit code 1. What was saved stays.
     """

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_sae.command_line import keep_libraries_quiet
+from jax_sae.command_line import run_script
 from jax_sae.config import TextConfig
 from jax_sae.errors import BadInput
 
@@ -29,7 +29,7 @@ Forward = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a causal language model's activations to disk. Exit codes: 0 written, 2 something given cannot be used."""
+    """Write a causal language model's activations to disk. Exit codes: 0 written, 1 a full disk, 2 bad input."""
 
     model: str
     """Hugging Face id or directory."""
@@ -49,6 +49,8 @@ class Options:
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
     """End with the text that reaches so many tokens; without it, all texts."""
+    exclude_first_tokens: int = 0
+    """Tokens at the start of each text that the model reads but that are not written."""
     max_length: int | None = None
     """Cut longer texts after so many tokens; without it, only those beyond the model's positions."""
     batch_tokens: int = 8192
@@ -57,6 +59,8 @@ class Options:
     """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
     device: str = ""
     """Of torch, such as cpu or cuda:1; empty: a GPU if there is one."""
+    debug: bool = False
+    """Show the traceback of an error, above its one line."""
 
 
 def export(options: Options) -> str:
@@ -78,7 +82,14 @@ def export(options: Options) -> str:
     rows = open_split(options.text_path, options.text_split, options.text_column)
     model, tokenizer = load(options)
     config = model.config.get_text_config()
-    stories = Stories(rows, options.text_column, tokenizer, longest_text(config, options.max_length), config.vocab_size)
+    stories = Stories(
+        rows,
+        options.text_column,
+        tokenizer,
+        longest_text(config, options.max_length),
+        config.vocab_size,
+        options.exclude_first_tokens,
+    )
     forward = forward_to_layer(model, options.layer)
     try:
         return write_text(
@@ -94,6 +105,7 @@ def export(options: Options) -> str:
             split=options.text_split,
             column=options.text_column,
             tokenizer=options.tokenizer or options.model,
+            exclude_first_tokens=options.exclude_first_tokens,
         )
     except torch.OutOfMemoryError as error:
         raise BadInput(f"{model.device} has too little memory; lower --batch-tokens or --max-length") from error
@@ -262,16 +274,14 @@ def activations_of(
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    import tyro
 
-    keep_libraries_quiet()
-    options = tyro.cli(Options, args=list(argv), prog="export_torch_activations.py")
-    try:
-        print(export(options))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def work() -> int:
+        import tyro
+
+        print(export(tyro.cli(Options, args=list(argv), prog="export_torch_activations.py")))
+        return 0
+
+    return run_script(argv, work)
 
 
 if __name__ == "__main__":

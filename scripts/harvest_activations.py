@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jax_sae.command_line import keep_libraries_quiet
+from jax_sae.command_line import run_script
 from jax_sae.config import ModelConfig, TextConfig
 from jax_sae.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a GPT-Neo's activations to disk. Exit codes: 0 written, 2 something given cannot be used."""
+    """Write a GPT-Neo's activations to disk. Exit codes: 0 written, 1 a full disk, 2 bad input."""
 
     out: Path
     """Directory to write to; must not exist or be empty."""
@@ -39,8 +39,12 @@ class Options:
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
     """End with the story that reaches so many tokens; without it, all stories."""
+    exclude_first_tokens: int = 0
+    """Tokens at the start of each story that the model reads but that are not written."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
+    debug: bool = False
+    """Show the traceback of an error, above its one line."""
 
 
 def harvest_to_store(options: Options) -> str:
@@ -60,7 +64,14 @@ def harvest_to_store(options: Options) -> str:
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else lm.tokenizer
     rows = open_split(options.text_path, options.text_split, options.text_column)
     config = lm.model.config
-    stories = Stories(rows, options.text_column, tokenizer, config.max_position_embeddings, config.vocab_size)
+    stories = Stories(
+        rows,
+        options.text_column,
+        tokenizer,
+        config.max_position_embeddings,
+        config.vocab_size,
+        options.exclude_first_tokens,
+    )
     return write_text(
         options.out,
         stories,
@@ -73,21 +84,20 @@ def harvest_to_store(options: Options) -> str:
         split=options.text_split,
         column=options.text_column,
         tokenizer=options.tokenizer or options.model,
+        exclude_first_tokens=options.exclude_first_tokens,
     )
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    import tyro
 
-    keep_libraries_quiet()
-    options = tyro.cli(Options, args=list(argv), prog="harvest_activations.py")
-    try:
-        print(harvest_to_store(options))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def work() -> int:
+        import tyro
+
+        print(harvest_to_store(tyro.cli(Options, args=list(argv), prog="harvest_activations.py")))
+        return 0
+
+    return run_script(argv, work)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 
 
-def stop_at(step: int) -> Callable[[], bool]:
-    """A `stop_requested` that asks for a stop at a step, where every step is a dispatch (log_every = 1)."""
-    calls = iter(range(1, 10**9))
-    return lambda: next(calls) >= step
+def stop_at(step: int) -> Callable[[int], bool]:
+    """A `stop_requested` that asks for a stop once that many steps are done."""
+    return lambda done: done >= step
 
 
-def never() -> bool:
+def never(done: int) -> bool:
     """A `stop_requested` that does not."""
     return False

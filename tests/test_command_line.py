@@ -73,7 +73,7 @@ def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def bad_files(tmp_path: Path) -> None:
     """What the cases below name."""
-    np.save(tmp_path / "nan.npy", np.full((400, 4), np.nan, np.float32))
+    np.save(tmp_path / "nan.npy", np.full((800, 4), np.nan, np.float32))
     np.save(tmp_path / "flat.npy", np.zeros(400, np.float32))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "config.json").write_text("{}")

@@ -3,10 +3,22 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from running import REPOSITORY
 
-from jax_sae.config import Config, Member, config_from_dict, config_to_dict, load_config, option_names, sweep_members
+from jax_sae.config import (
+    ActivationsConfig,
+    Config,
+    Member,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    option_names,
+    sweep_members,
+    validate,
+)
 from jax_sae.errors import BadInput
 
 BAD = [
@@ -28,11 +40,28 @@ BAD = [
     ("[sweep]\nfeatures = [8, 8]", r"this member twice"),
     ("[sweep]\nlearning_rates = [-1e-3]", r"sweep.learning_rates is -0.001"),
     ("[sweep]\nlearning_rates = [nan]", r"sweep.learning_rates is nan"),
+    (
+        "[sweep]\nlearning_rates = [1e-3, 3.5e38]",
+        r"sweep.learning_rates is 3.5e\+38, which float32 would make infinite",
+    ),
+    ("[sweep]\nlearning_rates = [1e-38]", r"sweep.learning_rates is 1e-38, which float32 would make zero"),
+    ("[[sweep.members]]\nfeatures = 3\nlearning_rate = 1e-50", r"sweep.learning_rates is 1e-50, which float32"),
     ("[sweep]\nseeds = [-1]", r"sweep.seeds is -1; 0 or more"),
     ("[sweep]\nencoder_bias = 1.0", r"belongs to sweep.initialization = 'orthogonal'"),
     ("[[sweep.members]]\nseed = 1", r"'sweep.members.features' is missing"),
     ("[[sweep.members]]\nfeatures = 3\nwidth = 1", r"unknown key 'sweep.members.width'"),
     ("[activations]\npath = 'x.npy'\nnormalization = 'story'", r"rows without their stories"),
+    ("[activations]\nexclude_first_tokens = -1", r"activations.exclude_first_tokens is -1; 0 or more"),
+    ("[activations]\nexclude_first_tokens = 0.5", r"activations.exclude_first_tokens is 0.5; a whole number"),
+    ("[activations]\npath = 'x'\nexclude_first_tokens = 2", r"export them again with --exclude-first-tokens, or use"),
+    ("[activations]\nnorm_limit = -0.5", r"activations.norm_limit is -0.5; 0 or more"),
+    ("[activations]\nnorm_limit = inf", r"activations.norm_limit is inf; 0 or more"),
+    ("[activations]\nnorm_limit = nan", r"activations.norm_limit is nan; 0 or more"),
+    (
+        "[train]\nbatching = 'story'\n[activations]\nnorm_limit = 9",
+        r"activations.norm_limit is 9.0, but .* use 'tokens'",
+    ),
+    ("[activations]\nnormalization = 'story'\nnorm_limit = 9", r"or activations.exclude_first_tokens in place of"),
     ("[model]\nlayer = -1", r"model.layer is -1"),
     ("model = 3", r"model is 3; a table"),
     ("steps = ", r"not valid TOML"),
@@ -65,6 +94,21 @@ def test_json_round_trip() -> None:
     config = Config(sweep=replace(Config().sweep, members=(Member(3, 1, 0.5), Member(4))))
     assert config_from_dict(config_to_dict(config), "x") == config
     assert set(option_names()) >= {"train.steps", "sweep.members", "activations.path", "text.validation_split"}
+
+
+@pytest.mark.parametrize("rate", [3.4028234e38, float(np.finfo(np.float32).max), 1e-37, np.finfo(np.float32).tiny])
+def test_every_learning_rate_that_float32_keeps_is_valid(rate: float) -> None:
+    """Up to the largest and down to the smallest normal one; they become neither infinite nor zero."""
+    validate(Config(sweep=replace(Config().sweep, learning_rates=(float(rate),))))
+    assert 0 < np.float32(rate) < np.inf
+
+
+def test_tokens_can_be_excluded_wherever_that_has_a_meaning() -> None:
+    """First tokens of stories, however they are batched; norms of rows or of shuffled tokens."""
+    story = TrainConfig(batching="story")
+    validate(Config(activations=ActivationsConfig(normalization="story", exclude_first_tokens=3), train=story))
+    validate(Config(activations=ActivationsConfig(path="x.npy", norm_limit=1e-30)))
+    validate(Config(activations=ActivationsConfig(normalization="none", exclude_first_tokens=1, norm_limit=7.0)))
 
 
 def test_product_of_lists_or_explicit_members() -> None:

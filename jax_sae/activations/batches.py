@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_sae.activations import normalize
 from jax_sae.activations.normalize import Normalization
+from jax_sae.activations.norms import over_norm_limit, token_norms, within_norm_limit
 from jax_sae.activations.sources import Item, Source
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -38,10 +39,12 @@ class Position:
     batch: int = 0
     """Batches of the block that are used."""
     empty_stories: int = 0
-    """Stories without tokens, skipped so far; like the next two counted in the first epoch only."""
+    """Stories without tokens that are used, skipped so far; like the next three counted in the first epoch only."""
     cut_stories: int = 0
     """Stories longer than the language model's positions, cut there."""
     tokens_cut: int = 0
+    tokens_excluded: int = 0
+    """Tokens at the start of stories that are not used (`exclude_first_tokens`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +52,9 @@ class BatchRun:
     """Adjacent batches of a block, all of one shape."""
 
     x: np.ndarray
-    """[batches, B, D] float32, normalised."""
+    """[batches, B, D] float32, normalised; 0 where the weight is."""
     weights: np.ndarray
-    """[batches, B] float32, 1 for a token, 0 for padding."""
+    """[batches, B] float32, 1 for a token, 0 for padding and for a token over the norm limit."""
     used: int
     """Batches of this run that were used before."""
     after: tuple[Position, ...]
@@ -67,11 +70,12 @@ def batch_runs(
         source: of stories or rows.
         fitted: the normalisation, where it is one for all stories.
         position: where to go on.
-        activations: its `normalization` and `block_tokens` are used.
+        activations: its `normalization`, `block_tokens` and, with tokens batching, `norm_limit` are used.
         train: its `batching`, `batch_tokens` and `seed` are used.
 
     Raises:
-        BadInput: if an epoch has no tokens at all, or an activation is not finite.
+        BadInput: if an epoch has no tokens at all, an activation is not finite, or more than half of a block's tokens
+            are over the norm limit.
     """
     make_block = _token_block if train.batching == "tokens" else _story_block
     while True:
@@ -85,7 +89,10 @@ def batch_runs(
 def _token_block(
     source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
 ) -> Iterator[tuple[BatchRun, Position]]:
-    """One run with all batches of the block, and where the next block starts."""
+    """One run with all batches of the block, and where the next block starts.
+
+    A token over the norm limit keeps its place, with weight 0, so that positions follow from numbers of tokens alone.
+    """
     B = train.batch_tokens
     n_batches = activations.block_tokens // B
     items: list[Item] = []
@@ -101,13 +108,20 @@ def _token_block(
             break
     places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
     firsts = np.cumsum([0] + [last - first for first, last in spans])
-    x = np.empty((n_batches * B, source.width), np.float32)
-    for i, rows in normalized_activations(source, items, fitted, activations):
+    x = np.zeros((n_batches * B, source.width), np.float32)
+    norms = np.zeros(n_batches * B)
+    for i, story in finite_activations(source, items):
         first, last = spans[i]
-        x[places[firsts[i] : firsts[i + 1]]] = rows[first:last]
+        rows, into = story[first:last], places[firsts[i] : firsts[i + 1]]
+        if activations.norm_limit:
+            norms[into] = token_norms(rows)
+            within = norms[into] <= activations.norm_limit
+            rows, into = rows[within], into[within]
+        x[into] = normalize.normalize(normalize.for_story(activations.normalization, fitted, story), rows)
+    weights = ~over_norm_limit(norms, activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield BatchRun(x.reshape(n_batches, B, -1), np.ones((n_batches, B), np.float32), 0, after), end
+    yield BatchRun(x.reshape(n_batches, B, -1), weights.reshape(n_batches, B).astype(np.float32), 0, after), end
 
 
 def _story_block(
@@ -124,8 +138,8 @@ def _story_block(
             end = replace(_after(here, item), block=start.block + 1)
             break
     stories: list[Any] = [None] * len(items)
-    for i, rows in normalized_activations(source, items, fitted, activations):
-        stories[i] = rows
+    for i, x in finite_activations(source, items):
+        stories[i] = normalize.normalize(normalize.for_story(activations.normalization, fitted, x), x)
     for i, rows in enumerate(stories):
         T = len(rows)
         x = np.zeros((1, padded_length(T), source.width), np.float32)
@@ -150,6 +164,11 @@ def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[
                     yield item, here
                 here = _after(here, item)
         if not seen_in_epoch:
+            if here.tokens_excluded:
+                raise BadInput(
+                    f"{source.name}: not one of {len(source)} has any tokens but the first ones, which are excluded; "
+                    "lower activations.exclude_first_tokens"
+                )
             raise BadInput(f"{source.name}: not one of {len(source)} has any tokens; is this the right text column?")
         here, seen_in_epoch = replace(here, epoch=here.epoch + 1, item=0), False
 
@@ -164,6 +183,7 @@ def _after(here: Position, item: Item) -> Position:
         empty_stories=here.empty_stories + (first_time and len(item) == 0),
         cut_stories=here.cut_stories + (first_time and item.tokens_cut > 0),
         tokens_cut=here.tokens_cut + first_time * item.tokens_cut,
+        tokens_excluded=here.tokens_excluded + first_time * item.tokens_excluded,
     )
 
 
@@ -172,18 +192,6 @@ def _order(n: int, seed: int | None, epoch: int) -> np.ndarray:
     if seed is None:
         return np.arange(n)
     return np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).permutation(n)
-
-
-def normalized_activations(
-    source: Source, items: Sequence[Item], fitted: Normalization, activations: ActivationsConfig
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number in `items`, normalised activations [T, D] float32) of each item.
-
-    Raises:
-        BadInput: if an activation is not finite.
-    """
-    for i, x in finite_activations(source, items):
-        yield i, normalize.normalize(normalize.for_story(activations.normalization, fitted, x), x)
 
 
 def finite_activations(source: Source, items: Sequence[Item]) -> Iterator[tuple[int, np.ndarray]]:
@@ -202,10 +210,16 @@ def finite_activations(source: Source, items: Sequence[Item]) -> Iterator[tuple[
         yield i, x
 
 
-def first_activations(source: Source, n_tokens: int, shuffle_seed: int | None) -> list[np.ndarray]:
+def first_activations(
+    source: Source, n_tokens: int, shuffle_seed: int | None, norm_limit: float = 0.0
+) -> list[np.ndarray]:
     """The activations [T, D] float32 of the first items of epoch 0, whole ones, about `n_tokens` tokens in all.
 
-    Fewer where the source has fewer; at least one item. They are in the language model's scale.
+    Fewer where the source has fewer; at least one item. They are in the language model's scale. Rows with a norm larger
+    than `norm_limit`, where it is not 0, are left out.
+
+    Raises:
+        BadInput: if an activation is not finite, or more than half of them are over the limit.
     """
     items: list[Item] = []
     for item, here in walk(source, Position(), shuffle_seed):
@@ -215,4 +229,4 @@ def first_activations(source: Source, n_tokens: int, shuffle_seed: int | None) -
     found: list[Any] = [None] * len(items)
     for i, x in finite_activations(source, items):
         found[i] = x.copy()
-    return found
+    return within_norm_limit(found, norm_limit, source.name)

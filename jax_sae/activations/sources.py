@@ -4,31 +4,42 @@ A source is a sequence of items (a story, or a chunk of adjacent rows). Reading 
 tokens it has; its activations are computed or copied only when they are needed.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from flax import traverse_util
 
 from jax_sae.activations.store import Rows, open_rows
-from jax_sae.config import ActivationsConfig, Config, ModelConfig, TextConfig
+from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.language_model.text import Stories, Story, choose_split, load_tokenizer, open_dataset
+from jax_sae.language_model.text import Stories, Story, choose_split, load_tokenizer, open_dataset, text_digest
 
 ROWS_PER_CHUNK = 256
 """Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
+
+STORIES_TO_COUNT = 256
+"""Stories whose tokens are counted, to estimate those of all."""
+
+STORIES_TO_COMPARE = 64
+"""Stories whose token ids tell one tokenizer from another."""
 
 
 class Item(Protocol):
     """A story, or a chunk of rows."""
 
     tokens_cut: int
+    """Beyond the language model's positions."""
+    tokens_excluded: int
+    """At its start, not used and not counted as its own."""
 
     def __len__(self) -> int:
-        """Return its number of tokens."""
+        """Return its number of tokens, those that are used."""
 
 
 class Source(Protocol):
@@ -50,6 +61,12 @@ class Source(Protocol):
 
     def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
+
+    def count_tokens(self) -> tuple[int, bool]:
+        """The tokens of one epoch, and whether that number is exact; takes well below a second."""
+
+    def digests(self) -> dict[str, str]:
+        """What decides the activations, by its name: a sha256 in hexadecimal of its content, not of its path."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +98,46 @@ class StorySource:
         return self.stories.read([self.first + int(i) for i in items])
 
     def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
-        """Run the language model over stories."""
-        return harvest(self.model, self.params, [story.token_ids for story in items])
+        """Run the language model over whole stories; the activations of excluded tokens are left out."""
+        token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
+        for i, x in harvest(self.model, self.params, token_ids):
+            yield i, x[items[i].tokens_excluded :]
+
+    def count_tokens(self) -> tuple[int, bool]:
+        """Tokenise 256 stories, evenly spread; exact if there are no more."""
+        n, some = len(self), min(len(self), STORIES_TO_COUNT)
+        tokens = sum(len(story) for story in self.read([i * n // some for i in range(some)]))
+        return (tokens, True) if n == some else (round(tokens * n / some), False)
+
+    def digests(self) -> dict[str, str]:
+        """Of the language model as it is run, of the whole text column of the split, and of the tokenizer.
+
+        The tokenizer is known by the token ids of the first 64 stories, so another text there changes that one too.
+
+        Raises:
+            BadInput: if the column does not hold text.
+        """
+        of_ids = hashlib.sha256()
+        for story in self.read(range(min(len(self), STORIES_TO_COMPARE))):
+            of_ids.update(f"{len(story.token_ids)}\n".encode() + story.token_ids.astype("<i4").tobytes())
+        return {
+            "language model": model_digest(self.model, self.params),
+            "text": text_digest(self.stories.rows, self.stories.column),
+            "tokenizer": of_ids.hexdigest(),
+        }
+
+
+def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
+    """The sha256, in hexadecimal, of a language model's sizes and of its parameters' names, dtypes, shapes and bytes.
+
+    It is that of the parameters as they are run, in float32, whatever file and format they come from.
+    """
+    digest = hashlib.sha256(f"{model.config}\n".encode())
+    for name, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,6 +147,7 @@ class Chunk:
     start: int
     stop: int
     tokens_cut: int = 0
+    tokens_excluded: int = 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -130,19 +186,34 @@ class RowSource:
         for i, chunk in enumerate(items):
             yield i, self.rows.read(chunk.start, chunk.stop)
 
+    def count_tokens(self) -> tuple[int, bool]:
+        """The number of rows, which is exact."""
+        return self.last - self.first, True
+
+    def digests(self) -> dict[str, str]:
+        """Of all rows on disk; a bare file is read for it."""
+        return {"activations": self.rows.digest}
+
 
 def open_sources(config: Config) -> tuple[Source, Source, list[str]]:
     """Open what `config` names: the source to train on, the held-out one, and a few lines that say what they are.
 
     Raises:
-        BadInput: if a model, text, tokenizer or file is missing, damaged or does not fit the others.
+        BadInput: if a model, text, tokenizer or file is missing, damaged or does not fit the others, or if an epoch is
+            known to have fewer tokens than a batch.
     """
-    if config.activations.path:
-        return _open_rows(config.activations)
-    return _open_stories(config.model, config.text)
+    training, held_out, lines = _open_rows(config) if config.activations.path else _open_stories(config)
+    tokens, exact = training.count_tokens()
+    if config.train.batching == "tokens" and exact and 0 < tokens < config.train.batch_tokens:
+        raise BadInput(
+            f"train.batch_tokens is {config.train.batch_tokens}, but the "
+            f"{'activations have' if config.activations.path else 'text has'} {tokens:,} tokens to train on; lower it"
+        )
+    return training, held_out, lines
 
 
-def _open_rows(activations: ActivationsConfig) -> tuple[Source, Source, list[str]]:
+def _open_rows(config: Config) -> tuple[Source, Source, list[str]]:
+    activations = config.activations
     rows = open_rows(activations.path)
     held_out = min(activations.held_out_tokens, len(rows) // 10)
     if held_out < 2:
@@ -155,7 +226,8 @@ def _open_rows(activations: ActivationsConfig) -> tuple[Source, Source, list[str
     return RowSource(rows, 0, first), RowSource(rows, first, len(rows)), lines
 
 
-def _open_stories(model: ModelConfig, text: TextConfig) -> tuple[Source, Source, list[str]]:
+def _open_stories(run: Config) -> tuple[Source, Source, list[str]]:
+    model, text, exclude = run.model, run.text, run.activations.exclude_first_tokens
     lm = load_language_model(model.path, model.layer)
     tokenizer = load_tokenizer(text.tokenizer) if text.tokenizer else lm.tokenizer
     splits = open_dataset(text.path)
@@ -164,7 +236,7 @@ def _open_stories(model: ModelConfig, text: TextConfig) -> tuple[Source, Source,
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
         rows = choose_split(splits, text.path, split, text.column)
-        stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size)
+        stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size, exclude)
         return StorySource(stories, first, len(stories) if last is None else last, lm.model, lm.params)
 
     training = source(text.split)

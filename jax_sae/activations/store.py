@@ -16,6 +16,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ class Rows:
 
     arrays: tuple[np.ndarray, ...]
     name: str
+    shard_digests: tuple[str, ...] = ()
+    """Of a store, the sha256 of each shard; of a bare file, whose name is `name`, nothing: it may be large."""
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256, in hexadecimal: of a store over those of its shards, of a bare file over its bytes; made once.
+
+        Raises:
+            BadInput: if the file cannot be read any more.
+        """
+        if not self.shard_digests:
+            return sha256(Path(self.name))
+        return hashlib.sha256("".join(self.shard_digests).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Return the number of rows N."""
@@ -121,7 +135,7 @@ def write_store(
     if pending:
         flush()
     if not shards:
-        raise BadInput(f"{directory}: there were no activations to write; is the text empty?")
+        raise BadInput(f"{directory}: there were no activations to write; is the text empty, or all of it excluded?")
     manifest = {
         "format": FORMAT,
         "model": model,
@@ -256,7 +270,7 @@ def _open_store(directory: Path) -> Rows:
         if found != expected:
             raise BadInput(f"{path}: holds {found}, but the manifest says {expected}")
         arrays.append(array)
-    return Rows(tuple(arrays), str(directory))
+    return Rows(tuple(arrays), str(directory), tuple(shard["sha256"] for shard in manifest["shards"]))
 
 
 def _open_npy(path: Path) -> np.ndarray:

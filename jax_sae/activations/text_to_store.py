@@ -33,8 +33,8 @@ def write_text(
         directory: of the store; must not exist or be empty.
         stories: the text.
         activations_of: token ids [T] of stories, none of them empty -> (number of the story, its activations [T, D])
-            of each, in any order.
-        n_tokens: end with the story that reaches so many tokens; None: all stories.
+            of each, in any order. Those of the first `stories.exclude_first_tokens` tokens are not written.
+        n_tokens: end with the story that reaches so many written tokens; None: all stories.
         **facts: as for `write_store`; what became of the text is put beside them.
 
     Returns:
@@ -47,25 +47,28 @@ def write_text(
 
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
-    counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0}
+    counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
 
     def in_order() -> Iterator[np.ndarray]:
         with tqdm(total=n_tokens or len(stories), unit=" tokens" if n_tokens else " stories") as bar:
             for block in _blocks(stories, n_tokens, counts):
                 found: list[Any] = [None] * len(block)
                 for i, x in activations_of([story.token_ids for story in block]):
-                    found[i] = x
-                    bar.update(min(len(x), bar.total - bar.n) if n_tokens else 1)
+                    found[i] = x[block[i].tokens_excluded :]
+                    bar.update(min(len(found[i]), bar.total - bar.n) if n_tokens else 1)
                 if not n_tokens:
                     bar.update(counts["stories"] - bar.n)  # the empty ones
                 yield from found
 
     manifest = write_store(directory, in_order(), text_read=counts, **facts)  # which looks at `counts` at its end
     n_bytes = sum(shard.stat().st_size for shard in directory.glob("*.npy"))
+    k = stories.exclude_first_tokens
+    excluded = f"; the first {k:,} tokens of each left out ({counts['tokens_excluded']:,} tokens)" if k else ""
     return (
         f"{directory}: {manifest['rows']:,} rows of width {manifest['width']} in {manifest['dtype']}, "
-        f"{n_bytes / 1e6:,.1f} MB, of {counts['stories']:,} stories; {counts['empty_stories']:,} had no text, "
-        f"{counts['cut_stories']:,} were cut at {stories.max_tokens:,} tokens ({counts['tokens_cut']:,} tokens lost)"
+        f"{n_bytes / 1e6:,.1f} MB, of {counts['stories']:,} stories; {counts['empty_stories']:,} had no text"
+        f"{f' beyond their first {k:,} tokens' if k else ''}, {counts['cut_stories']:,} were cut at "
+        f"{stories.max_tokens:,} tokens ({counts['tokens_cut']:,} tokens lost){excluded}"
     )
 
 
@@ -79,9 +82,10 @@ def _blocks(stories: Stories, n_tokens: int | None, counts: dict[str, int]) -> I
             counts["empty_stories"] += len(story) == 0
             counts["cut_stories"] += story.tokens_cut > 0
             counts["tokens_cut"] += story.tokens_cut
+            counts["tokens_excluded"] += story.tokens_excluded
             if len(story):
                 block.append(story)
-            in_block, total = in_block + len(story), total + len(story)
+                in_block, total = in_block + len(story.token_ids), total + len(story)
             is_last = n_tokens is not None and total >= n_tokens
             if in_block >= BLOCK_TOKENS or is_last:
                 yield block

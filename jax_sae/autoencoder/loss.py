@@ -12,11 +12,12 @@ def squared_error(x: jax.Array, x_hat: jax.Array, weights: jax.Array) -> jax.Arr
     Args:
         x: [B, D], normalised activations.
         x_hat: [B, D], their reconstructions.
-        weights: [B], 1 for a token, 0 for padding.
+        weights: [B], 1 for a token, 0 for padding, whose x and x_hat may be any finite numbers.
     """
-    return jnp.sum(weights[:, None] * jnp.square(x - x_hat))
+    error = jnp.where(weights[:, None] > 0, x - x_hat, 0.0)  # 0 times a square that overflows would be NaN
+    return jnp.sum(weights[:, None] * jnp.square(error))
 
 
 def loss_per_element(squared_error: jax.Array, weights: jax.Array, width: int) -> jax.Array:
-    """The squared error divided by the number of tokens and by D, in (normalised units)^2."""
-    return squared_error / (jnp.sum(weights) * width)
+    """The squared error divided by the number of tokens and by D, in (normalised units)^2; 0 without tokens."""
+    return squared_error / (jnp.maximum(jnp.sum(weights), 1) * width)

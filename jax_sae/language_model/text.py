@@ -3,6 +3,7 @@
 Rows stay in the files of the `datasets` library, mapped into memory: only the rows asked for are read and tokenised.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from jax_sae.language_model.hub import (
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+ROWS_HASHED_AT_A_TIME = 100_000
 
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
@@ -127,21 +130,28 @@ def _files_on_this_machine() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Story:
-    """One row as token ids [T] int32, and how many more tokens the text had than were kept."""
+    """One row as token ids [T] int32, all of which the language model reads."""
 
     token_ids: np.ndarray
     tokens_cut: int
+    """How many more tokens the text had than were kept."""
+    tokens_excluded: int = 0
+    """How many of the T, at the start, are read but not used."""
 
     def __len__(self) -> int:
-        """Return the number of tokens that are left."""
-        return len(self.token_ids)
+        """Return the number of tokens whose activations are used."""
+        return len(self.token_ids) - self.tokens_excluded
 
 
 @dataclass(frozen=True, eq=False)
 class Stories:
     """The stories in one column of a dataset.
 
-    A story longer than `max_tokens` is cut off there. `vocab_size` is the language model's.
+    A story longer than `max_tokens` is cut off there. `vocab_size` is the language model's. Of each story, the first
+    `exclude_first_tokens` tokens are read by the language model but not used; a shorter one has length 0.
+
+    Raises:
+        BadInput: if `exclude_first_tokens` is negative, or leaves nothing of any story.
     """
 
     rows: "Dataset"
@@ -149,13 +159,25 @@ class Stories:
     tokenizer: Any
     max_tokens: int
     vocab_size: int
+    exclude_first_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the number of tokens that are excluded."""
+        k = self.exclude_first_tokens
+        if k < 0:
+            raise BadInput(f"the number of first tokens to exclude is {k}; 0 or more was expected")
+        if k >= self.max_tokens:
+            raise BadInput(
+                f"the number of first tokens to exclude is {k}, but a story has at most {self.max_tokens} tokens: "
+                "nothing would be left of any; exclude fewer"
+            )
 
     def __len__(self) -> int:
         """The number of rows, those without text included."""
         return len(self.rows)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Story]:
-        """The stories in these rows, in this order; where there is no text (or only white space), of length 0.
+        """The stories in these rows, in this order; where there is no text (or only white space), of no tokens.
 
         Raises:
             BadInput: if the column does not hold text, or the tokenizer is not the model's.
@@ -172,5 +194,30 @@ class Stories:
                     "belong together; name the model's own tokenizer"
                 )
             kept = np.asarray(ids[: self.max_tokens], np.int32)
-            stories.append(Story(kept, len(ids) - len(kept)))
+            stories.append(Story(kept, len(ids) - len(kept), min(self.exclude_first_tokens, len(kept))))
         return stories
+
+
+def text_digest(rows: "Dataset", column: str) -> str:
+    """The sha256, in hexadecimal, of all texts of a column: of the sha256s of their lengths and of their UTF-8 bytes.
+
+    It does not depend on files, formats or chunks; null counts as "". Arrow's buffers are hashed where they lie, at
+    about 2 GB a second.
+
+    Raises:
+        BadInput: if the column does not hold text.
+    """
+    import pyarrow as pa
+
+    lengths, content = hashlib.sha256(), hashlib.sha256()
+    offset_types = {pa.string(): np.int32, pa.large_string(): np.int64}
+    for table in rows.select_columns([column]).with_format("arrow").iter(ROWS_HASHED_AT_A_TIME):
+        for chunk in table.column(column).chunks:
+            if chunk.type not in offset_types:
+                raise BadInput(f"column {column!r} is of the type {chunk.type}; text was expected")
+            texts = chunk.fill_null("") if chunk.null_count else chunk
+            _, places, data = texts.buffers()
+            offsets = np.frombuffer(places, offset_types[chunk.type])[texts.offset : texts.offset + len(texts) + 1]
+            lengths.update(np.diff(offsets).astype("<i8").data)
+            content.update(memoryview(data or b"")[offsets[0] : offsets[-1]])
+    return hashlib.sha256(lengths.digest() + content.digest()).hexdigest()

@@ -46,7 +46,7 @@ def draw_losses(
         directory: where to write.
         names: of the members.
         colours: of the members.
-        losses: [steps, M], loss per element of every step.
+        losses: [steps, M], loss per element of every step; NaN from the step on at which a member diverged.
         floors: of the members, least loss per element on the held-out tokens; 0 where F >= D.
         title: of both figures.
     """
@@ -63,7 +63,9 @@ def draw_losses(
         figure = Figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
         axes: Any = figure.subplots()
         for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
-            axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {curves[-1, i]:.2g}")
+            finite = np.isfinite(losses[:, i])
+            last = f"{curves[-1, i]:.2g}" if finite.all() else f"diverged at step {finite.argmin() + 1}"
+            axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {last}")
             if floors[i] > 0 and floors[i] not in floors[:i]:  # members of one width have one floor
                 axes.axhline(
                     floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}"

@@ -8,12 +8,14 @@ import numpy as np
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
+from jax_sae.activations.norms import within_norm_limit
 from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 from jax_sae.autoencoder.model import Params, reconstruct
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
+from jax_sae.errors import BadInput
 from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096
@@ -32,6 +34,8 @@ class HeldOut:
     """[D] float64, of the scatter of x, largest first."""
     normalized_eigenvalues: np.ndarray
     """[D] float64, of the scatter of the normalised x."""
+    tokens_over_norm_limit: int = 0
+    """Tokens that were left out of x because their norm is larger than `norm_limit`."""
 
     def fvu_floor(self, features: int) -> float:
         """The least FVU of any autoencoder with that many features on these tokens.
@@ -48,18 +52,31 @@ class HeldOut:
 
 
 def harvest_held_out(source: Source, fitted: Normalization, activations: ActivationsConfig) -> HeldOut:
-    """Harvest whole stories up to `held_out_tokens` tokens, in their order, and their covariance's eigenvalues."""
-    stories = first_activations(source, activations.held_out_tokens, shuffle_seed=None)
+    """Harvest whole stories up to `held_out_tokens` tokens, in their order, and their covariance's eigenvalues.
+
+    Tokens over the norm limit are left out afterwards, and counted.
+
+    Raises:
+        BadInput: as `first_activations`, and if all held-out activations are equal, so that no FVU exists.
+    """
+    whole = first_activations(source, activations.held_out_tokens, shuffle_seed=None)
+    stories = within_norm_limit(whole, activations.norm_limit, source.name)
     x = np.concatenate(stories)
+    n_over = sum(map(len, whole)) - len(x)
     eigenvalues = covariance_eigenvalues(x)
+    if not eigenvalues.sum() > 0:
+        raise BadInput(
+            f"{source.name}: the {len(x)} held-out activations are all equal, so there is no variance to explain; hold "
+            "out more tokens, or another text"
+        )
     if activations.normalization != "story":
         scaled = eigenvalues * np.float64(fitted.scale) ** 2
-        return HeldOut(activations.normalization, x, fitted, eigenvalues, scaled)
+        return HeldOut(activations.normalization, x, fitted, eigenvalues, scaled, n_over)
     each = [for_story("story", fitted, story) for story in stories]
     lengths = [len(story) for story in stories]
     rows = Normalization(*(np.repeat([n[i] for n in each], lengths)[:, None] for i in (0, 1)))
     scaled = covariance_eigenvalues(normalize(rows, x))
-    return HeldOut("story", x, rows, eigenvalues, scaled)
+    return HeldOut("story", x, rows, eigenvalues, scaled, n_over)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Use of a trained autoencoder from a run's directory."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class TrainedAutoencoder:
     def encode(self, x: ArrayLike) -> jax.Array:
         """x[..., D], activations as the language model gives them -> features [..., F] float32, none below 0.
 
-        Where the run normalised per story, x[T, D] has to be one whole story, whose mean and scale are then used.
+        Where the run normalised per story, x[T, D] has to be one whole story, whose mean and scale are then used: those
+        of its tokens after the first `exclude_first_tokens`, as in training.
 
         Raises:
-            BadInput: if the last axis is not D, or per story, if x is not one story.
+            BadInput: if the last axis is not D, or per story, if x is not one story with tokens after the first.
         """
         x = self._checked(x)
         return _encode(self.params, self._normalization_of(x), x)
@@ -98,7 +100,12 @@ class TrainedAutoencoder:
             raise BadInput(
                 f"x has shape {x.shape}; this run normalised per story, so give one whole story [T, {self.width}]"
             )
-        return for_story(kind, self.normalization, np.asarray(x))
+        k = self.config.activations.exclude_first_tokens
+        if kind == "story" and len(x) <= k:
+            raise BadInput(
+                f"x has {len(x)} tokens; this run normalised per story without its first {k}: give a story with more"
+            )
+        return for_story(kind, self.normalization, np.asarray(x)[k:] if kind == "story" else np.asarray(x))
 
 
 def load_autoencoder(
@@ -113,7 +120,11 @@ def load_autoencoder(
         name: the member's name as in `summary.json`, such as F768 or F768-seed1.
 
     Raises:
-        BadInput: if there is no such run, checkpoint or member, or several members fit.
+        BadInput: if there is no such run, checkpoint or member, several members fit, or what is read is damaged; an
+            older checkpoint never takes the place of a damaged one.
+
+    Warns:
+        UserWarning: if the member had diverged; it is then as it was before that step.
     """
     with Checkpoints(Path(run) / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.step_or_newest(step)
@@ -127,6 +138,8 @@ def load_autoencoder(
             }
 
         state = checkpoints.read_state(step, only_that_member)
+    if (diverged := facts["diverged_at_step"].get(found)) is not None:
+        warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
     params = jax.tree.map(jnp.asarray, state["members"][found]["params"])
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
     return TrainedAutoencoder(found, step, params, Normalization(**state["normalization"]), config)

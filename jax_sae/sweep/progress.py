@@ -10,11 +10,11 @@ import numpy as np
 
 from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import Normalization
-from jax_sae.config import Config, config_to_dict
+from jax_sae.config import Config, Member, config_to_dict
 from jax_sae.errors import BadInput
-from jax_sae.sweep.checkpoints import Checkpoints, Tree, from_flat, to_flat
+from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
 from jax_sae.sweep.members import Group
-from jax_sae.sweep.update import SweepState, member_shapes, padded_shape, stack, unstack
+from jax_sae.sweep.update import MemberState, SweepState, member_shapes, padded_shape, snapshot, stack, unstack
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -22,6 +22,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 def versions() -> dict[str, str]:
     """The versions of this package and of what decides its results."""
     return {"jax_sae": version("jax_sae"), **{name: version(name) for name in PACKAGES}}
+
+
+def device() -> str:
+    """What the run is computed on, such as `2 x TPU v4`; the same bits are promised on the same device only."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 @dataclass
@@ -35,6 +40,31 @@ class Clock:
 
 
 @dataclass(frozen=True, eq=False)
+class Setup:
+    """What stays the same while a run goes on, and when it is resumed."""
+
+    config: Config
+    groups: tuple[Group, ...]
+    width: int
+    """D."""
+    inputs: dict[str, str]
+    """Digests of what the batches are made of, as `Source.digests` gives them."""
+
+    def shapes(self) -> list[list[MemberState]]:
+        """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""
+        config = self.config
+        return [member_shapes(group, self.width, config.sweep, config.train) for group in self.groups]
+
+    def names(self) -> list[str]:
+        """The members' names, in the groups' order."""
+        return [name for group in self.groups for name in group.names]
+
+    def members(self) -> list[Member]:
+        """The members, in the groups' order."""
+        return [member for group in self.groups for member in group.members]
+
+
+@dataclass(frozen=True, eq=False)
 class Progress:
     """A run after `step` steps. Random numbers have no state: their keys are made of seeds and of the position."""
 
@@ -43,53 +73,85 @@ class Progress:
     position: Position
     state: SweepState
     losses: np.ndarray
-    """[steps of the run, members] float32: loss per element of every step so far, members in the groups' order."""
+    """[steps of the run, members] float32: loss per element of every step so far, members in the groups' order.
+
+    Of a member that diverged, NaN from the step on that was not taken; that is the only record of it.
+    """
     normalization: Normalization
 
-
-def save(checkpoints: Checkpoints, progress: Progress, config: Config, groups: tuple[Group, ...], width: int) -> None:
-    """Begin to write a checkpoint: each member at its own number of features, under its name."""
-    members: Tree = {}
-    for group, stacked in zip(groups, progress.state, strict=True):
-        shapes = member_shapes(group, width, config.sweep, config.train)
-        for name, member in zip(group.names, unstack(stacked, shapes), strict=True):
-            losses = progress.losses[: progress.step, len(members)].copy()
-            members[name] = {"params": member.params, "optimizer": to_flat(member.opt_state), "losses": losses}
-    normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
-    run = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "position": asdict(progress.position),
-        "config": config_to_dict(config),
-        "members": {n: asdict(m) for group in groups for n, m in zip(group.names, group.members, strict=True)},
-        "versions": versions(),
-    }
-    checkpoints.save(progress.step, {"members": members, "normalization": normalization}, run)
+    def diverged_at(self) -> list[int | None]:
+        """Of each member, the step at which its loss or its gradient was not finite; None if it never was."""
+        bad = ~np.isfinite(self.losses[: self.step])
+        return [int(column.argmax()) + 1 if column.any() else None for column in bad.T]
 
 
-def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) -> Progress | None:
-    """Read the newest checkpoint of the run in `out`; None if it did not come to its first one.
+def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
+    """Begin to write a checkpoint: each member at its own number of features, under its name.
 
     Raises:
-        BadInput: if the checkpoint is of activations of another width, or beyond the last step of `config`.
+        RunFailed: if the save before it has failed.
     """
+    state, shapes = snapshot(progress.state), setup.shapes()
+
+    def content() -> tuple[Tree, Tree]:
+        members: Tree = {}
+        for group, stacked, like in zip(setup.groups, jax.tree.map(np.asarray, state), shapes, strict=True):
+            for name, member in zip(group.names, unstack(stacked, like), strict=True):
+                losses = progress.losses[: progress.step, len(members)]
+                members[name] = {"params": member.params, "optimizer": to_flat(member.opt_state), "losses": losses}
+        normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
+        diverged = zip(setup.names(), progress.diverged_at(), strict=True)
+        run = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "position": asdict(progress.position),
+            "config": config_to_dict(setup.config),
+            "members": {name: asdict(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
+            "diverged_at_step": {name: step for name, step in diverged if step is not None},
+            "inputs": setup.inputs,
+            "device": device(),
+            "versions": versions(),
+        }
+        return {"members": members, "normalization": normalization}, run
+
+    checkpoints.save(progress.step, content)
+
+
+def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
+    """Read the newest good checkpoint of the run in `out`; damaged ones after it are renamed.
+
+    Returns:
+        The progress, None if the run did not come to its first checkpoint; and lines that say what was found amiss.
+
+    Raises:
+        BadInput: if all checkpoints are damaged, the good one is beyond the last step of the run, or the inputs are not
+            those that the run began with.
+    """
+    damaged: list[tuple[int, str]] = []
     with Checkpoints(out / "checkpoints") as checkpoints:
-        if not checkpoints.steps():
-            return None
-        step = checkpoints.step_or_newest(None)
-        run, tree = checkpoints.read_run(step), checkpoints.read_state(step)
-    found = tree["normalization"]["mean"].shape[-1]
-    if found != width:
-        raise BadInput(
-            f"{out} has autoencoders of width {found}, but the activations now have width {width}; "
-            "resume with the run's own"
-        )
-    if step > config.train.steps:
-        raise BadInput(f"{out} is at step {step}, beyond train.steps {config.train.steps}; give more steps, or none")
-    losses = np.zeros((config.train.steps, len(tree["members"])), np.float32)
+        for step in reversed(checkpoints.steps()):
+            try:
+                run, tree = checkpoints.read_run(step), checkpoints.read_state(step)
+                break
+            except Damaged as error:
+                damaged.append((step, str(error)))
+        else:
+            if damaged:
+                raise BadInput(f"{out} has no checkpoint that is whole: {damaged[0][1]}; start a new run")
+            return None, []
+        _check(setup, out, run, tree)
+        lines = [
+            f"warning       {what}; going on from step {step}; it is now {checkpoints.set_aside(bad).name}"
+            for bad, what in damaged
+        ]
+    now = {"device": device(), **versions()}
+    before = {"device": run["device"], **run["versions"]}
+    changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
+    if changes:
+        lines.append(f"note          not the same bits as an uninterrupted run are promised: {', '.join(changes)}")
+    losses = np.zeros((setup.config.train.steps, len(tree["members"])), np.float32)
     state, column = [], 0
-    for group in groups:
-        shapes = member_shapes(group, width, config.sweep, config.train)
+    for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
         members = []
         for name, shape, member in zip(group.names, shapes, group.members, strict=True):
             saved = tree["members"][name]
@@ -100,10 +162,32 @@ def restore(config: Config, groups: tuple[Group, ...], width: int, out: Path) ->
                     params=saved["params"],
                     opt_state=from_flat(shape.opt_state, saved["optimizer"]),
                     learning_rate=jnp.float32(member.learning_rate),
+                    diverged=jnp.bool(not np.isfinite(saved["losses"]).all()),
                 )
             )
         state.append(stack(members, padded_shape(shapes)))
     normalization = Normalization(**tree["normalization"])
-    return Progress(
+    progress = Progress(
         step, run["tokens"], Position(**run["position"]), jax.device_put(tuple(state)), losses, normalization
     )
+    return progress, lines
+
+
+def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
+    """Raise BadInput if the run cannot go on with this setup."""
+    width, steps = tree["normalization"]["mean"].shape[-1], setup.config.train.steps
+    if width != setup.width:
+        raise BadInput(
+            f"{out} has autoencoders of width {width}, but the activations now have width {setup.width}; "
+            "resume with the run's own"
+        )
+    if run["step"] > steps:
+        raise BadInput(f"{out} is at step {run['step']}, beyond train.steps {steps}; give more steps, or none")
+    changed = [name for name in setup.inputs if setup.inputs[name] != run["inputs"].get(name)]
+    if "text" in changed and "tokenizer" in changed:
+        changed.remove("tokenizer")  # it is known by what it makes of the text
+    if changed:
+        raise BadInput(
+            f"{out} began with another {' and '.join(changed)}: the sha256 of what is read now differs from the one in "
+            "its checkpoint; a file was changed or damaged, or a path names something else. Resume with the run's own"
+        )

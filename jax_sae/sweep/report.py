@@ -8,16 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_sae.config import Config, config_to_dict, sweep_members
+from jax_sae.config import Config, Member, config_to_dict, sweep_members
+from jax_sae.errors import RunFailed
 from jax_sae.sweep.figures import draw_losses, member_colours
 from jax_sae.sweep.held_out import HeldOut, held_out_fvu
-from jax_sae.sweep.members import Group
 from jax_sae.sweep.optimizer import relative_schedule
-from jax_sae.sweep.progress import Clock, Progress, versions
+from jax_sae.sweep.progress import Clock, Progress, Setup, device, versions
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -36,19 +35,18 @@ def write_config(out: Path, config: Config) -> None:
 class Log:
     """The progress bar, and `metrics.jsonl` with a line every `log_every` steps."""
 
-    def __init__(self, path: Path, config: Config, groups: tuple[Group, ...], step: int) -> None:
-        """Go on after `step`; lines of later steps, from before a resume, are removed."""
+    def __init__(self, path: Path, setup: Setup, progress: Progress) -> None:
+        """Go on after `progress`; lines of later steps, from before a resume, are removed."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-            temporary = path.with_name(path.name + ".partial")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-        self._every = config.train.log_every
-        self._names = [name for group in groups for name in group.names]
-        self._peaks = [member.learning_rate for group in groups for member in group.members]
-        self._relative = relative_schedule(config.train)
+            _cut(path, progress.step)
+        train = setup.config.train
+        self._every = train.log_every
+        self._names, self._members = setup.names(), setup.members()
+        self._diverged = progress.diverged_at()
+        self._relative = relative_schedule(train)
+        tqdm.monitor_interval = 0  # no thread that outlives the bar
         self._bar = tqdm(
-            total=config.train.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
+            total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
         self._file = open(path, "a")  # noqa: SIM115 - as long as the run
 
@@ -64,9 +62,20 @@ class Log:
         self._bar.close()
 
     def write(self, progress: Progress, tokens_per_second: float) -> None:
-        """Advance the bar; at every `log_every`-th step write a line, with losses averaged since the line before."""
+        """Advance the bar; at every `log_every`-th step write a line, with losses averaged since the line before.
+
+        A member that has diverged is named once.
+        """
         step = progress.step
         losses = progress.losses[max(0, step - self._every) : step].mean(0, dtype=np.float64)
+        if any(not np.isfinite(loss) and before is None for loss, before in zip(losses, self._diverged, strict=True)):
+            before, self._diverged = self._diverged, progress.diverged_at()
+            for i, at in enumerate(self._diverged):
+                if at is not None and before[i] is None:
+                    self._bar.write(
+                        f"warning       {self._names[i]} diverged at step {at} ({describe_member(self._members[i])}); "
+                        "it stays as it was before that step, and the others go on"
+                    )
         shown = " ".join(f"{name} {loss:.2g}" for name, loss in list(zip(self._names, losses, strict=True))[:6])
         more = f" and {len(losses) - 6} more" if len(losses) > 6 else ""
         self._bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s, losses {shown}{more}", refresh=False)
@@ -74,11 +83,44 @@ class Log:
         if step % self._every == 0:
             relative = float(self._relative(step - 1))
             members = {
-                name: {"loss_per_element": finite_or_none(loss), "learning_rate": peak * relative}
-                for name, loss, peak in zip(self._names, losses, self._peaks, strict=True)
+                name: {"loss_per_element": finite_or_none(loss), "learning_rate": member.learning_rate * relative}
+                for name, loss, member in zip(self._names, losses, self._members, strict=True)
             }
             self._file.write(json.dumps({"step": step, "tokens": progress.tokens, "members": members}) + "\n")
             self._file.flush()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Keep the lines up to a step; the last line of a killed run may be half written."""
+    lines = path.read_text(errors="replace").split("\n")
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                say([f"warning       {path}: line {number} is no line of metrics; it was removed"])
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def describe_member(member: Member) -> str:
+    """The settings of a member on one line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(member).items())
+
+
+def refuse_if_all_diverged(progress: Progress, setup: Setup) -> None:
+    """Raise RunFailed if no member has a finite loss any more: there is nothing left to train."""
+    if np.isfinite(progress.losses[progress.step - 1]).any():
+        return
+    each = [
+        f"{name} at step {at} ({describe_member(member)})"
+        for name, member, at in zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)
+    ]
+    more = f" and {len(each) - 4} more" if len(each) > 4 else ""
+    raise RunFailed(f"every member has diverged: {'; '.join(each[:4])}{more}. Start a run with lower learning rates")
 
 
 def say(lines: Sequence[str]) -> None:
@@ -86,78 +128,80 @@ def say(lines: Sequence[str]) -> None:
     print("\n".join(lines), flush=True)
 
 
-def describe(config: Config, groups: tuple[Group, ...], width: int) -> list[str]:
+def describe(setup: Setup) -> list[str]:
     """What is about to be trained."""
-    train = config.train
+    train = setup.config.train
     tokens = f"{train.batch_tokens} shuffled tokens" if train.batching == "tokens" else "one whole story"
-    inside = " | ".join(" ".join(group.names) for group in groups)
+    inside = " | ".join(" ".join(group.names) for group in setup.groups)
     return [
-        f"members       {sum(len(group.names) for group in groups)} of width {width}, groups {inside}",
-        f"training      {train.steps:,} steps of {tokens}, Adam, on {jax.devices()[0].device_kind}",
+        f"members       {len(setup.names())} of width {setup.width}, groups {inside}",
+        f"training      {train.steps:,} steps of {tokens}, Adam, on {device()}",
     ]
 
 
-def finish(
-    out: Path, config: Config, groups: tuple[Group, ...], progress: Progress, held_out: HeldOut, clock: Clock
-) -> None:
-    """Write `summary.json` and the figures; print the closing table and how to use what was trained."""
-    members = [(name, member) for group in groups for name, member in zip(group.names, group.members, strict=True)]
-    in_order = [members.index(pair) for member in sweep_members(config.sweep) for pair in members if pair[1] == member]
-    summary = summarize(config, groups, progress, held_out, clock)
+def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> None:
+    """Write the figures and, last, `summary.json`; print the closing table and how to use what was trained."""
+    names, members = setup.names(), setup.members()
+    in_order = [members.index(member) for member in sweep_members(setup.config.sweep)]
+    summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
-    write_json(out / "summary.json", summary)
     width = held_out.x.shape[1]
     draw_losses(
         out / "figures",
-        [members[i][0] for i in in_order],
-        member_colours([members[i][1] for i in in_order], width),
+        [names[i] for i in in_order],
+        member_colours([members[i] for i in in_order], width),
         progress.losses[:, in_order],
-        [held_out.loss_floor(members[i][1].features) for i in in_order],
+        [held_out.loss_floor(members[i].features) for i in in_order],
         f"{out.name}: reconstruction of activations of width {width}",
     )
+    write_json(out / "summary.json", summary)
+    good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
         lines.append(
-            f"stories       {summary['empty_stories']} without text were skipped; {summary['cut_stories']} longer than "
+            f"stories       {summary['empty_stories']} without tokens were skipped; {summary['cut_stories']} longer than "
             f"the language model's positions were cut, {summary['tokens_cut']} tokens in all"
         )
-    lines += [f"not finite    {m['name']}: its numbers mean nothing" for m in summary["members"] if m["non_finite"]]
+    if summary["tokens_excluded"]:
+        lines.append(f"excluded      {summary['tokens_excluded']:,} tokens at the start of stories, in the first epoch")
+    if setup.config.activations.norm_limit:
+        lines.append(
+            f"norm limit    {summary['tokens_over_norm_limit']:,} tokens above it were not trained on, "
+            f"{summary['held_out_tokens_over_norm_limit']:,} not held out"
+        )
     say(
         [
             *lines,
             f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
             f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png",
-            f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={members[in_order[-1]][0]!r}); "
-            "features = sae.encode(x)",
+            f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)",
         ]
     )
 
 
-def summarize(
-    config: Config, groups: tuple[Group, ...], progress: Progress, held_out: HeldOut, clock: Clock
-) -> dict[str, Any]:
+def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:
     """The contents of `summary.json`, with the members in the groups' order."""
-    members = [(name, member) for group in groups for name, member in zip(group.names, group.members, strict=True)]
     fvus = [fvu for group in progress.state for fvu in held_out_fvu(held_out, group)]
-    last = progress.losses[-max(1, config.train.steps // 100) :].mean(0, dtype=np.float64)
+    last = progress.losses[-max(1, setup.config.train.steps // 100) :].mean(0, dtype=np.float64)
     found = []
-    for i, (name, member) in enumerate(members):
+    for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
         floor = held_out.fvu_floor(member.features)
         found.append(
             {
                 "name": name,
                 **asdict(member),
-                "steps": progress.step,
+                "steps": progress.step if at is None else at - 1,
+                "diverged_at_step": at,
                 "tokens": progress.tokens,
                 "loss_per_element": finite_or_none(last[i]),
                 "fvu": finite_or_none(fvus[i]),
                 "pca_floor_fvu": floor,
                 "fvu_over_floor": finite_or_none(fvus[i] / floor) if floor > 0 else None,
-                "non_finite": not (np.isfinite(progress.losses[:, i]).all() and np.isfinite(fvus[i])),
             }
         )
-    position = progress.position
+    position, train = progress.position, setup.config.train
+    over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
     return {
         "members": found,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
@@ -167,12 +211,18 @@ def summarize(
         "empty_stories": position.empty_stories,
         "cut_stories": position.cut_stories,
         "tokens_cut": position.tokens_cut,
-        "device": jax.devices()[0].device_kind,
+        "tokens_excluded": position.tokens_excluded,
+        "tokens_over_norm_limit": over_norm_limit,
+        "held_out_tokens_over_norm_limit": held_out.tokens_over_norm_limit,
+        "device": device(),
     }
 
 
 def closing_table(members: Sequence[dict[str, Any]]) -> str:
-    """The table at the end of a run, from the members of `summary.json`."""
+    """The table at the end of a run, from the members of `summary.json`.
+
+    A member that diverged has the FVU of its last finite state.
+    """
     header = ["member", "features", "seed", "learning rate", "loss/element", "held-out FVU", "PCA floor", "FVU/floor"]
     rows = [
         [
@@ -180,13 +230,20 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
             str(member["features"]),
             str(member["seed"]),
             f"{member['learning_rate']:g}",
-            _number(member["loss_per_element"]),
+            f"diverged at step {member['diverged_at_step']}"
+            if member["diverged_at_step"]
+            else _number(member["loss_per_element"]),
             _number(member["fvu"]),
             _number(member["pca_floor_fvu"]),
-            "-" if member["fvu_over_floor"] is None else f"{member['fvu_over_floor']:.3f}",
+            "-" if member["fvu_over_floor"] is None else _ratio(member["fvu_over_floor"]),
         ]
         for member in members
     ]
+    return "\n".join(table(header, rows))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, a rule below the header."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "  ".join(
@@ -196,7 +253,11 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
         for row in [header, *rows]
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return lines
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.2e}"
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,77 +10,110 @@ import jax
 import numpy as np
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
+from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, identity
+from jax_sae.activations.norms import norm_lines, norm_statistics
 from jax_sae.activations.sources import Source, open_sources
 from jax_sae.config import Config, sweep_members
+from jax_sae.errors import BadInput
 from jax_sae.sweep import report
 from jax_sae.sweep.checkpoints import Checkpoints
 from jax_sae.sweep.held_out import harvest_held_out
-from jax_sae.sweep.members import Group, make_groups
-from jax_sae.sweep.progress import Clock, Progress, restore, save
-from jax_sae.sweep.update import init_sweep, update_many
+from jax_sae.sweep.lock import locked
+from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.plan import is_checkpoint, plan
+from jax_sae.sweep.progress import Clock, Progress, Setup, restore, save
+from jax_sae.sweep.update import init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384
-"""Tokens from which the `dataset` normalisation is estimated: the first ones of the training order."""
+"""Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
 
 
-def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[], bool]) -> bool:
-    """Train a sweep from its beginning, or from its newest checkpoint, and leave everything in `out`.
+def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[int], bool]) -> bool:
+    """Train a sweep from its beginning, or from its newest good checkpoint, and leave everything in `out`.
 
     Args:
         config: the run's settings, validated.
         out: the run's directory; it is made once all inputs are known to be good.
         resume: go on from the newest checkpoint.
-        stop_requested: is asked between dispatches; once it is true, the run is saved and ended.
+        stop_requested: is asked, with the number of steps done, between dispatches and while activations are made; once
+            it is true, the run is saved and ended.
 
     Returns:
         Whether the run is finished; False if it was stopped before its last step.
 
     Raises:
         BadInput: if an input cannot be used.
+        RunFailed: if a checkpoint cannot be written, or every member has diverged.
+        Stopped: if a stop was requested before training began: there is nothing to save.
     """
-    source, held_out_source, lines = open_sources(config)
-    groups = make_groups(sweep_members(config.sweep))
-    report.say(lines + report.describe(config, groups, source.width))
-    progress = restore(config, groups, source.width, out) if resume else None
-    if progress is not None:
-        report.say([f"resuming      {out} at step {progress.step:,}"])
-        if progress.step == config.train.steps and (out / "summary.json").exists():
-            report.say(["it is finished: that is its last step; there is nothing to do"])
-            return True
-    progress = progress or begin(config, groups, source)
-    held_out = harvest_held_out(held_out_source, progress.normalization, config.activations)
-    report.write_config(out, config)
-    clock = Clock()
-    stopped = False
-    with (
-        Checkpoints(out / "checkpoints") as checkpoints,
-        report.Log(out / "metrics.jsonl", config, groups, progress.step) as log,
-    ):
-        for progress in dispatches(progress, source, config, clock):  # noqa: B020 - it goes on from there
-            log.write(progress, clock.train_tokens / clock.train_seconds)
-            stopped = stop_requested() and progress.step < config.train.steps
-            if stopped or progress.step == config.train.steps or progress.step % config.train.checkpoint_every == 0:
-                save(checkpoints, progress, config, groups, source.width)
-            if stopped:
-                break
-    if stopped:
-        report.say([f"stopped and saved at step {progress.step}; go on with --out {out} --resume"])
-        return False
-    report.finish(out, config, groups, progress, held_out, clock)
-    return True
+    progress: Progress | None = None
+    opened, opened_held_out, lines = open_sources(config)
+    source, held_out_source = (
+        Interruptible(each, lambda: stop_requested(progress.step if progress else 0))
+        for each in (opened, opened_held_out)
+    )
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), source.width, inputs(source, held_out_source))
+    report.say(lines + report.describe(setup))
+    with ExitStack() as stack:
+        if resume:
+            stack.enter_context(locked(out))
+            progress, lines = restore(setup, out)
+            report.say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
+            if progress and progress.step == config.train.steps and (out / "summary.json").exists():
+                report.say(["it is finished: that is its last step; there is nothing to do"])
+                return True
+        report.say(plan(setup, source, out, progress.step if progress else 0))
+        progress = progress or begin(setup, source)
+        held_out = harvest_held_out(held_out_source, progress.normalization, config.activations)
+        if not resume:
+            stack.enter_context(locked(out))
+            if (out / "config.json").exists():
+                raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
+        report.write_config(out, config)
+        jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
+        clock = Clock()
+        with (
+            Checkpoints(out / "checkpoints") as checkpoints,
+            report.Log(out / "metrics.jsonl", setup, progress) as log,
+        ):
+            saved = progress.step
+            try:
+                for progress in dispatches(progress, source, config, clock):  # noqa: B020 - it goes on from there
+                    log.write(progress, clock.train_tokens / clock.train_seconds)
+                    checkpoints.raise_failure()
+                    report.refuse_if_all_diverged(progress, setup)
+                    if is_checkpoint(progress.step, config.train.checkpoint_every, config.train.steps):
+                        save(checkpoints, progress, setup)
+                        saved = progress.step
+                    if stop_requested(progress.step) and progress.step < config.train.steps:
+                        raise Stopped
+            except Stopped:
+                if progress.step > saved:
+                    save(checkpoints, progress, setup)
+        if progress.step < config.train.steps:
+            report.say([f"stopped and saved at step {progress.step}; go on with --out {out} --resume"])
+            return False
+        report.finish(out, setup, progress, held_out, clock)
+        return True
 
 
-def begin(config: Config, groups: tuple[Group, ...], source: Source) -> Progress:
-    """The progress of a run at step 0: initial values, and the normalisation."""
+def inputs(source: Source, held_out_source: Source) -> dict[str, str]:
+    """Digests of what a run reads; resuming it wants the same ones."""
+    training, held_out = source.digests(), held_out_source.digests()
+    return training | {f"held-out {name}": value for name, value in held_out.items() if value != training[name]}
+
+
+def begin(setup: Setup, source: Source) -> Progress:
+    """The progress of a run at step 0: initial values, and the normalisation; says what norms the activations have."""
+    config = setup.config
+    shuffle_seed = config.train.seed if config.train.batching == "tokens" else None
+    sample = first_activations(source, NORMALIZATION_TOKENS, shuffle_seed, config.activations.norm_limit)
+    report.say(norm_lines(norm_statistics(sample, config.activations)))
     kind = config.activations.normalization
-    normalization = identity(source.width)
-    if kind == "dataset":
-        shuffle_seed = config.train.seed if config.train.batching == "tokens" else None
-        sample = first_activations(source, NORMALIZATION_TOKENS, shuffle_seed)
-        normalization = estimate_dataset(np.concatenate(sample))
-    losses = np.zeros((config.train.steps, sum(len(group.names) for group in groups)), np.float32)
-    state = init_sweep(groups, source.width, config.sweep, config.train)
+    normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
+    losses = np.zeros((config.train.steps, len(setup.names())), np.float32)
+    state = init_sweep(setup.groups, setup.width, config.sweep, config.train)
     return Progress(0, 0, Position(), state, losses, normalization)
 
 

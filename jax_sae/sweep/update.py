@@ -20,6 +20,8 @@ class MemberState(NamedTuple):
     params: Params
     opt_state: Any
     learning_rate: jax.Array
+    diverged: jax.Array
+    """[] bool: a loss or a gradient was not finite, and the member stays as it was before that step."""
 
 
 SweepState = tuple[MemberState, ...]
@@ -31,7 +33,7 @@ def init_member(member: Member, width: int, sweep: SweepConfig, train: TrainConf
     model = Autoencoder(width, member.features, sweep.initialization, sweep.encoder_bias)
     params = init_params(model, member.seed)
     learning_rate = jnp.float32(member.learning_rate)
-    return MemberState(params, make_optimizer(learning_rate, train).init(params), learning_rate)
+    return MemberState(params, make_optimizer(learning_rate, train).init(params), learning_rate, jnp.bool(False))
 
 
 def stack(states: list[MemberState], padded: MemberState) -> MemberState:
@@ -81,7 +83,11 @@ def init_sweep(groups: tuple[Group, ...], width: int, sweep: SweepConfig, train:
 def update_member(
     state: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
 ) -> tuple[MemberState, jax.Array]:
-    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before it."""
+    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before it.
+
+    A step whose squared error or squared gradient norm is not finite is not taken, nor is any after it: the member
+    keeps its last finite state, and its loss is NaN from there on. No member sees another's numbers.
+    """
 
     def loss(params: Params) -> jax.Array:
         return squared_error(x, reconstruct(params, x), weights)
@@ -89,7 +95,11 @@ def update_member(
     error, gradient = jax.value_and_grad(loss)(state.params)
     updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return state._replace(params=params, opt_state=opt_state), loss_per_element(error, weights, x.shape[-1])
+    diverged = state.diverged | ~jnp.isfinite(error + optax.tree.norm(gradient, squared=True))
+    after = state._replace(params=params, opt_state=opt_state)
+    after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
+    per_element = jnp.where(diverged, jnp.nan, loss_per_element(error, weights, x.shape[-1]))
+    return after._replace(diverged=diverged), per_element
 
 
 def update_sweep(
@@ -99,6 +109,12 @@ def update_sweep(
     update_group = jax.vmap(partial(update_member, train=train), in_axes=(0, None, None))
     states, losses = zip(*[update_group(group, x, weights) for group in state], strict=True)
     return tuple(states), jnp.concatenate(losses)
+
+
+@jax.jit
+def snapshot(state: SweepState) -> SweepState:
+    """A copy of a state, to be saved while `update_many` goes on and donates the original."""
+    return jax.tree.map(jnp.copy, state)
 
 
 @partial(jax.jit, static_argnames="train", donate_argnames="state")

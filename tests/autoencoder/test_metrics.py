@@ -44,3 +44,20 @@ def test_eigenvalues_sum_to_the_variance() -> None:
     eigenvalues = covariance_eigenvalues(X)
     assert np.all(np.diff(eigenvalues) <= 0)
     assert eigenvalues.sum() == pytest.approx(np.square(X - X.mean(0, dtype=np.float64)).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 499, 500, 8192])
+def test_eigenvalues_depend_neither_on_chunks_nor_on_the_mean(rows: int) -> None:
+    """Those of a singular value decomposition of the centred rows in float64, at a mean of 10,000 too."""
+    for x in (X, X * np.float32(0.01) + np.float32(10_000), X[:5]):
+        exact = x.astype(np.float64)
+        singular = np.linalg.svd(exact - exact.mean(0), compute_uv=False)
+        expected = np.pad(singular**2, (0, 8 - len(singular)))
+        found = covariance_eigenvalues(x, rows_at_a_time=rows)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * expected[0])
+
+
+def test_fvu_sums_in_float64() -> None:
+    """Exactly, where float32 would lose the thousand small errors beside the large one."""
+    errors = np.array([2.0**30, *[1.0] * 1000])
+    assert fraction_of_variance_unexplained(errors, 4.0) == (2**30 + 1000) / 4

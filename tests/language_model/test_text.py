@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value, concatenate_datasets
 
 from jax_sae.errors import BadInput
-from jax_sae.language_model.text import Stories, load_tokenizer, open_dataset, open_split
+from jax_sae.language_model import text
+from jax_sae.language_model.text import Stories, load_tokenizer, open_dataset, open_split, text_digest
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,12 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def stories_of(texts: list[Any], tokenizer_directory: Path, max_tokens: int = 100, vocab_size: int = 258) -> Stories:
+def stories_of(
+    texts: list[Any], tokenizer_directory: Path, max_tokens: int = 100, vocab_size: int = 258, exclude: int = 0
+) -> Stories:
     """Texts as the rows of a dataset."""
     rows = Dataset.from_dict({"number": range(len(texts)), "text": texts})
-    return Stories(rows, "text", load_tokenizer(str(tokenizer_directory)), max_tokens, vocab_size)
+    return Stories(rows, "text", load_tokenizer(str(tokenizer_directory)), max_tokens, vocab_size, exclude)
 
 
 def test_stories_are_the_rows_asked_for_in_the_order_asked_for(tokenizer_directory: Path) -> None:
@@ -74,6 +77,78 @@ def test_a_row_without_text_is_a_story_of_no_tokens(tokenizer_directory: Path) -
     read = stories_of(["", "a", " \n\t\u00a0", None], tokenizer_directory).read([0, 1, 2, 3])
     assert [len(story.token_ids) for story in read] == [0, 1, 0, 0]
     assert all(story.token_ids.dtype == np.int32 and story.tokens_cut == 0 for story in read)
+
+
+def test_excluded_tokens_are_read_but_do_not_count(tokenizer_directory: Path) -> None:
+    """Token ids stay whole, cut where they are too long; what is left is counted, and never less than nothing."""
+    texts = ["abcdef", "abc", "ab", "", "a" * 120]
+    read = stories_of(texts, tokenizer_directory, exclude=3).read(range(5))
+    assert [len(story) for story in read] == [3, 0, 0, 0, 97]
+    assert [story.tokens_excluded for story in read] == [3, 3, 2, 0, 3]
+    for story, whole in zip(read, stories_of(texts, tokenizer_directory).read(range(5)), strict=True):
+        assert np.array_equal(story.token_ids, whole.token_ids) and len(whole) == len(whole.token_ids)
+        assert story.tokens_cut == whole.tokens_cut and whole.tokens_excluded == 0
+
+
+@pytest.mark.parametrize(("k", "message"), [(-1, "is -1; 0 or more"), (100, "is 100, but a story has at most 100")])
+def test_a_number_of_excluded_tokens_that_cannot_be_is_refused(tokenizer_directory: Path, k: int, message: str) -> None:
+    """Less than none, or all of every story."""
+    with pytest.raises(BadInput, match=message):
+        stories_of(["a"], tokenizer_directory, exclude=k)
+
+
+# The digest of a text
+
+TEXTS = ["", "ab", "c", None, "ä\n", " ", "d" * 50, "", None]
+
+
+def rows_of(texts: list[Any], kind: str = "string") -> Dataset:
+    """Texts of an Arrow type."""
+    return Dataset.from_dict({"number": range(len(texts)), "text": texts}).cast_column("text", Value(kind))
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 100])
+def test_a_texts_digest_is_of_the_texts_alone(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are divided, in memory and on disk, of both types for text, and wherever in a buffer they begin."""
+    expected = text_digest(rows_of(TEXTS), "text")
+    monkeypatch.setattr(text, "ROWS_HASHED_AT_A_TIME", n)
+    assert text_digest(rows_of(TEXTS), "text") == expected
+    assert text_digest(rows_of(TEXTS, "large_string"), "text") == expected
+    assert text_digest(rows_of([t or "" for t in TEXTS]), "text") == expected  # as `Stories` reads null
+    assert text_digest(rows_of(TEXTS).rename_column("text", "story"), "story") == expected
+    pieces = concatenate_datasets([rows_of(TEXTS[:4]), rows_of(TEXTS[4:5]), rows_of(TEXTS[5:])])
+    assert text_digest(pieces, "text") == expected
+    longer = rows_of(["before", *TEXTS, "after"])
+    assert text_digest(longer.select(range(1, 10)), "text") == expected  # part of a buffer
+    shuffled = rows_of(TEXTS[::-1]).select(range(8, -1, -1))
+    assert text_digest(shuffled, "text") == expected  # by way of indices
+    rows_of(TEXTS).to_parquet(tmp_path / "x.parquet", batch_size=2)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    for name in ("x.parquet", "x.jsonl"):
+        assert text_digest(open_split(str(tmp_path / name), "train", "text"), "text") == expected
+
+
+def test_whatever_changes_a_text_changes_its_digest() -> None:
+    """A character, its place, where a story ends, their order, and one story more or less, even an empty one."""
+    others = [
+        ["", "ab", "d", None, "ä\n", " ", "d" * 50, "", None],
+        ["", "ba", "c", None, "ä\n", " ", "d" * 50, "", None],
+        ["", "a", "bc", None, "ä\n", " ", "d" * 50, "", None],
+        ["ab", "", "c", None, "ä\n", " ", "d" * 50, "", None],
+        ["", "c", "ab", None, "ä\n", " ", "d" * 50, "", None],
+        [*TEXTS, ""],
+        TEXTS[1:],
+        [],
+    ]
+    digests = {text_digest(rows_of(texts), "text") for texts in [TEXTS, *others]}
+    assert len(digests) == 1 + len(others) and all(len(digest) == 64 for digest in digests)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [["a"]], [b"a"], [None, None]], ids=["numbers", "lists", "bytes", "nulls"])
+def test_a_column_without_text_has_no_digest(values: list[Any]) -> None:
+    """The message names its type."""
+    with pytest.raises(BadInput, match=r"column 'text' is of the type .*; text was expected"):
+        text_digest(Dataset.from_dict({"text": values}), "text")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer_directory: Path) -> None:

@@ -142,7 +142,8 @@ def test_the_manifest_and_the_closing_line_say_what_was_read(models, text, hidde
         "column": "text",
         "tokenizer": str(models["gpt2"]),
         "dtype": "float16",
-        "text_read": {"stories": 8, "empty_stories": 2, "cut_stories": 1, "tokens_cut": lost},
+        "text_read": {"stories": 8, "empty_stories": 2, "cut_stories": 1, "tokens_cut": lost, "tokens_excluded": 0},
+        "exclude_first_tokens": 0,
     }
     assert {name: manifest[name] for name in expected} == expected
     line = capsys.readouterr().out
@@ -163,6 +164,19 @@ def test_longer_texts_are_cut_and_the_text_that_reaches_the_number_of_tokens_is_
     np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
     read = read_manifest(tmp_path / "acts")
     assert (read["rows"], read["text_read"]["stories"]) == (len(expected), 4)
+
+
+def test_excluded_first_tokens_are_read_but_not_written(models, text, hidden_states, tmp_path, capsys):
+    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", "--exclude-first-tokens", 3)) == 0
+    states = [states[2] for states in hidden_states["gpt2"]]
+    expected = np.concatenate([x[3:] for x in states])
+    np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
+    manifest = read_manifest(tmp_path / "acts")
+    excluded = sum(min(3, len(x)) for x in states)
+    assert (manifest["rows"], manifest["exclude_first_tokens"]) == (len(expected), 3)
+    assert manifest["text_read"]["tokens_excluded"] == excluded == 3 * 5 + len(states[3]) < 3 * 6
+    assert manifest["text_read"]["empty_stories"] == 3
+    assert f"the first 3 tokens of each left out ({excluded} tokens)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -242,6 +256,8 @@ def test_without_torch_it_says_what_to_install(tmp_path, text, monkeypatch, caps
         (["--max-length", POSITIONS + 1], [f"--max-length is {POSITIONS + 1}", f"1 to {POSITIONS}"]),
         (["--batch-tokens", 0], ["--batch-tokens is 0"]),
         (["--tokens", 0], ["tokens", "is 0"]),
+        (["--exclude-first-tokens", -1], ["first tokens to exclude is -1"]),
+        (["--exclude-first-tokens", POSITIONS], ["first tokens to exclude is", f"at most {POSITIONS}"]),
         (["--device", "abacus"], ["--device 'abacus'"]),
         (["--device", "cuda:77"], ["--device 'cuda:77'"]),
         (["--text-column", "story"], ["no column 'story'"]),

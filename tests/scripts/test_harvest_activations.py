@@ -59,7 +59,7 @@ def test_rows_are_the_activations_of_the_stories_in_order(lm, block_tokens, tmp_
     rows, manifest = open_rows(str(tmp_path / "acts")), read_manifest(tmp_path / "acts")
     np.testing.assert_allclose(rows.read(0, len(rows)), np.concatenate(stories), rtol=1e-5, atol=1e-4)
     assert len(manifest["shards"]) > 1
-    counts = {"stories": len(stories), "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0}
+    counts = {"stories": len(stories), "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
     assert manifest["text_read"] == counts
     assert (manifest["model"], manifest["layer"], manifest["split"]) == (MODEL, 2, "validation")
     assert f"{n_tokens:,} rows of width 64 in float32" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_memory_holds_a_few_stories_at_a_time(tmp_path, monkeypatch):
 class LengthOnly:
     """Stands in for `Stories`; counts what is read."""
 
-    max_tokens = 1000
+    max_tokens, exclude_first_tokens = 1000, 0
 
     def __init__(self, lengths):
         self.lengths, self.n_read = lengths, 0
@@ -105,10 +105,45 @@ def test_stories_without_text_and_beyond_the_positions_are_counted(lm, tmp_path,
     assert n_tokens[1] > 512
     manifest = read_manifest(tmp_path / "acts")
     assert manifest["rows"] == n_tokens[0] + 512
-    counts = {"stories": 5, "empty_stories": 3, "cut_stories": 1, "tokens_cut": n_tokens[1] - 512}
-    assert manifest["text_read"] == counts
+    counts = {"stories": 5, "empty_stories": 3, "cut_stories": 1, "tokens_cut": n_tokens[1] - 512, "tokens_excluded": 0}
+    assert manifest["text_read"] == counts and manifest["exclude_first_tokens"] == 0
     line = capsys.readouterr().out
     assert f"5 stories; 3 had no text, 1 were cut at 512 tokens ({n_tokens[1] - 512:,} tokens lost)" in line
+
+
+def test_excluded_first_tokens_are_read_but_not_written(lm, tmp_path, monkeypatch, capsys):
+    """In each story; those of no more tokens have none left, and --tokens counts what is written."""
+    monkeypatch.setattr(text_to_store, "READ_AHEAD", 2)
+    texts = [
+        "Once upon a time there was a fox.",
+        "A",
+        "",
+        "The sun was warm. " * 200,
+        "Tom had a red ball.",
+        "The end.",
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    n_tokens = [len(ids) for ids in lm.tokenizer(texts)["input_ids"]]
+    assert n_tokens[1] <= 3 < min(n_tokens[i] for i in (0, 3, 4))
+    out, text = tmp_path / "acts", ["--text-path", tmp_path / "texts.jsonl", "--text-split", "train"]
+    tokens = n_tokens[0] - 3 + 512 - 3 + 1  # the fifth story's first token that is written
+    assert script.main(arguments(out, *text, "--exclude-first-tokens", 3, "--tokens", tokens)) == 0
+    whole = [lm.activations([lm.tokenizer(texts[i])["input_ids"][:512]])[0] for i in (0, 3, 4)]
+    rows, manifest = open_rows(str(out)), read_manifest(out)
+    expected = np.concatenate([x[3:] for x in whole])
+    np.testing.assert_allclose(rows.read(0, len(rows)), expected, rtol=1e-5, atol=1e-4)
+    assert manifest["exclude_first_tokens"] == 3
+    excluded = 3 * 3 + n_tokens[1]
+    assert manifest["text_read"] == {
+        "stories": 5,
+        "empty_stories": 2,
+        "cut_stories": 1,
+        "tokens_cut": n_tokens[3] - 512,
+        "tokens_excluded": excluded,
+    }
+    line = capsys.readouterr().out
+    assert "5 stories; 2 had no text beyond their first 3 tokens, 1 were cut at 512 tokens" in line
+    assert line.endswith(f"; the first 3 tokens of each left out ({excluded} tokens)\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -134,6 +169,8 @@ def test_a_sweep_is_trained_on_what_was_written(tmp_path, dtype, monkeypatch, ca
         (["--layer", 5], "layer 5"),
         (["--tokens", 0], "the number of tokens to write is 0"),
         (["--tokens", -3], "the number of tokens to write is -3"),
+        (["--exclude-first-tokens", -1], "the number of first tokens to exclude is -1"),
+        (["--exclude-first-tokens", 512], "the number of first tokens to exclude is 512"),
         (["--model", "absent/absent"], "absent/absent"),
         (["--text-split", "test"], "no split 'test'"),
         (["--text-column", "story"], "no column 'story'"),

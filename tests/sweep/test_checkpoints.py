@@ -9,7 +9,7 @@ import pytest
 
 import jax_sae
 from jax_sae.config import Config
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, RunFailed
 from jax_sae.sweep.checkpoints import Checkpoints
 
 PLAIN_ORBAX = """
@@ -88,11 +88,15 @@ def test_missing_steps_and_runs_are_named(demo_run: Path, tmp_path: Path) -> Non
 
 
 def test_saving_a_step_twice_is_an_error(tmp_path: Path) -> None:
-    """Nothing is overwritten without a word."""
+    """Nothing is overwritten without a word, and what is there stays."""
     with Checkpoints(tmp_path / "c") as checkpoints:
-        checkpoints.save(1, {"a": np.ones(3)}, {})
-        with pytest.raises(Exception, match="already exists"):
-            checkpoints.save(1, {"a": np.zeros(3)}, {})
+        checkpoints.save(1, lambda: ({"a": np.ones(3)}, {}))
+        checkpoints.save(2, lambda: ({"a": np.ones(3)}, {}))
+        checkpoints.save(1, lambda: ({"a": np.zeros(3)}, {}))
+        with pytest.raises(RunFailed, match="step 1 could not be written"):
+            checkpoints.save(3, lambda: ({"a": np.zeros(3)}, {}))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.steps() == [1, 2] and checkpoints.read_state(1)["a"].tolist() == [1, 1, 1]
 
 
 def test_config_survives(demo_run: Path, demo_config: Config) -> None:

@@ -61,6 +61,32 @@ def test_per_story_normalisation_comes_from_the_story(demo_config: Config, tmp_p
         sae.encode(x[None])
 
 
+def test_excluded_first_tokens_count_for_no_storys_mean_and_scale(
+    demo_config: Config, tmp_path: Path, x: np.ndarray
+) -> None:
+    """Whatever they are, the features and reconstructions of the other tokens stay, by the formula; as in training."""
+    config = replace(
+        demo_config,
+        activations=replace(demo_config.activations, normalization="story", exclude_first_tokens=2),
+        sweep=replace(demo_config.sweep, features=(63,)),
+        train=replace(demo_config.train, batching="story"),
+    )
+    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    sae = jax_sae.load_autoencoder(tmp_path / "run", features=63)
+    p = {name: np.asarray(value) for name, value in sae.params.items()}
+    x_n = (x - x[2:].mean()) / x[2:].std(ddof=1) * np.sqrt(64)
+    features = np.maximum(x_n @ p["W_enc"] + p["b_enc"], 0)
+    np.testing.assert_allclose(sae.encode(x), features, atol=2e-3)
+    giant = np.concatenate([1e4 * x[:2], x[2:]])
+    assert np.array_equal(sae.encode(giant)[2:], sae.encode(x)[2:])
+    assert np.array_equal(sae(giant)[2:], sae(x)[2:])
+    assert np.array_equal(sae.decode(features, story=giant), sae.decode(features, story=x))
+    for short in (x[:2], x[:1]):
+        with pytest.raises(BadInput, match=r"x has [12] tokens; .* without its first 2: give a story with more"):
+            sae.encode(short)
+    assert sae.encode(x[:3]).shape == (3, 63)
+
+
 def test_wrong_widths_are_named(demo_run: Path, x: np.ndarray) -> None:
     """Activations of another model, features of another member."""
     sae = jax_sae.load_autoencoder(demo_run, features=63)

@@ -1,0 +1,85 @@
+"""What a run's directory holds, and whether it is still what was saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import read_json
+from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, named_leaves
+from jax_sae.sweep.report import table
+
+
+def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:
+    """Describe a run: its members with their last losses, and its checkpoints. Changes nothing.
+
+    Args:
+        run: the run's directory; training may be going on in it.
+        verify: read every array of every checkpoint and compare it with its digest. Without it, only the JSON of each
+            checkpoint is read and verified.
+
+    Returns:
+        Lines, and whether all that was read is what was saved.
+
+    Raises:
+        BadInput: if there is no run in that directory.
+    """
+    if not (run / "config.json").is_file():
+        raise BadInput(f"{run} holds no run: there is no config.json; give the directory of one, such as runs/demo")
+    config = read_json(run / "config.json")
+    found: list[tuple[int, Tree | None, str]] = []
+    if (run / "checkpoints").is_dir():
+        with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+            found = [(step, *_look(checkpoints, step, verify)) for step in checkpoints.steps()]
+    good = [(step, facts) for step, facts, _ in found if facts is not None]
+    steps = config.get("train", {}).get("steps")
+    at = f"newest checkpoint at step {good[-1][0]:,}" if good else "no checkpoint yet"
+    state = "finished" if (run / "summary.json").exists() else f"not finished, {at}"
+    lines = [f"run           {run}: {steps:,} steps, {state}"]
+    if good:
+        facts = good[-1][1]
+        versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax_sae", "jax", "orbax-checkpoint"))
+        lines += [f"made with     {versions} on {facts['device']}", "", *_members(run, facts)]
+    lines += ["", *table(["checkpoint", "MB", "state"], [[f"{s:,}", _megabytes(run, s), what] for s, _, what in found])]
+    lines += [
+        f"{path.name:10}  set aside when the run was resumed" for path in sorted(run.glob("checkpoints/*.damaged*"))
+    ]
+    if found and not verify:
+        lines += ["", "the arrays were not read; --verify compares each with its digest"]
+    return lines, len(good) == len(found)
+
+
+def _look(checkpoints: Checkpoints, step: int, verify: bool) -> tuple[Tree | None, str]:
+    """The JSON of a checkpoint, None if it is damaged, and what can be said of it."""
+    try:
+        facts = checkpoints.read_run(step)
+        if not verify:
+            return facts, "there"
+        return facts, f"verified, {len(list(named_leaves(checkpoints.read_state(step))))} arrays"
+    except Damaged as error:
+        return None, str(error).partition(" is ")[2].rpartition("; ")[0]
+
+
+def _members(run: Path, facts: Tree) -> list[str]:
+    """A table of the members; losses are those of the last line of metrics that is whole."""
+    losses: dict[str, Any] = {}
+    at = 0
+    metrics = run / "metrics.jsonl"
+    for line in reversed(metrics.read_text(errors="replace").splitlines() if metrics.exists() else []):
+        try:
+            content = json.loads(line)
+            losses, at = content["members"], content["step"]
+            break
+        except (ValueError, TypeError, KeyError):  # being written just now, or cut off by the end of its process
+            continue
+    rows = []
+    for name, member in facts["members"].items():
+        loss = losses.get(name, {}).get("loss_per_element")
+        diverged = facts["diverged_at_step"].get(name)
+        shown = f"diverged at step {diverged}" if diverged else "-" if loss is None else f"{loss:.4g}"
+        rows.append([name, str(member["features"]), str(member["seed"]), f"{member['learning_rate']:g}", shown])
+    return table(["member", "features", "seed", "learning rate", f"loss/element at step {at:,}"], rows)
+
+
+def _megabytes(run: Path, step: int) -> str:
+    return f"{sum(p.stat().st_size for p in (run / 'checkpoints' / str(step)).rglob('*') if p.is_file()) / 1e6:,.1f}"

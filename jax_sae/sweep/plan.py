@@ -1,0 +1,111 @@
+"""What a run will need, said before it begins: tokens, memory and disk."""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+
+from jax_sae.activations.sources import Source
+from jax_sae.errors import BadInput
+from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
+from jax_sae.sweep.progress import Setup
+from jax_sae.sweep.update import MemberState, padded_shape
+
+PROCESS_BYTES = 450_000_000
+"""What Python, JAX and the other libraries take before anything is loaded."""
+
+
+def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
+    """Lines that say what steps `done` + 1 to the last will need.
+
+    Raises:
+        BadInput: if memory or disk cannot hold what is needed.
+    """
+    return [_tokens(setup, source, done), _memory(setup), _disk(setup, out, done)]
+
+
+def _tokens(setup: Setup, source: Source, done: int) -> str:
+    train = setup.config.train
+    steps = train.steps - done
+    if train.batching == "story":
+        epochs = train.steps / len(source)
+        return f"stories       {steps:,} needed, {len(source):,} there: {_epochs(epochs)}"
+    available, is_exact = source.count_tokens()
+    epochs = train.steps * train.batch_tokens / max(1, available)
+    about = "" if is_exact else "about "
+    return f"tokens        {steps * train.batch_tokens:,} needed, {about}{available:,} there: {_epochs(epochs)}"
+
+
+def _epochs(epochs: float) -> str:
+    repeated = "; what is there is used again" if epochs > 1 else ""
+    return f"{epochs:.2g} epochs in all{repeated}" if epochs < 10 else f"{epochs:,.0f} epochs in all{repeated}"
+
+
+def _memory(setup: Setup) -> str:
+    """Of the device and, where that is a CPU, of the process."""
+    config, D = setup.config, setup.width
+    padded = [
+        (len(group.names), padded_shape(shapes)) for group, shapes in zip(setup.groups, setup.shapes(), strict=True)
+    ]
+    state = sum(n * n_bytes(shape) for n, shape in padded)
+    gradients = sum(n * n_bytes(shape.params) for n, shape in padded)
+    rows = config.train.batch_tokens if config.train.batching == "tokens" else 2048
+    step = sum(n * rows * (3 * group.features + 3 * D) * 4 for (n, _), group in zip(padded, setup.groups, strict=True))
+    block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
+    held_out = 2 * config.activations.held_out_tokens * D * 4
+    needed = 2 * state + gradients + step  # twice: a copy is taken to be saved
+    there = memory_of_device()
+    if needed > there:
+        raise BadInput(
+            f"the sweep needs {size(needed)} for its parameters, Adam's moments and a step, but the device has "
+            f"{size(there)}; give fewer or narrower members"
+        )
+    return (
+        f"memory        about {size(PROCESS_BYTES + needed + block + held_out)} and the language model: sweep "
+        f"{size(needed)}, blocks of activations {size(block)}, held out {size(held_out)}"
+    )
+
+
+def _disk(setup: Setup, out: Path, done: int) -> str:
+    train = setup.config.train
+    member_bytes = sum(n_bytes(shape) for shapes in setup.shapes() for shape in shapes)
+    n_members = len(setup.names())
+    steps = [
+        step for step in range(done + 1, train.steps + 1) if is_checkpoint(step, train.checkpoint_every, train.steps)
+    ]
+    needed = sum(member_bytes + 4 * n_members * step + SPACE_TO_SPARE for step in steps)
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise BadInput(
+            f"the run needs {size(needed)} of disk for {len(steps)} checkpoints, but {place} has {size(free)} left; "
+            "make room, give --out another disk, or a larger train.checkpoint_every"
+        )
+    each = size(needed / max(1, len(steps)))
+    return f"disk          {len(steps)} checkpoints of about {each}, {size(needed)} in all; {size(free)} free"
+
+
+def is_checkpoint(step: int, every: int, last: int) -> bool:
+    """Whether a checkpoint is taken after a step."""
+    return step % every == 0 or step == last
+
+
+def memory_of_device() -> int:
+    """Bytes of memory of the first device; of the machine, where the device has none of its own."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def n_bytes(tree: MemberState | dict[str, jax.Array]) -> int:
+    """Bytes of the arrays of a tree, or of the shapes of such arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 12.3 MB."""
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:,.3g} TB"
