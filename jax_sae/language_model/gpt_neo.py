@@ -15,6 +15,7 @@ Source: Black et al. 2021, "GPT-Neo" (https://doi.org/10.5281/zenodo.5297715), a
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from reprlib import repr as shortened
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +32,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "swish": nn.silu,
 }
+
+MOST_BLOCKS = 1000
+LARGEST_SIZE = 2**24  # of the others; JAX overflows at sizes of 2**31
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,13 @@ class GPTNeoConfig:
         Absent keys take the defaults of transformers' `GPTNeoConfig`.
 
         Raises:
-            BadInput: if it is not a GPT-Neo's, or its numbers contradict each other.
+            BadInput: if it is not a GPT-Neo's, or its numbers cannot be or contradict each other.
         """
         if config.get("model_type") != "gpt_neo":
             raise BadInput(
-                f"{where}: model_type is {config.get('model_type')!r}, but only 'gpt_neo' is run here; for another "
-                "model, write its activations with scripts/export_torch_activations.py and give --activations.path"
+                f"{where}: model_type is {shortened(config.get('model_type'))}, but only 'gpt_neo' is run here; for "
+                "another model, write its activations with scripts/export_torch_activations.py and give "
+                "--activations.path"
             )
         sizes: dict[str, int] = {}
         for key, default in [
@@ -76,8 +81,9 @@ class GPTNeoConfig:
             size = config.get(key, default)
             if key == "intermediate_size" and size is None:
                 size = 4 * sizes["hidden_size"]
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise BadInput(f"{where}: {key} is {size!r}; a positive whole number was expected")
+            most = MOST_BLOCKS if key == "num_layers" else LARGEST_SIZE
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+                raise BadInput(f"{where}: {key} is {shortened(size)}; a whole number from 1 to {most} was expected")
             sizes[key] = size
         if sizes["hidden_size"] % sizes["num_heads"]:
             raise BadInput(
@@ -86,14 +92,16 @@ class GPTNeoConfig:
         activation = config.get("activation_function", "gelu_new")
         if not isinstance(activation, str) or activation not in ACTIVATION_FUNCTIONS:
             raise BadInput(
-                f"{where}: activation_function is {activation!r}; known are {', '.join(ACTIVATION_FUNCTIONS)}"
+                f"{where}: activation_function is {shortened(activation)}; known are {', '.join(ACTIVATION_FUNCTIONS)}"
             )
         epsilon = config.get("layer_norm_epsilon", 1e-5)
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise BadInput(f"{where}: layer_norm_epsilon is {epsilon!r}; a number between 0 and 1 was expected")
+            raise BadInput(
+                f"{where}: layer_norm_epsilon is {shortened(epsilon)}; a number between 0 and 1 was expected"
+            )
         tied = config.get("tie_word_embeddings", True)
         if not isinstance(tied, bool):
-            raise BadInput(f"{where}: tie_word_embeddings is {tied!r}; true or false was expected")
+            raise BadInput(f"{where}: tie_word_embeddings is {shortened(tied)}; true or false was expected")
         kinds = _attention_kinds(config, sizes["num_layers"])
         if len(kinds) != sizes["num_layers"] or any(kind not in ("global", "local") for kind in kinds):
             raise BadInput(
@@ -113,11 +121,12 @@ def _attention_kinds(config: dict[str, Any], num_layers: int) -> tuple[Any, ...]
     """The kind of each block, where the config's lists have the right form; else something of another length."""
     kinds = config.get("attention_layers")
     if kinds is None:
-        types = config.get("attention_types", [[["global", "local"], num_layers // 2]])
+        kinds = []
         try:
-            kinds = [
-                kind for pattern, repeats in types for _ in range(min(repeats, num_layers + 1)) for kind in pattern
-            ]
+            for pattern, repeats in config.get("attention_types", [[["global", "local"], num_layers // 2]]):
+                if len(kinds) + len(pattern) * repeats > num_layers:  # before it is written out, at any length
+                    return ()
+                kinds += pattern * repeats
         except (TypeError, ValueError):
             return ()
     return tuple(kinds) if isinstance(kinds, list) else ()

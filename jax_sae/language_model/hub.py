@@ -1,9 +1,11 @@
 """Names of models, tokenizers and datasets -> files on this machine.
 
 A name is looked up in this order: as a path; below this package, for the embedded `jax_sae/demo/...`; as a Hugging Face
-hub id in the local cache; on the hub itself. What is in the cache is used as it is, without asking the hub for news.
+hub id in the local cache; on the hub itself. What is in the cache is used as it is, without asking the hub for news,
+but is held against the digest by which it was downloaded.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -13,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Literal
 
 from jax_sae.errors import BadInput
@@ -21,6 +24,8 @@ Kind = Literal["model", "dataset"]
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 5.0  # with the look-up of the address, which has no limit of its own, and several addresses tried
+
+JSON_BYTES = 16 << 20  # most for a JSON file or a safetensors header: as Python's objects it may take 30 times that
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -46,9 +51,9 @@ class NoAnswer(Exception):
 
 def find_local(name: str) -> Path | None:
     """The file or directory of that name, if it exists: below the working directory, or in the embedded demo."""
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)  # which, unlike Path.expanduser, leaves the name of an unknown user as it is
     if name and os.path.exists(path):  # which, unlike Path.exists, takes a name that cannot be for one that is not
-        return path
+        return Path(path)
     beside_package = Path(__file__).parents[2] / name
     return beside_package if name.startswith("jax_sae/demo/") and beside_package.exists() else None
 
@@ -65,8 +70,15 @@ def find_model_files(name: str) -> Path:
 
 
 def find_tokenizer_files(name: str) -> Path:
-    """A directory with the files of a tokenizer; otherwise like `find_model_files`."""
-    return _find(name, "tokenizer", ("tokenizer.json", "vocab.json"), has_tokenizer)
+    """A directory with the files of a tokenizer; otherwise like `find_model_files`.
+
+    Raises:
+        BadInput: also if one of them is not what was downloaded.
+    """
+    directory = _find(name, "tokenizer", ("tokenizer.json", "vocab.json"), has_tokenizer)
+    for file in ("config.json", *TOKENIZER_FILES):
+        refuse_damaged_download(directory / file)
+    return directory
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -88,22 +100,63 @@ def find_weight_files(directory: Path) -> list[Path]:
         if not name.endswith(".index.json"):
             return [path]
         weight_map = read_json(path).get("weight_map")
-        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise BadInput(f"{path}: weight_map should name, for each tensor, a file in the same directory")
-        return [directory / file for file in sorted(set(files))]
+        suffix = name.removesuffix(".index.json").partition(".")[2]
+        for file in weight_map.values():
+            if not isinstance(file, str) or not re.fullmatch(rf"[\w-][\w.-]*\.{suffix}", file):
+                raise BadInput(
+                    f"{path}: weight_map names {shortened(file)}; the plain name of a .{suffix} file in the same "
+                    "directory was expected"
+                )
+        return [directory / file for file in sorted(set(weight_map.values()))]
     raise BadInput(f"{directory}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; BadInput if it cannot be read or is something else."""
+    """The object in a JSON file; BadInput if it cannot be read, is something else or not what was downloaded."""
+    refuse_damaged_download(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(JSON_BYTES + 1)
+        if len(text) > JSON_BYTES:
+            raise BadInput(f"{path}: is larger than {JSON_BYTES >> 20} MiB; no file of its kind is")
+        content = json.loads(text.decode())
+    except BadInput:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error}); get the file again") from error
     if not isinstance(content, dict):
         raise BadInput(f"{path}: holds a {type(content).__name__}; an object was expected")
     return content
+
+
+def refuse_damaged_download(path: Path) -> None:
+    """Raise BadInput if a file in the Hugging Face cache is not what was downloaded.
+
+    There `snapshots/COMMIT/NAME` is a link to `blobs/ETAG`, and the etag is the file's digest: sha256 (64 digits) for a
+    file in LFS; for another, git's for a blob (40 digits), sha1 of "blob", its size and itself. A file that is no such
+    link, in a local directory or a cache on a system without links, has no digest that it could be held against.
+
+    Source: https://huggingface.co/docs/hub/local-cache
+    """
+    if not path.is_symlink():
+        return
+    blob = path.parent / path.readlink()  # not resolve(): a blob may be a link too, to a name that is another digest
+    if blob.parent.name != "blobs" or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return
+    try:
+        with path.open("rb") as file:
+            start = b"" if len(blob.name) == 64 else b"blob %d\0" % os.fstat(file.fileno()).st_size
+            kind = hashlib.sha256 if len(blob.name) == 64 else hashlib.sha1
+            found = hashlib.file_digest(file, lambda: kind(start, usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    if found != blob.name:
+        raise BadInput(
+            f"{path}: damaged, its digest is {found}, but {blob.name} was downloaded; delete {path.resolve()} and "
+            "download it again"
+        )
 
 
 def ask_hub(name: str, kind: Kind) -> list[str]:
@@ -169,9 +222,10 @@ def hub_switched_off() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of another library on one line, shortened."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    """An error of another library on one line, shortened, and printable whatever it quotes from a file."""
+    text = " ".join(str(error).split())[:300]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[Path], bool]) -> Path:
@@ -226,10 +280,9 @@ def _weights_in_one_format(files: list[str]) -> set[str]:
 
 
 def _has_weights(directory: Path) -> bool:
-    try:
-        return all(file.exists() for file in find_weight_files(directory))
-    except BadInput:
+    if not any((directory / name).exists() for name in WEIGHT_FILES):
         return False
+    return all(file.exists() for file in find_weight_files(directory))
 
 
 def _refused(name: str, kind: Kind, error: Any) -> BadInput:

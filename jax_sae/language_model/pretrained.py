@@ -1,9 +1,11 @@
 """A GPT-Neo with the weights of a Hugging Face checkpoint: a directory or hub id -> parameters, activations, logits."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, cast
 
 import jax
@@ -14,9 +16,17 @@ from flax import traverse_util
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
 from jax_sae.language_model.harvest import harvest, padded_length
-from jax_sae.language_model.hub import find_model_files, find_weight_files, has_tokenizer, read_json
+from jax_sae.language_model.hub import (
+    JSON_BYTES,
+    find_model_files,
+    find_weight_files,
+    has_tokenizer,
+    one_line,
+    read_json,
+    refuse_damaged_download,
+)
 from jax_sae.language_model.text import load_tokenizer, tokenize
-from jax_sae.language_model.torch_file import TensorReference, open_torch_file, refuse_pointer
+from jax_sae.language_model.torch_file import TensorReference, is_plain_name, open_torch_file, refuse_pointer
 
 Text = str | Sequence[int] | np.ndarray
 """A string, or the token ids of one."""
@@ -34,6 +44,7 @@ class _Weight:
 
     file: Path
     name: str  # as in the file
+    shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
 
@@ -107,6 +118,9 @@ class LanguageModel:
             raise BadInput("texts is a string; a list of strings or of token ids was expected: put it in [ ]")
         config = self.model.config
         strings = [text for text in texts if isinstance(text, str)]
+        for string in strings:
+            if any("\ud800" <= character <= "\udfff" for character in string):
+                raise BadInput(f"the text {shortened(string)} has half a surrogate pair, which is no character")
         tokenized = iter(tokenize(self.tokenizer, strings) if strings else [])
         stories = []
         for i, text in enumerate(texts):
@@ -160,33 +174,50 @@ def load_language_model(name: str, layer: int) -> LanguageModel:
 
 
 def _load_params(directory: Path, model: GPTNeo, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that `model` needs, read from its checkpoint except for those in `loaded`."""
+    """The parameters that `model` needs, read from its checkpoint except for those in `loaded`.
+
+    The whole checkpoint is held against config.json before any of it is read.
+    """
     weights = _open_checkpoint(directory)
-    in_config = _shapes(GPTNeo(model.config, model.config.num_layers))
-    names = {_name_in_checkpoint(path) for path in in_config}
+    _check_weights(directory, model, weights)
+    params = dict(traverse_util.flatten_dict(loaded))
+    for path in _shapes(model):
+        if path not in params:
+            value = _as_float32(weights[_name_in_checkpoint(path)])
+            params[path] = jnp.asarray(value.T if path[-1] == "kernel" else value)  # torch: [out, in], Flax: [in, out]
+    return traverse_util.unflatten_dict(params)
+
+
+def _check_weights(directory: Path, model: GPTNeo, weights: Mapping[str, _Weight]) -> None:
+    """Raise BadInput unless the weights are those of a GPT-Neo of these sizes; a head is needed where it is used."""
+    config = model.config
+    blocks = {match[1] for name in weights if (match := re.match(r"h\.(\d+)\.", name))}
+    if config.num_layers > len(blocks):  # said before a network of so many blocks is looked into
+        raise BadInput(
+            f"{directory}: config.json asks for {config.num_layers} blocks (num_layers), the weights have "
+            f"{len(blocks)}: they do not belong together"
+        )
+    expected = {
+        _name_in_checkpoint(path): shape[::-1] if path[-1] == "kernel" else shape
+        for path, shape in _shapes(GPTNeo(config, config.num_layers)).items()
+    }
+    if model.layer < config.num_layers and "lm_head.weight" not in weights:
+        expected.pop("lm_head.weight", None)
     for name, weight in weights.items():
         is_of_the_network = name.startswith(("wte.", "wpe.", "h.", "ln_f.")) and not name.endswith(MASKS)
-        if is_of_the_network and name not in names:
+        if is_of_the_network and name not in expected:
             raise BadInput(
                 f"{weight.file}: holds {weight.name}, which a GPT-Neo with this config.json does not have: they do not "
                 "belong together"
             )
-    params = dict(traverse_util.flatten_dict(loaded))
-    for path, shape in _shapes(model).items():
-        if path in params:
-            continue
-        name = _name_in_checkpoint(path)
+    for name, shape in expected.items():
         if name not in weights:
             raise BadInput(f"{directory}: the weights lack {name}; config.json needs it")
-        value = _as_float32(weights[name])
-        value = value.T if path[-1] == "kernel" else value  # torch keeps [out, in], Flax [in, out]
-        if value.shape != shape:
+        if (found := weights[name].shape) != shape:
             raise BadInput(
-                f"{weights[name].file}: {weights[name].name} has the shape {value.shape}, config.json asks for {shape} "
-                "(as [in, out])"
+                f"{weights[name].file}: {weights[name].name} has the shape {shortened(found)}, config.json asks for "
+                f"{shape}"
             )
-        params[path] = jnp.asarray(value)
-    return traverse_util.unflatten_dict(params)
 
 
 def _as_float32(weight: _Weight) -> np.ndarray:
@@ -218,7 +249,10 @@ def _open_checkpoint(directory: Path) -> dict[str, _Weight]:
     weights: dict[str, _Weight] = {}
     for file in find_weight_files(directory):
         refuse_pointer(file)
+        refuse_damaged_download(file)
         for weight in _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file):
+            if not is_plain_name(weight.name):
+                raise BadInput(f"{file}: the name of a tensor, {weight.name[:80]!a}, is too long or cannot be printed")
             name = weight.name.removeprefix("transformer.")
             if name in weights:
                 other = weights[name]
@@ -232,7 +266,7 @@ def _open_torch(file: Path) -> Iterator[_Weight]:
     if isinstance(content, TensorReference):
         raise BadInput(f"{file}: holds a single tensor; the weights of a model were expected")
     for name, reference in content.items():
-        yield _Weight(file, name, reference.read)
+        yield _Weight(file, name, reference.shape, reference.read)
 
 
 def _open_safetensors(file: Path) -> Iterator[_Weight]:
@@ -243,12 +277,16 @@ def _open_safetensors(file: Path) -> Iterator[_Weight]:
             with safe_open(file, framework="np") as content:
                 return content.get_tensor(name)
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the latter: unknown dtypes
-            raise BadInput(f"{file}: {name} cannot be read ({error})") from error
+            raise BadInput(f"{file}: {name} cannot be read ({one_line(error)})") from error
 
     try:
+        with file.open("rb") as content:
+            header = int.from_bytes(content.read(8), "little")
+        if header > JSON_BYTES:
+            raise SafetensorError(f"its header claims to have {header} bytes")
         with safe_open(file, framework="np") as content:
-            names = list(content.keys())
+            shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{file}: not a whole safetensors file ({error}); get it again") from error
-    for name in names:
-        yield _Weight(file, name, partial(read, name))
+        raise BadInput(f"{file}: not a whole safetensors file ({one_line(error)}); get it again") from error
+    for name, shape in shapes.items():
+        yield _Weight(file, name, shape, partial(read, name))

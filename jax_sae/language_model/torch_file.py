@@ -6,22 +6,27 @@ machine follows the few opcodes that a tensor or a dictionary of tensors needs, 
 imported or called on the file's word, and its sizes are held against the true ones before memory is taken.
 """
 
+import io
 import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import one_line
 
-DESCRIPTION_BYTES = 16 << 20  # most for data.pkl; a tensor takes about 100
-CHUNK_BYTES = 16 << 20
+DESCRIPTION_BYTES = 2 << 20  # most for data.pkl; a tensor takes about 100, and a byte may cost 100 bytes of memory
+CHUNK_BYTES = 4 << 20  # most that is read at once; also most for the table of contents, 70 to 100 bytes an entry
+NAME_LENGTH = 255
 
 _KINDS = [("Float", np.float32), ("Double", np.float64), ("Half", np.float16), ("BFloat16", ml_dtypes.bfloat16)]
 _KINDS += [("Long", np.int64), ("Int", np.int32), ("Short", np.int16), ("Char", np.int8), ("Byte", np.uint8)]
@@ -54,10 +59,10 @@ class TensorReference:
         """
         entry, itemsize = self.entry, self.dtype.itemsize
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with _open_zip(self.path) as archive:
                 content = _read_entry(archive, entry, self.stored * itemsize)
         except (KeyError, *ZIP_ERRORS) as error:
-            raise BadInput(f"{self.path}: {entry} cannot be read ({error}); get the file again") from error
+            raise BadInput(f"{self.path}: {entry} cannot be read ({one_line(error)}); get the file again") from error
         if len(content) != self.stored * itemsize:
             raise BadInput(f"{self.path}: the size of {entry} has changed since the file was opened")
         if self.dtype == np.bool_ and content.max(initial=0) > 1:
@@ -87,12 +92,14 @@ def open_torch_file(path: str | Path) -> TensorReference | dict[str, TensorRefer
                 f"{path}: not a whole zip archive, as torch.save writes; get it again, or, if a torch before 1.6 wrote "
                 "it, convert it with torch.save(torch.load(path, weights_only=True), path)"
             )
-        with zipfile.ZipFile(path) as archive:
+        with _open_zip(path) as archive:
             return _open_archive(path, archive)
     except BadInput:
         raise
     except ZIP_ERRORS as error:
-        raise BadInput(f"{path}: cannot be read as a file that torch.save wrote ({error}); get it again") from error
+        raise BadInput(
+            f"{path}: cannot be read as a file that torch.save wrote ({one_line(error)}); get it again"
+        ) from error
 
 
 def refuse_pointer(path: Path) -> None:
@@ -106,11 +113,40 @@ def refuse_pointer(path: Path) -> None:
         raise BadInput(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a name out of a file can stand in a message: text of one printable line, at most 255 characters."""
+    return isinstance(name, str) and len(name) <= NAME_LENGTH and name.isprintable()
+
+
+def _shown(name: Any) -> str:
+    """Any other, as much of it as can stand in a message."""
+    return ascii(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which no more than CHUNK_BYTES are read at once: `zipfile` reads a whole table of contents."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As any file, up to that limit."""
+        if size is not None and size > CHUNK_BYTES:
+            raise zipfile.BadZipFile(f"a table of contents of {size} bytes")
+        return super().read(size)
+
+
+@contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
 def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dict[str, TensorReference]:
     sizes = {info.filename: info.file_size for info in archive.infolist()}
     descriptions = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(descriptions) != 1 or len(sizes) != len(archive.namelist()):
         raise BadInput(f"{path}: torch.save did not write this archive (no data.pkl, or two entries of one name)")
+    for name in sizes:
+        if not is_plain_name(name) or name.startswith("/") or ".." in name.split("/"):
+            raise BadInput(f"{path}: torch.save did not write this archive (it has an entry {_shown(name)})")
     prefix = descriptions[0].removesuffix("data.pkl")
     if prefix + "byteorder" in sizes and _read_entry(archive, prefix + "byteorder", 16).tobytes() != b"little":
         raise BadInput(f"{path}: its byte order is not 'little'; write it again on a machine where it is")
@@ -122,7 +158,8 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dic
         root = machine.stack.pop()
     except BadInput:
         raise
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # an opcode that finds the wrong things on the stack
+    # An opcode that finds the wrong things on the stack; and a text's bad escape, if the user made warnings errors
+    except (IndexError, KeyError, TypeError, ValueError, DeprecationWarning) as error:
         raise BadInput(f"{path}: the description of its tensors is damaged ({type(error).__name__})") from error
     if isinstance(root, TensorReference):
         return root
@@ -130,7 +167,9 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dic
         raise BadInput(f"{path}: holds a {type(root).__name__}; a tensor or a dictionary of tensors was expected")
     tensors = {name: value for name, value in root.items() if isinstance(value, TensorReference)}
     if not tensors:
-        raise BadInput(f"{path}: none of its {len(root)} entries is a tensor ({', '.join(map(ascii, list(root)[:5]))})")
+        raise BadInput(
+            f"{path}: none of its {len(root)} entries is a tensor ({', '.join(map(_shown, list(root)[:5]))})"
+        )
     return tensors
 
 
@@ -189,8 +228,11 @@ class _Machine:
             case "SETITEM" | "SETITEMS":
                 items = self.pop(2 if opcode == "SETITEM" else -1)
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    if not isinstance(key, str):
-                        raise BadInput(f"{self.path}: a key of a dictionary is {type(key).__name__}; expected text")
+                    if not is_plain_name(key):
+                        raise BadInput(
+                            f"{self.path}: a key of a dictionary is {_shown(key)}; printable text of at most "
+                            f"{NAME_LENGTH} characters was expected"
+                        )
                     self.top(dict)[key] = value
             case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = stack[-1]
@@ -232,14 +274,14 @@ class _Machine:
                 return self.view(*arguments[:4])
             case "torch._utils._rebuild_parameter" if isinstance(arguments[0], TensorReference):
                 return arguments[0]
-        raise BadInput(f"{self.path}: holds more than tensors ({ascii(name)[:80]}); refused")
+        raise BadInput(f"{self.path}: holds more than tensors ({_shown(name)}); refused")
 
     def whole_storage(self, kind: str, name: str, key: str, device: str, elements: int) -> TensorReference:
         """All elements of the storage that a persistent id names."""
         if kind != "storage" or type(name) is not _Name or type(key) is not str or type(elements) is not int:
             raise TypeError("not the id of a storage")
         if name not in DTYPES:
-            raise BadInput(f"{self.path}: a tensor is a {name}; known are {', '.join(DTYPES)}")
+            raise BadInput(f"{self.path}: a tensor is a {_shown(name)}; known are {', '.join(DTYPES)}")
         entry, dtype = f"{self.prefix}data/{key}", DTYPES[name]
         if self.sizes.get(entry) != elements * dtype.itemsize:
             raise BadInput(f"{self.path}: {entry} has {self.sizes.get(entry)} bytes; expected {elements} x {dtype}")
@@ -255,7 +297,8 @@ class _Machine:
         # An expanded tensor, which repeats elements, could be of any size: it may not have more than are stored
         if (0 not in shape and max(end, math.prod(shape)) > whole.stored) or math.prod(n or 1 for n in shape) >> 48:
             raise BadInput(
-                f"{self.path}: a tensor of shape {shape}, strides {stride}, offset {offset} goes beyond the "
-                f"{whole.stored} elements of {whole.entry}; save it with .contiguous()"
+                f"{self.path}: a tensor of shape {shortened(shape)}, strides {shortened(stride)}, offset "
+                f"{shortened(offset)} goes beyond the {whole.stored} elements of {whole.entry}; save it with "
+                ".contiguous()"
             )
         return replace(whole, shape=tuple(shape), stride=tuple(stride), offset=offset)

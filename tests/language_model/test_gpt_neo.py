@@ -4,6 +4,8 @@ gpt_neo_bin: a .bin with mask buffers and a tied head, as on the hub. gpt_neo_sa
 gpt_neo_untied: two shards, an untied head, the blocks local-global-local, its own intermediate size, ReLU.
 """
 
+import tracemalloc
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fuzzing import FUZZ, loaded_or_refused
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
@@ -148,14 +153,60 @@ def test_configs_that_cannot_be_run_are_refused_by_name(change: dict[str, object
         ("activation_function", "tanh"),
         ("intermediate_size", "x"),
         ("intermediate_size", -3),
+        ("attention_types", [[["global"], -(10**12)], [["global"], 10**12]]),
+        ("attention_types", [[["global"] * 10, 10**12]]),
+        ("attention_types", [[{"a": 1}, 4]]),
+        ("attention_types", [[["global"], 4.0]]),
         ("hidden_size", 10**9 + 1),
+        ("hidden_size", 10**12),
+        ("hidden_size", -64),
+        ("hidden_size", 64.0),
+        ("hidden_size", "64"),
+        ("hidden_size", [[[64]]]),
+        ("hidden_size", True),
+        ("num_layers", 10**9),
+        ("num_layers", 1001),
+        ("num_layers", None),
+        ("vocab_size", 0),
+        ("vocab_size", 2**31),
+        ("window_size", 0),
+        ("window_size", float("inf")),
+        ("max_position_embeddings", 10**15),
+        ("max_position_embeddings", 10**4000),
+        ("intermediate_size", 10**12),
+        ("layer_norm_epsilon", float("nan")),
+        ("activation_function", "gelu\n\x1b[31m" * 10**6),
         ("num_heads", 0),
         ("tie_word_embeddings", "yes"),
         ("model_type", "llama"),
     ],
 )
 def test_a_config_that_cannot_be_is_named(key: str, value: object) -> None:
-    """Not a TypeError, and no model of a size that nobody wrote."""
+    """By a line that says the key, what it is and what was expected; and no memory is taken for what it claims."""
     config = {"model_type": "gpt_neo", "num_layers": 4, "attention_types": [[["global", "local"], 2]], key: value}
-    with pytest.raises(BadInput, match=r"here\.json"):
+    tracemalloc.start()
+    with pytest.raises(
+        BadInput, match=rf"here\.json: .*{key}.* is .*(expected|known are|not a multiple|but only)"
+    ) as error:
         GPTNeoConfig.from_hugging_face(config, "here.json")
+    assert tracemalloc.get_traced_memory()[1] < 1e6 and len(str(error.value)) < 300 and str(error.value).isprintable()
+    tracemalloc.stop()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([1, 2, 4, "global", "local"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([*(field.name for field in fields(GPTNeoConfig)), "attention_types", "model_type"])
+
+
+@FUZZ
+@given(change=st.dictionaries(KEYS, VALUES, min_size=1, max_size=3))
+def test_whatever_a_config_says_it_is_read_or_refused(change: dict[str, object]) -> None:
+    """Any JSON value under any key; what is read has sizes that fit together."""
+    small = {"model_type": "gpt_neo", "hidden_size": 8, "num_layers": 4, "num_heads": 2}
+    config = loaded_or_refused(lambda: GPTNeoConfig.from_hugging_face(small | change, "here.json"), "here.json")
+    if config is not None:
+        assert config.hidden_size % config.num_heads == 0 and len(config.attention_layers) == config.num_layers
+        assert all(1 <= size <= 2**24 for size in asdict(config).values() if type(size) is int)

@@ -18,10 +18,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from fuzzing import flip
+from running import REPOSITORY
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_local, find_model_files, find_weight_files, hub_switched_off
+from jax_sae.language_model.pretrained import load_language_model
 
+MODEL = REPOSITORY / "jax_sae" / "demo" / "model"
 SHA = "0123456789abcdef" * 2 + "01234567"
 FILES = {
     "/models/a/both": {
@@ -37,6 +41,11 @@ FILES = {
     "/models/a/gated": {},
     "/datasets/a/stories": {"train.txt": b"Once.\nTwice.\n", "test.txt": b"No.\n"},
 }
+
+
+def git_digest(content: bytes) -> str:
+    """By which git, and the hub for a small file, names a content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -73,7 +82,7 @@ class StandIn(BaseHTTPRequestHandler):
                 content = files.get(path.partition("/resolve/")[2].partition("/")[2])
                 if content is None:
                     return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=SHA)
-                return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+                return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{git_digest(content)}"')
         return self.answer(404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -177,13 +186,100 @@ def test_a_local_path_comes_before_the_embedded_demo(tmp_path: Path, monkeypatch
         assert find_model_files(name) == found
 
 
-@pytest.mark.parametrize(
-    "name", ["a/b/c", "/a/b", "../a", "", "a b", "a/b.git", "a" * 300, "a\0b", "jax_sae/demo/absent"]
-)
+NO_NAMES = [
+    "a/b/c",
+    "/a/b",
+    "../a",
+    "../../x/y",
+    "..\\x",
+    "",
+    "a b",
+    "a/b.git",
+    "a" * 300,
+    "a" * 9000,
+    "a\0b",
+    "\ud800",
+]
+NO_NAMES += ["~no-such-user/x", "jax_sae/demo/absent", "jax_sae/demo/../../../absent", "jax_sae/demo/\0"]
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
 def test_what_is_neither_a_path_nor_a_hub_name_is_refused(name: str) -> None:
     """Without asking a hub."""
     with pytest.raises(BadInput, match="no such file or directory, and not a name on the hub"):
         find_model_files(name)
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and its tokenizer in a cache, as `a/model`: the directory of its snapshot, all links to `blobs`."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--a--model"
+    snapshot = repository / "snapshots" / SHA
+    for directory in (repository / "blobs", repository / "refs", snapshot):
+        directory.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(SHA)
+    for source in MODEL.iterdir():
+        content = source.read_bytes()
+        in_lfs = source.suffix == ".safetensors"
+        name = hashlib.sha256(content).hexdigest() if in_lfs else git_digest(content)
+        (repository / "blobs" / name).write_bytes(content)
+        (snapshot / source.name).symlink_to(Path("..", "..", "blobs", name))
+    return snapshot
+
+
+def flip_a_bit(path: Path) -> None:
+    """Turn a bit round in the middle of a file, which is often of no consequence to who reads it."""
+    content = path.read_bytes()
+    path.write_bytes(flip(content, 4 * len(content)))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in MODEL.iterdir()))
+def test_a_flipped_bit_in_a_cached_file_is_refused_by_its_name(cached: Path, name: str) -> None:
+    """Whichever file of model and tokenizer; what is to be deleted is the file itself, not the link to it."""
+    assert len(load_language_model("a/model", 1).activations(["Once upon a time."])) == 1
+    flip_a_bit(cached / name)
+    blob = (cached / name).resolve()
+    with pytest.raises(BadInput, match=f"{name}: damaged, its digest is .*, but {blob.name} was.* delete {blob} and"):
+        load_language_model("a/model", 1).activations(["Once upon a time."])
+    with pytest.raises(BadInput, match=f"{name}: damaged"):  # the same where the directory is given
+        load_language_model(str(cached), 1).activations(["Once upon a time."])
+
+
+def test_a_damaged_index_in_the_cache_is_refused_by_its_name(cached: Path) -> None:
+    """And is not taken for a model that is not there."""
+    (cached / "model.safetensors").rename(cached / "model-00001-of-00001.safetensors")
+    index = json.dumps({"weight_map": {"x": "model-00001-of-00001.safetensors"}}).encode()
+    blob = cached.parents[1] / "blobs" / git_digest(index)
+    (cached / "model.safetensors.index.json").symlink_to(blob)
+    blob.write_bytes(index)
+    assert load_language_model("a/model", 1).width == 64
+    for damaged in (index[:-1], index[:-1] + b" "):
+        blob.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"model.safetensors.index.json: damaged"):
+            load_language_model("a/model", 1)
+
+
+def test_only_a_link_to_a_blob_with_a_digest_for_its_name_says_what_was_downloaded(cached: Path) -> None:
+    """Not a copy, a link elsewhere, a blob of another kind of name, or a blob's own link into a store of all blobs."""
+    weights = cached / "model.safetensors"
+    blob, store = weights.resolve(), cached.parents[2] / "blobs" / "ab"
+    store.mkdir(parents=True)
+    blob.rename(store / ("ab" * 32))  # the newer libraries' store, where files have names by yet another digest
+    blob.symlink_to(store / ("ab" * 32))
+    assert load_language_model("a/model", 1).width == 64
+    flip_a_bit(weights)
+    with pytest.raises(BadInput, match=f"delete {store / ('ab' * 32)} and"):
+        load_language_model("a/model", 1)
+    for target in (store / ("ab" * 32), blob.with_name("5f2a-7")):
+        if not target.exists():
+            (store / ("ab" * 32)).rename(target)
+        weights.unlink()
+        weights.symlink_to(target)
+        assert load_language_model("a/model", 1).width == 64
+    weights.unlink()
+    target.rename(weights)
+    assert load_language_model("a/model", 1).width == 64
 
 
 def test_weights_are_taken_in_one_format_only(tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from fuzzing import FUZZ, cuts, flip, loaded_or_refused, splices
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jax_sae.errors import BadInput
@@ -158,6 +162,7 @@ def test_strings_without_a_tokenizer_are_refused_and_ids_are_not() -> None:
         ([[True, False]], "dtype bool"),
         ([[1], [3, 307]], "text 1 has token ids from 3 to 307; those of .*gpt_neo_bin go from 0 to 306"),
         ([[-1, 3]], "text 0 has token ids from -1 to 3"),
+        (["once\ud800"], r"the text 'once\\ud800' has half a surrogate pair"),
         ([[1], list(range(97))], "text 1 has 97 tokens, but the model 96 positions"),
     ],
 )
@@ -182,7 +187,9 @@ def with_nan(tensors: Tensors) -> Tensors:
     ("change", "message"),
     [
         (lambda t: {k: x for k, x in t.items() if k != Q_PROJ}, "lack h.0.attn.attention.q_proj.weight"),
-        (lambda t: t | {Q_PROJ: t[Q_PROJ][:16]}, r"q_proj.weight has the shape \(32, 16\), .* asks for \(32, 32\)"),
+        (lambda t: t | {Q_PROJ: t[Q_PROJ][:16]}, r"q_proj.weight has the shape \(16, 32\), .* asks for \(32, 32\)"),
+        (lambda t: {k: x for k, x in t.items() if ".h.3." not in k}, r"asks for 4 blocks .num_layers., .* have 3"),
+        (lambda t: t | {f"a\n\x1b[31m{'b' * 300}": np.zeros(3)}, r"name of a tensor, 'a\\n\\x1b\[31mb*', is too long"),
         (lambda t: t | {Q_PROJ: t[Q_PROJ].astype(np.int8)}, "q_proj.weight is int8"),
         (lambda t: t | {Q_PROJ: t[Q_PROJ] * 1e300}, "q_proj.weight has values that are not finite"),
         (with_nan, "q_proj.weight has values that are not finite"),
@@ -219,29 +226,107 @@ def test_damaged_files_are_refused_by_name(directory: Path, content: bytes, mess
         load_language_model(str(directory), 2)
 
 
-def test_no_damaged_header_does_anything_but_load_or_be_refused(directory: Path) -> None:
-    """Flipped bits and cuts; the values themselves have no checksum in this format."""
-    whole = (directory / "model.safetensors").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    rng, refused = np.random.default_rng(0), 0
-    for trial in range(60):
-        content = bytearray(whole)
-        if trial % 3:
-            content[rng.integers(header)] ^= 1 << rng.integers(8)
-        else:
-            del content[rng.integers(len(content)) :]
-        (directory / "model.safetensors").write_bytes(content)
-        try:
-            load_language_model(str(directory), 1)
-        except BadInput as error:
-            refused += str(directory) in str(error)
-    assert refused > 40
+WHOLE = (SAFETENSORS / "model.safetensors").read_bytes()
+HEADER = json.loads(WHOLE[8 : 8 + int.from_bytes(WHOLE[:8], "little")])
+START = 8 + int.from_bytes(WHOLE[:8], "little")  # of the values
+
+
+def with_header(header: bytes) -> bytes:
+    """The model's file with another header."""
+    return len(header).to_bytes(8, "little") + header + WHOLE[START:]
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the safetensors model, whose weights are written over and over."""
+    return shutil.copytree(SAFETENSORS, tmp_path_factory.mktemp("fuzz") / "model")
+
+
+def numbers_in(directory: Path, content: bytes) -> np.ndarray | None:
+    """All parameters of the model in one row, if its weights are these bytes; None where it is refused."""
+    (directory / "model.safetensors").write_bytes(content)
+    model = loaded_or_refused(lambda: load_language_model(str(directory), 4), str(directory))
+    return None if model is None else np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(model.params)])
+
+
+@pytest.fixture(scope="module")
+def clean(fuzzed: Path) -> np.ndarray:
+    """Its parameters."""
+    numbers = numbers_in(fuzzed, WHOLE)
+    assert numbers is not None
+    return numbers
+
+
+@settings(FUZZ, max_examples=40)
+@given(bit=st.integers(0, 8 * START - 1) | st.integers(8 * START, 8 * len(WHOLE) - 1))
+def test_a_flipped_bit_changes_the_number_that_it_lies_in_or_is_refused(
+    fuzzed: Path, clean: np.ndarray, bit: int
+) -> None:
+    """In the header it changes nothing. The numbers have no checksum here: only the hub's cache can tell (test_hub)."""
+    content = flip(WHOLE, bit)
+    found = numbers_in(fuzzed, content)
+    if found is not None:
+        changed = found[found.view(np.uint32) != clean.view(np.uint32)]
+        first = START + (bit // 8 - START) // 4 * 4
+        assert changed.tobytes() == (content[first : first + 4] if bit // 8 >= START else b"")
+
+
+NUMBERS = st.sampled_from([-1, 0, 1, 4, 32, 4096, 2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30])
+ANYTHING = st.recursive(st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=4), st.lists, max_leaves=4)
+DTYPES = st.sampled_from(
+    ["BOOL", "I8", "F4", "F6_E2M3", "F8_E4M3", "F8_E8M0", "BF16", "I32", "F32", "F64", "C64", "f32"]
+)
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": DTYPES | ANYTHING,
+        "shape": st.lists(NUMBERS, max_size=4) | ANYTHING,
+        "data_offsets": st.lists(NUMBERS, min_size=2, max_size=2)
+        | st.sampled_from([x["data_offsets"] for name, x in HEADER.items() if name != "__metadata__"])
+        | ANYTHING,
+    },
+)
+NAMES = st.sampled_from(sorted(HEADER)) | st.text(max_size=8)
+
+
+@settings(FUZZ, max_examples=100)
+@given(name=NAMES, fields=FIELDS)
+def test_a_header_that_lies_is_refused(fuzzed: Path, clean: np.ndarray, name: str, fields: dict[str, Any]) -> None:
+    """About lengths, places, kinds and names, one tensor over another; where it is the truth, nothing changes."""
+    entry = {**HEADER.get(name, {}), **fields}
+    found = numbers_in(fuzzed, with_header(json.dumps(HEADER | {name: entry}).encode()))
+    if found is not None:
+        np.testing.assert_array_equal(found, clean)
+
+
+@settings(FUZZ, max_examples=150)
+@given(content=cuts(WHOLE) | cuts(WHOLE[:START]) | st.binary(max_size=64) | st.binary(max_size=64).map(with_header))
+def test_cut_files_and_other_bytes_are_refused(fuzzed: Path, content: bytes) -> None:
+    """Wherever they end."""
+    assert numbers_in(fuzzed, content) is None
+
+
+@settings(FUZZ, max_examples=100)
+@given(start=splices(WHOLE[:START]))
+def test_an_altered_header_does_nothing_but_load_or_be_refused(fuzzed: Path, start: bytes) -> None:
+    """Whatever bytes come in the place of whatever others."""
+    numbers_in(fuzzed, start + WHOLE[START:])
 
 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({Q_PROJ: "../model.safetensors"}, "in the same directory"),
+        ({Q_PROJ: "../model.safetensors"}, r"names '\.\./model.safetensors'; .*in the same directory"),
+        ({Q_PROJ: "../../../../../../etc/passwd"}, r"names '.*etc/passwd'; .*in the same directory"),
+        ({Q_PROJ: "/etc/passwd.safetensors"}, "in the same directory"),
+        ({Q_PROJ: "..\\model.safetensors"}, "in the same directory"),
+        ({Q_PROJ: ".."}, "in the same directory"),
+        ({Q_PROJ: ""}, "in the same directory"),
+        ({Q_PROJ: "a\0.safetensors"}, "in the same directory"),
+        ({Q_PROJ: "\ud800.safetensors"}, "in the same directory"),
+        ({Q_PROJ: "config.json"}, "in the same directory"),
+        ({Q_PROJ: "a.safetensors\n"}, "in the same directory"),
+        ({Q_PROJ: "x" * 300 + ".safetensors"}, "cannot be read"),
         ({Q_PROJ: 5}, "in the same directory"),
         ({}, "in the same directory"),
         (None, "in the same directory"),
@@ -256,7 +341,10 @@ def test_a_damaged_index_is_refused(directory: Path, weight_map: object, message
         load_language_model(str(directory), 2)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000, '{"model_type": "gpt2"}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "[" * 100_000, '{"a":' * 100_000, '{"model_type": "gpt2"}', '{"num_layers": 1%s}' % ("0" * 9999)],
+)
 def test_a_damaged_or_foreign_config_is_refused(directory: Path, content: str) -> None:
     """The message names the file."""
     (directory / "config.json").write_text(content)
