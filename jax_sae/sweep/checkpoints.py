@@ -116,27 +116,31 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         state = jax.tree.map(np.asarray, state)
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) + SPACE_TO_SPARE
         before = self.steps()
-        try:
-            if needed > shutil.disk_usage(self.directory).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            digests = {"arrays": {name: array_digest(array) for name, array in named_leaves(state)}}
-            arguments = ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                run=ocp.args.JsonSave(run),
-                digests=ocp.args.JsonSave({**digests, "run": json_digest(run)}),
-            )
-            if not self._manager.save(step, args=arguments, force=True):
-                raise OSError(f"Orbax declined; there are checkpoints at {before}")
-        except Exception as error:
-            free = shutil.disk_usage(self.directory).free
-            for half_written in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half_written, ignore_errors=True)
-            kept = f"the last one is at step {before[-1]}" if before else "there is none before it"
-            raise RunFailed(
-                f"the checkpoint at step {step} could not be written: {one_line(error)}; {self.directory} has "
-                f"{free / 1e6:,.1f} MB left, and it needs {needed / 1e6:,.1f} MB. {kept[0].upper()}{kept[1:]}; make "
-                "room and go on with --resume"
-            ) from error
+        with _without_echoes():
+            try:
+                if needed > shutil.disk_usage(self.directory).free:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                digests = {"arrays": {name: array_digest(array) for name, array in named_leaves(state)}}
+                arguments = ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    run=ocp.args.JsonSave(run),
+                    digests=ocp.args.JsonSave({**digests, "run": json_digest(run)}),
+                )
+                if self._manager.save(step, args=arguments, force=True):
+                    return
+                problem = f"Orbax declined, and there are checkpoints at {before}"
+            except Exception as error:  # Orbax's own message names many paths before it comes to the point
+                full = os.strerror(errno.ENOSPC)
+                problem = full if full in str(error) else one_line(error)
+            _wait_for_echoes()
+        free = shutil.disk_usage(self.directory).free
+        for half_written in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half_written, ignore_errors=True)
+        kept = f"the last one is at step {before[-1]}" if before else "there is none before it"
+        raise RunFailed(
+            f"the checkpoint at step {step} could not be written: {self.directory} has {free / 1e6:,.1f} MB left, it "
+            f"needs {needed / 1e6:,.1f} MB ({problem}); {kept}. Make room, and go on with --resume"
+        )
 
     def step_or_newest(self, step: int | None) -> int:
         """`step`, or the newest one if it is None.
@@ -215,8 +219,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 raise
             except Exception as error:
                 problem = one_line(error)
-            time.sleep(0.1)  # others that were being read are still at it
-            gc.collect()
+            _wait_for_echoes()
         raise self._damaged(step, f"{what} cannot be read ({problem})")
 
     def _damaged(self, step: int, what: str) -> Damaged:
@@ -229,7 +232,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
 @contextmanager
 def _without_echoes() -> Iterator[None]:
-    """Orbax reads arrays side by side; when one cannot be read, the others print that their event loop is gone."""
+    """Orbax reads and writes arrays side by side; when one fails, the others print that their event loop is gone."""
     hook, asyncio_logger = sys.unraisablehook, logging.getLogger("asyncio")
 
     def quieter(unraisable: Any) -> None:
@@ -245,6 +248,12 @@ def _without_echoes() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         asyncio_logger.disabled = False
+
+
+def _wait_for_echoes() -> None:
+    """Let the others fail, and drop the exceptions that nobody asked for."""
+    time.sleep(0.1)
+    gc.collect()
 
 
 def array_digest(array: np.ndarray) -> str:

@@ -12,8 +12,8 @@ from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
 from jax_sae.sweep.progress import Setup
 from jax_sae.sweep.update import MemberState, padded_shape
 
-PROCESS_BYTES = 450_000_000
-"""What Python, JAX and the other libraries take before anything is loaded."""
+PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000
+"""What Python, JAX, its compiler and the other libraries take on a CPU; and those that read text and tokenise it."""
 
 
 def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
@@ -61,8 +61,9 @@ def _memory(setup: Setup) -> str:
             f"the sweep needs {size(needed)} for its parameters, Adam's moments and a step, but the device has "
             f"{size(there)}; give fewer or narrower members"
         )
+    libraries, also = (PROCESS_BYTES, "") if config.activations.path else (PROCESS_BYTES + TEXT_BYTES, " and the model")
     return (
-        f"memory        about {size(PROCESS_BYTES + needed + block + held_out)} and the language model: sweep "
+        f"memory        about {size(libraries + needed + block + held_out)}{also}: libraries {size(libraries)}, sweep "
         f"{size(needed)}, blocks of activations {size(block)}, held out {size(held_out)}"
     )
 

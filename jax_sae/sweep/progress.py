@@ -91,11 +91,11 @@ def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
     Raises:
         RunFailed: if the save before it has failed.
     """
-    state, shapes = snapshot(progress.state), setup.shapes()
+    state = snapshot(progress.state)
 
     def content() -> tuple[Tree, Tree]:
         members: Tree = {}
-        for group, stacked, like in zip(setup.groups, jax.tree.map(np.asarray, state), shapes, strict=True):
+        for group, stacked, like in zip(setup.groups, jax.tree.map(np.asarray, state), setup.shapes(), strict=True):
             for name, member in zip(group.names, unstack(stacked, like), strict=True):
                 losses = progress.losses[: progress.step, len(members)]
                 members[name] = {"params": member.params, "optimizer": to_flat(member.opt_state), "losses": losses}
@@ -184,8 +184,9 @@ def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
     if run["step"] > steps:
         raise BadInput(f"{out} is at step {run['step']}, beyond train.steps {steps}; give more steps, or none")
     changed = [name for name in setup.inputs if setup.inputs[name] != run["inputs"].get(name)]
-    if "text" in changed and "tokenizer" in changed:
-        changed.remove("tokenizer")  # it is known by what it makes of the text
+    for which in ("", "held-out "):
+        if f"{which}text" in changed and f"{which}tokenizer" in changed:
+            changed.remove(f"{which}tokenizer")  # it is known by what it makes of the text
     if changed:
         raise BadInput(
             f"{out} began with another {' and '.join(changed)}: the sha256 of what is read now differs from the one in "

@@ -44,7 +44,6 @@ class Log:
         self._names, self._members = setup.names(), setup.members()
         self._diverged = progress.diverged_at()
         self._relative = relative_schedule(train)
-        tqdm.monitor_interval = 0  # no thread that outlives the bar
         self._bar = tqdm(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
@@ -159,8 +158,8 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
         lines.append(
-            f"stories       {summary['empty_stories']} without tokens were skipped; {summary['cut_stories']} longer than "
-            f"the language model's positions were cut, {summary['tokens_cut']} tokens in all"
+            f"stories       {summary['empty_stories']} without tokens were skipped; {summary['cut_stories']} longer "
+            f"than the language model's positions were cut, {summary['tokens_cut']} tokens in all"
         )
     if summary["tokens_excluded"]:
         lines.append(f"excluded      {summary['tokens_excluded']:,} tokens at the start of stories, in the first epoch")

@@ -87,7 +87,7 @@ def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> N
 
 
 def kill(directory: Path, flags: list[str], delay: float, *, in_save: bool) -> bool:
-    """Start, and kill after a delay from the first metrics on or from the beginning of a save; whether it was saving."""
+    """Start, and kill after a delay from the first metrics or the beginning of a save on; whether it was saving."""
     run = directory / "run"
     lines = lines_of_metrics(run)
     process = start(flags, directory)

@@ -1,0 +1,143 @@
+"""One bad member does not spoil a sweep: it is frozen and named, and no bit of the others changes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import outcome
+from running import never, stop_at
+
+import jax_sae
+from jax_sae.config import Config, Member
+from jax_sae.errors import RunFailed
+from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.sweep.train import train
+
+HARMLESS, BAD = 2e-3, 1e20
+
+
+def sweep(config: Config, learning_rate: float) -> Config:
+    """Two groups; in one of them, between two others of its width, a member with this learning rate."""
+    members = (
+        Member(8),
+        Member(63, 0, 1e-3),
+        Member(64, 1, learning_rate),
+        Member(64, 2, 3e-3),
+        Member(64, 0, 1e-3),
+    )
+    return replace(
+        config,
+        sweep=replace(config.sweep, members=members),
+        train=replace(config.train, steps=20, warmup=0.5, log_every=1),
+    )
+
+
+def names(config: Config, run: Path) -> list[str]:
+    """The members in the order of the sweep."""
+    return [member["name"] for member in json.loads((run / "summary.json").read_text())["members"]]
+
+
+def state(run: Path, step: int) -> Any:
+    """The arrays of a checkpoint by member."""
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.read_state(step)["members"]
+
+
+@pytest.fixture(scope="module")
+def runs(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sweep with a harmless learning rate in its third member, and with one that diverges."""
+    harmless, bad = (tmp_path_factory.mktemp(name) / "run" for name in ("harmless", "bad"))
+    assert train(sweep(demo_config, HARMLESS), harmless, resume=False, stop_requested=never)
+    assert train(sweep(demo_config, BAD), bad, resume=False, stop_requested=never)
+    return harmless, bad
+
+
+def test_the_others_are_bit_identical(runs: tuple[Path, Path], demo_config: Config) -> None:
+    """Parameters, moments and losses of all members but the bad one, whatever its group."""
+    harmless, bad = (state(run, 20) for run in runs)
+    before, after = (names(demo_config, run) for run in runs)
+    pairs = list(zip(before, after, strict=True))
+    assert pairs[2][0] != pairs[2][1]
+    for one, other in pairs[:2] + pairs[3:]:
+        for part in ("params", "optimizer"):
+            for name, array in harmless[one][part].items():
+                assert array.tobytes() == bad[other][part][name].tobytes(), (one, part, name)
+        assert harmless[one]["losses"].tobytes() == bad[other]["losses"].tobytes()
+
+
+def test_it_keeps_its_last_finite_state_and_says_so(
+    runs: tuple[Path, Path], demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Frozen at a step, in every array finite, and the state is that of a run that ended before that step."""
+    _, bad = runs
+    summary = json.loads((bad / "summary.json").read_text())["members"]
+    step = summary[2]["diverged_at_step"]
+    assert step is not None and summary[2]["steps"] == step - 1 and summary[2]["loss_per_element"] is None
+    assert [member["diverged_at_step"] for member in summary] == [None, None, step, None, None]
+    name = summary[2]["name"]
+    frozen = state(bad, 20)[name]
+    assert np.isfinite(frozen["losses"][: step - 1]).all() and np.isnan(frozen["losses"][step - 1 :]).all()
+    config = sweep(demo_config, BAD)
+    config = replace(config, train=replace(config.train, checkpoint_every=1))
+    out = tmp_path / "run"
+    assert not train(config, out, resume=False, stop_requested=stop_at(step + 1))
+    before = state(out, step - 1)[name]
+    for part in ("params", "optimizer"):
+        for each, array in frozen[part].items():
+            assert np.isfinite(array).all()
+            assert array.tobytes() == before[part][each].tobytes() == state(out, step)[name][part][each].tobytes()
+    printed = capsys.readouterr()
+    assert f"{name} diverged at step {step} (features 64, seed 1, learning rate 1e+20)" in printed.out + printed.err
+    lines = [json.loads(line)["members"][name] for line in (bad / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss_per_element"] is None for line in lines] == [n >= step for n in range(1, 21)]
+
+
+def test_a_resumed_run_keeps_it_frozen(runs: tuple[Path, Path], demo_config: Config, tmp_path: Path) -> None:
+    """Also when it is resumed after the step at which the member diverged; bit for bit."""
+    config = sweep(demo_config, BAD)
+    assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(13))
+    assert train(config, tmp_path / "run", resume=True, stop_requested=never)
+    assert outcome(tmp_path / "run") == outcome(runs[1])
+
+
+def test_the_table_and_the_use_of_it_say_so(
+    demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The closing table; loading it warns; loading another one does not; the hint names one that is good."""
+    config = sweep(demo_config, BAD)
+    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    printed = capsys.readouterr().out
+    bad = names(config, tmp_path / "run")[2]
+    (row,) = [line for line in printed.splitlines() if line.startswith(bad)]
+    assert "diverged at step " in row
+    assert bad not in next(line for line in printed.splitlines() if line.startswith("use it"))
+    with pytest.warns(UserWarning, match="diverged at step"):
+        jax_sae.load_autoencoder(tmp_path / "run", name=bad)
+    jax_sae.load_autoencoder(tmp_path / "run", features=63)
+
+
+@pytest.mark.parametrize("learning_rate", [3.4e38, 1e30])
+def test_the_largest_learning_rates_leave_finite_states(
+    learning_rate: float, demo_config: Config, tmp_path: Path
+) -> None:
+    """However large the step that was taken last, what is saved is finite."""
+    config = sweep(demo_config, learning_rate)
+    config = replace(config, train=replace(config.train, warmup=0.0))
+    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    for member in state(tmp_path / "run", 20).values():
+        for part in ("params", "optimizer"):
+            assert all(np.isfinite(array).all() for array in member[part].values())
+
+
+def test_when_every_member_has_diverged_the_run_ends(demo_config: Config, tmp_path: Path) -> None:
+    """There is nothing left to train; each is named, with its step and its settings."""
+    config = replace(
+        demo_config,
+        sweep=replace(demo_config.sweep, features=(8, 64), learning_rates=(1e25,)),
+        train=replace(demo_config.train, steps=200, log_every=1, warmup=0.0),
+    )
+    with pytest.raises(RunFailed, match=r"every member has diverged: F8 at step \d \(features 8, seed 0, learn.*; F64"):
+        train(config, tmp_path / "run", resume=False, stop_requested=never)
