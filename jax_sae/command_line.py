@@ -2,19 +2,34 @@
 
 import dataclasses
 import difflib
-import errno
-import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from reprlib import repr as shortened
+from types import FrameType, UnionType
+from typing import Annotated, Any, Literal, TypeVar
 
-from jax_sae.config import Config, Member, config_from_dict, config_to_dict, load_config, option_names, validate
+from jax_sae.config import (
+    Config,
+    Member,
+    config_from_dict,
+    config_to_dict,
+    expected,
+    load_config,
+    option_types,
+    validate,
+)
 from jax_sae.errors import BadInput, RunFailed
+from jax_sae.language_model.hub import read_json
+
+Options = TypeVar("Options")
+
+MEMBER = "features=F,seed=S,learning_rate=LR"
+"""How a member is written as a flag."""
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -26,8 +41,8 @@ MAY_CHANGE_ON_RESUME = (
     "activations.path",
 )
 
-
-OWN_FLAGS = ("help", "config", "out", "resume", "debug")
+RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
+"""What a run leaves, with config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +83,21 @@ def main(argv: Sequence[str], default_config: Path) -> int:
 def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
     """Do the work of a script, and return its exit code; what ends it badly is one line, or with --debug a traceback.
 
-    0: done. 1: the machine failed: a disk is full, every member diverged. 2: something given cannot be used. Any other
-    exception is a defect of this package, and is raised.
+    0: done. 1: the work could not go on: a disk is full, every member diverged. 2: something given cannot be used. Any
+    other exception is a defect of this package, and is raised.
     """
     keep_libraries_quiet()
     try:
         return work()
-    except (BadInput, RunFailed, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
+    except (BadInput, RunFailed, OSError, MemoryError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        is_full = f"a file could not be written ({error}); make room, and go on with --resume"
-        print(f"error: {is_full if isinstance(error, OSError) else error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"a file could not be read or written ({error}); put that right, and go on with --resume"
+        elif isinstance(error, MemoryError):
+            message = f"there is too little memory ({error}); ask for less at a time"
+        print("error:", *message.splitlines(), file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
 
 
@@ -102,6 +119,9 @@ class Signals:
 
 def keep_libraries_quiet() -> None:
     """Switch off what libraries print about themselves; must come before they are imported."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread that outlives a bar
     for name, value in {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -115,8 +135,8 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
     """Flags over `defaults`, or over those of the TOML file.
 
     Raises:
-        BadInput: if the TOML file cannot be used.
-        SystemExit: with code 2 and a message for an unknown or malformed flag, with code 0 after `--help`.
+        BadInput: if a flag or the TOML file cannot be used.
+        SystemExit: with code 0 after `--help`.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
@@ -129,16 +149,14 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="features=F,seed=S,learning_rate=LR",
+            metavar=MEMBER,
             instance_from_str=lambda strings: parse_member(strings[0]),
             is_instance=lambda value: isinstance(value, Member),
             str_from_instance=lambda m: [f"features={m.features},seed={m.seed},learning_rate={m.learning_rate!r}"],
         )
 
-    check_flags(argv)
-    given = next((argv[i + 1] for i, flag in enumerate(argv[:-1]) if flag == "--config"), None)
-    given = next((flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")), given)
-    start = defaults or load_config(Path(given) if given else default_config)
+    given = check_flags(argv)
+    start = defaults or load_config(Path(given["config"][0]) if "config" in given else default_config)
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
@@ -165,21 +183,104 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
     return Arguments(parsed.config, parsed.out, parsed.resume, parsed.settings)
 
 
-def check_flags(argv: Sequence[str]) -> None:
-    """Raise BadInput at the first flag that does not exist, with the nearest one that does."""
-    known = [
-        "--help",
-        "--config",
-        "--out",
-        "--resume",
-        "--debug",
-        *(f"--{name.replace('_', '-')}" for name in option_names()),
-    ]
-    for argument in argv:
-        flag = argument.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1)
-            raise BadInput(f"unknown flag {flag}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:
+    """The flags of a script as its dataclass, in which a field without a default has to be given.
+
+    Raises:
+        BadInput: if a flag cannot be used, or is missing.
+        SystemExit: with code 0 after `--help`.
+    """
+    import tyro
+
+    marks = typing.get_type_hints(options, include_extras=True)
+    positional = [name for name, hint in marks.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())]
+    fields = dataclasses.fields(options)  # type: ignore[arg-type]
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    values_given(argv, typing.get_type_hints(options), positional, required)
+    return tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:
+    """The values that are given to each flag of `train_all.py`; errors as for `values_given`."""
+    return values_given(argv, {"config": Path, "out": Path, "resume": bool, "debug": bool, **option_types()})
+
+
+def values_given(
+    argv: Sequence[str], types: Mapping[str, Any], positional: Sequence[str] = (), required: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Refuse in one line of our own words what tyro would refuse in a box of several; nothing where there is --help.
+
+    Args:
+        argv: `--name value ...`, `--name=value`, of a bool `--name`, and the values of `positional`.
+        types: of each name: bool, int, float, str, Path, Member, a Literal, one of these or None, or a tuple of one.
+        positional: names that take a value without a flag.
+        required: names that have to be there.
+
+    Returns:
+        The words that were given to each name; where a flag stands twice, to the second.
+
+    Raises:
+        BadInput: if a flag does not exist, or has too few or too many values or one that is not of its type.
+    """
+    names = {f"--{name.replace('_', '-')}": name for name in types if name not in positional}
+    given: list[tuple[str, list[str]]] = []
+    takes_more = False  # whether the words that follow are values of the last flag
+    if "-h" in argv or "--help" in argv:
+        return {}
+    for word in argv:
+        if word.startswith("-") and word != "-" and not _fits(float, word):
+            flag, has_value, value = word.partition("=")
+            flag = flag.replace("_", "-")
+            if flag not in names:
+                nearest = difflib.get_close_matches(flag, [*names, "--help"], n=1)
+                raise BadInput(f"unknown flag {flag}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
+            given.append((names[flag], [value] if has_value else []))
+            takes_more = not has_value and types[names[flag]] is not bool
+        elif takes_more:
+            name, words = given[-1]
+            words.append(word)
+            takes_more = typing.get_origin(types[name]) is tuple
+        elif free := [name for name in positional if name not in dict(given)]:
+            given.append((free[0], [word]))
+        else:
+            raise BadInput(f"no flag takes {word!r}; write --NAME {word}, with a name from --help")
+    shown = {name: flag for flag, name in names.items()}
+    for name, words in given:
+        _check_values(shown.get(name, name), types[name], words)
+    for name in required:
+        if name not in dict(given):
+            raise BadInput(f"{shown.get(name, name)} is missing; it has to be given, see --help")
+    return dict(given)
+
+
+def _check_values(flag: str, hint: Any, words: Sequence[str]) -> None:
+    """Raise BadInput unless the words are as many as a flag takes, and of its type."""
+    if hint is bool:
+        if words:
+            raise BadInput(f"{flag} is {shortened(words[0])}, but it takes no value; write {flag}, or leave it out")
+        return
+    many = typing.get_origin(hint) is tuple
+    if many or typing.get_origin(hint) is UnionType:
+        hint = typing.get_args(hint)[0]
+    wanted = {Path: "a path", Member: MEMBER}.get(hint) or expected(hint)
+    if not words and not many:
+        raise BadInput(f"{flag} has no value; {wanted} was expected")
+    for word in words:
+        if not _fits(hint, word):
+            raise BadInput(f"{flag} is {shortened(word)}; {wanted} was expected")
+
+
+def _fits(hint: Any, word: str) -> bool:
+    """Whether a word can be read as a value of a type."""
+    if typing.get_origin(hint) is Literal:
+        return word in typing.get_args(hint)
+    if hint is Path:
+        return word != ""
+    try:
+        (parse_member if hint is Member else hint)(word)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_member(text: str) -> Member:
@@ -192,11 +293,12 @@ def parse_member(text: str) -> Member:
     values: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
-        if key.strip() not in types:
-            raise ValueError(f"{part!r} in {text!r}; features=F,seed=S,learning_rate=LR was expected")
-        values[key.strip()] = types[key.strip()](value)
+        key = key.strip()
+        if key not in types or key in values:
+            raise ValueError(f"{key!r} is not a part of a member, or stands twice")
+        values[key] = types[key](value)
     if "features" not in values:
-        raise ValueError(f"{text!r} does not say features=F")
+        raise ValueError("features=F is missing")
     return Member(**values)
 
 
@@ -204,26 +306,36 @@ def choose_directory(arguments: Arguments) -> Path:
     """The directory of the run, which for a new one does not hold a run yet.
 
     Raises:
-        BadInput: if --out holds a run and --resume is not given, or there is no run to resume.
+        BadInput: if --out holds a run, or part of one, and --resume is not given, if there is no run to resume, or if
+            --out cannot be a directory.
     """
-    default = Path("runs") / arguments.config.stem
-    numbered = [default]
-    while numbered[-1].exists():
-        numbered.append(default.with_name(f"{default.name}-{len(numbered) + 1}"))
-    if not arguments.resume:
-        if arguments.out is None:
+    default, out = Path("runs") / arguments.config.stem, arguments.out
+    try:
+        numbered = [default]
+        while numbered[-1].exists():
+            numbered.append(default.with_name(f"{default.name}-{len(numbered) + 1}"))
+        if arguments.resume:
+            runs = [path for path in (numbered if out is None else [out]) if holds_run(path)]
+            if not runs:
+                raise BadInput(f"{out or default} holds no run to resume; start one without --resume")
+            return runs[-1]
+        if out is None:
             return numbered[-1]
-        if holds_run(arguments.out):
+        if holds_run(out):
+            raise BadInput(f"{out} already holds a run; go on with it by --resume, or give --out another name")
+        if left := [name for name in RUN_FILES if (out / name).exists()]:
             raise BadInput(
-                f"{arguments.out} already holds a run; go on with it by --resume, or give --out another name"
+                f"{out} holds part of a run ({', '.join(left)}), but no config.json; give --out another name, or "
+                "move that away"
             )
-        if arguments.out.exists() and not arguments.out.is_dir():
-            raise BadInput(f"--out {arguments.out} is a file; a directory was expected")
-        return arguments.out
-    candidates = [arguments.out] if arguments.out is not None else [path for path in numbered if holds_run(path)]
-    if not candidates or not holds_run(candidates[-1]):
-        raise BadInput(f"{arguments.out or default} holds no run to resume; start one without --resume")
-    return candidates[-1]
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            problem = "is read-only" if there.is_dir() else "is a file"
+            raise BadInput(f"--out {out} cannot be a run's directory: {there} {problem}; give it another name")
+        return out
+    except OSError as error:  # such as a name that is too long
+        name = out or default
+        raise BadInput(f"--out {name} cannot be a run's directory: {error.strerror}; give it another name") from error
 
 
 def holds_run(directory: Path) -> bool:
@@ -240,13 +352,9 @@ def settings_to_resume(arguments: Arguments, out: Path, argv: Sequence[str], def
     Raises:
         BadInput: naming every setting that differs from the run's and must not.
     """
-    path = out / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
+    saved = read_json(out / "config.json")
     saved.pop("versions", None)
-    own = config_from_dict(saved, str(path))
+    own = config_from_dict(saved, str(out / "config.json"))
     config = arguments.settings
     if not any(flag == "--config" or flag.startswith("--config=") for flag in argv):
         config = parse(argv, default_config, own).settings

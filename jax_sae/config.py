@@ -7,11 +7,13 @@ Files in `configs/` and flags on the command line only override what stands here
 import dataclasses
 import difflib
 import math
+import sys
 import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Literal
 
 from jax_sae.errors import BadInput
@@ -22,6 +24,11 @@ Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
+LARGEST_BELOW_1 = 1 - 2.0**-24  # in float32, in which Adam divides by 1 - beta**step
+
+LARGEST_COUNT = 2**63 - 1
+MOST_STEPS = 2**31 - 1  # Adam counts them in 32 bits
+LARGEST_SEED = 2**32 - 1  # JAX makes a key of the last 32 bits
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,11 @@ def load_config(path: Path) -> Config:
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
-        raise BadInput(f"cannot read the config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid TOML: {error}") from error
+        raise BadInput(
+            f"cannot read the config {path}: {error.strerror}; give a TOML file, such as those in configs/"
+        ) from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits or brackets
+        raise BadInput(f"{path} is not valid TOML in UTF-8: {error}") from error
     return config_from_dict(table, str(path))
 
 
@@ -169,13 +178,14 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def _build(cls: type, table: Any, where: str, prefix: str) -> Any:
     if not isinstance(table, dict):
+        keys = ", ".join(typing.get_type_hints(cls))
         raise BadInput(
-            f"{where}: {prefix.rstrip('.')} is {table!r}; a table with the keys of {cls.__name__} was expected"
+            f"{where}: {prefix.rstrip('.')} is {shortened(table)}; a table with the keys {keys} was expected"
         )
     hints = typing.get_type_hints(cls)
     for key in table:
         if key not in hints:
-            raise BadInput(f"{where}: unknown key '{prefix}{key}'{_nearest(prefix + key)}")
+            raise BadInput(f"{where}: unknown key {(prefix + key)[:80]!r}{_nearest(prefix + key)}")
     required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     for key in sorted(required - set(table)):
         raise BadInput(f"{where}: '{prefix}{key}' is missing")
@@ -187,23 +197,20 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, where, name + ".")
-    if origin is Literal:
-        if value in arguments:
-            return value
-        expected = " or ".join(repr(a) for a in arguments)
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_convert(arguments[0], item, where, name) for item in value)
-        expected = "a list"
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        expected = "a number"
-    else:
-        if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-            return value
-        expected = {int: "a whole number", str: "a string"}.get(hint, str(hint))
-    raise BadInput(f"{where}: {name} is {value!r}; {expected} was expected")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(arguments[0], item, where, name) for item in value)
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if value in arguments if origin is Literal else type(value) is hint:
+        return value
+    raise BadInput(f"{where}: {name} is {shortened(value)}; {expected(hint)} was expected")
+
+
+def expected(hint: Any) -> str:
+    """What a value of a setting's type is called in messages."""
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return {int: "a whole number", float: "a number", str: "a string"}.get(hint, "a list")
 
 
 def _nearest(name: str) -> str:
@@ -211,15 +218,20 @@ def _nearest(name: str) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else f"; known are {', '.join(option_names())}"
 
 
-def option_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """Every setting by its dotted name, such as `train.batch_tokens`."""
-    names = []
+def option_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The type of every setting, by its dotted name such as `train.batch_tokens`."""
+    found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         if isinstance(hint, type) and not isinstance(hint, types.GenericAlias) and dataclasses.is_dataclass(hint):
-            names += option_names(hint, f"{prefix}{name}.")
+            found |= option_types(hint, f"{prefix}{name}.")
         else:
-            names.append(prefix + name)
-    return names
+            found[prefix + name] = hint
+    return found
+
+
+def option_names() -> list[str]:
+    """Every setting by its dotted name."""
+    return list(option_types())
 
 
 def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
@@ -242,24 +254,34 @@ def validate(config: Config) -> None:
     """
     sweep, train, activations = config.sweep, config.train, config.activations
 
-    def positive(name: str, value: float) -> None:
-        if not (math.isfinite(value) and value > 0):
-            raise BadInput(f"{name} is {value}; a number above 0 was expected")
+    def positive(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+        if not 0 < value <= most:
+            limit = f" and up to {most}" if value > most else ""
+            raise BadInput(f"{name} is {shortened(value)}; a number above 0{limit} was expected")
 
-    def not_negative(name: str, value: float) -> None:
-        if not (math.isfinite(value) and value >= 0):
-            raise BadInput(f"{name} is {value}; 0 or more was expected")
+    def not_negative(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+        if not 0 <= value <= most:
+            limit = f", up to {most}," if value > most else ""
+            raise BadInput(f"{name} is {shortened(value)}; 0 or more{limit} was expected")
+
+    def float32(name: str, value: float) -> None:
+        if value and not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+            raise BadInput(
+                f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
+                f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
+            )
 
     not_negative("model.layer", config.model.layer)
     positive("activations.block_tokens", activations.block_tokens)
     positive("activations.held_out_tokens", activations.held_out_tokens)
-    for name in ("steps", "batch_tokens", "checkpoint_every", "log_every"):
+    positive("train.steps", train.steps, MOST_STEPS)
+    for name in ("batch_tokens", "checkpoint_every", "log_every"):
         positive(f"train.{name}", getattr(train, name))
-    not_negative("train.seed", train.seed)
+    not_negative("train.seed", train.seed, LARGEST_SEED)
     for name in ("beta1", "beta2"):
-        if not 0 <= getattr(train, name) < 1:
+        if not 0 <= getattr(train, name) <= LARGEST_BELOW_1:
             raise BadInput(
-                f"train.{name} is {getattr(train, name)}; a number from 0 up to, but not including, 1 was expected"
+                f"train.{name} is {getattr(train, name)}; a number from 0 to {LARGEST_BELOW_1:.8f} was expected"
             )
     if not 0 <= train.warmup <= 1:
         raise BadInput(f"train.warmup is {train.warmup}; a part of the steps, from 0 to 1, was expected")
@@ -279,14 +301,15 @@ def validate(config: Config) -> None:
             f"activations.exclude_first_tokens is {activations.exclude_first_tokens}, but activations.path holds rows "
             "without their stories; export them again with --exclude-first-tokens, or use activations.norm_limit"
         )
-    not_negative("activations.norm_limit", activations.norm_limit)
+    not_negative("activations.norm_limit", activations.norm_limit, sys.float_info.max)
     if activations.norm_limit and (train.batching == "story" or activations.normalization == "story"):
         raise BadInput(
             f"activations.norm_limit is {activations.norm_limit}, but it needs tokens that do not depend on the rest "
             "of their story, so train.batching and activations.normalization cannot be 'story'; use 'tokens' and "
             "'dataset', or activations.exclude_first_tokens in place of the limit"
         )
-    not_negative("sweep.encoder_bias", sweep.encoder_bias)
+    not_negative("sweep.encoder_bias", sweep.encoder_bias, math.inf)
+    float32("sweep.encoder_bias", sweep.encoder_bias)
     if sweep.encoder_bias and sweep.initialization != "orthogonal":
         raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
     members = sweep_members(sweep)
@@ -296,14 +319,9 @@ def validate(config: Config) -> None:
         )
     for member in members:
         positive("sweep.features", member.features)
-        not_negative("sweep.seeds", member.seed)
-        positive("sweep.learning_rates", member.learning_rate)
-        if not SMALLEST_FLOAT32 <= member.learning_rate <= LARGEST_FLOAT32:
-            becomes = "zero" if member.learning_rate < 1 else "infinite"
-            raise BadInput(
-                f"sweep.learning_rates is {member.learning_rate!r}, which float32 would make {becomes}; "
-                f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
-            )
+        not_negative("sweep.seeds", member.seed, LARGEST_SEED)
+        positive("sweep.learning_rates", member.learning_rate, math.inf)
+        float32("sweep.learning_rates", member.learning_rate)
     for i, member in enumerate(members):
         if member in members[:i]:
             raise BadInput(f"the sweep has this member twice: {member}")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import read_options, run_script
 from jax_sae.config import TextConfig
 from jax_sae.errors import BadInput
 
@@ -68,6 +68,7 @@ def export(options: Options) -> str:
 
     Raises:
         BadInput: if something given cannot be used.
+        RunFailed: if the disk is full.
     """
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
@@ -276,9 +277,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
 
     def work() -> int:
-        import tyro
-
-        print(export(tyro.cli(Options, args=list(argv), prog="export_torch_activations.py")))
+        print(export(read_options(Options, argv, "export_torch_activations.py")))
         return 0
 
     return run_script(argv, work)

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import read_options, run_script
 from jax_sae.config import ModelConfig, TextConfig
-from jax_sae.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ def harvest_to_store(options: Options) -> str:
 
     Raises:
         BadInput: if something given cannot be used.
+        RunFailed: if the disk is full.
     """
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
@@ -92,9 +92,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
 
     def work() -> int:
-        import tyro
-
-        print(harvest_to_store(tyro.cli(Options, args=list(argv), prog="harvest_activations.py")))
+        print(harvest_to_store(read_options(Options, argv, "harvest_activations.py")))
         return 0
 
     return run_script(argv, work)

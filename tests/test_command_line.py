@@ -1,4 +1,4 @@
-"""The command line: flags, directories, resuming, and errors in one line with exit code 2."""
+"""The command line: flags, directories, resuming and signals. What it refuses stands in test_bad_input.py."""
 
 import json
 import os
@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import main
+from jax_sae.command_line import choose_directory, main, parse
+from jax_sae.config import Member, load_config
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [
@@ -70,60 +71,43 @@ def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "beyond train.steps 6" in capsys.readouterr().err
 
 
-@pytest.fixture
-def bad_files(tmp_path: Path) -> None:
-    """What the cases below name."""
-    np.save(tmp_path / "nan.npy", np.full((800, 4), np.nan, np.float32))
-    np.save(tmp_path / "flat.npy", np.zeros(400, np.float32))
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "config.json").write_text("{}")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text((REPOSITORY / "jax_sae/demo/model/config.json").read_text())
-    (tmp_path / "broken" / "pytorch_model.bin").write_bytes(b"no weights")
-    (tmp_path / "stories.jsonl").write_text('{"story": "A fox."}\n' * 40)
-    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n' * 40)
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--train.steps", "3"], "train.steps", 3),
+        (["--train.steps=3"], "train.steps", 3),
+        (["--train.batch_tokens", "3"], "train.batch_tokens", 3),
+        (["--train.steps", "3", "--train.steps", "4"], "train.steps", 4),
+        (["--sweep.encoder-bias", "-1e-3"], "sweep.encoder_bias", -1e-3),
+        (["--sweep.learning-rates", "1e-3", "-2"], "sweep.learning_rates", (1e-3, -2.0)),
+        (["--sweep.features=3", "--resume"], "sweep.features", (3,)),
+        (["--sweep.features"], "sweep.features", ()),
+        (["--sweep.members", "seed=1, features=3"], "sweep.members", (Member(3, 1),)),
+        (["--text.path", "-"], "text.path", "-"),
+        (["--text.path="], "text.path", ""),
+        (["--text.path", "a=b --c"], "text.path", "a=b --c"),
+        (["--train.batching", "story"], "train.batching", "story"),
+    ],
+)
+def test_every_form_of_a_flag_is_read(argv: list[str], name: str, value: object) -> None:
+    """Wherever it stands among others, which keep their values."""
+    for around in ([], ["--debug"], ["--out", "x"]):
+        arguments = parse([*around, *argv, *around], DEMO)
+        group, _, setting = name.partition(".")
+        expected = load_config(DEMO)
+        expected = replace(expected, **{group: replace(getattr(expected, group), **{setting: value})})
+        assert arguments.settings == expected
+        assert arguments.out == (Path("x") if "--out" in around else None)
+        assert arguments.resume == ("--resume" in argv)
 
 
-BAD = {
-    "unknown model": (["--model.path", "nobody/nothing"], "cannot load language model 'nobody/nothing'"),
-    "unknown text": (["--text.path", "nobody/nothing"], "cannot load dataset 'nobody/nothing'"),
-    "unknown tokenizer": (["--text.tokenizer", "nobody/nothing"], "cannot load tokenizer 'nobody/nothing'"),
-    "layer": (["--model.layer", "7"], "layer 7: the model has 4 blocks; valid are 0 to 4"),
-    "column": (["--text.path", "stories.jsonl"], "no column 'text' in the split 'train'; there are 'story'"),
-    "split": (["--text.split", "dev"], "no split 'dev'; there are 'train', 'validation'"),
-    "validation split": (["--text.validation-split", "dev"], "no split 'dev'"),
-    "no text": (["--text.path", "empty.jsonl"], "has any tokens"),
-    "features": (["--sweep.features", "0"], "sweep.features is 0"),
-    "batch": (["--train.batch-tokens", "-4"], "train.batch_tokens is -4"),
-    "steps": (["--train.steps", "0"], "train.steps is 0"),
-    "unknown flag": (["--train.step", "3"], "unknown flag --train.step; did you mean --train.steps?"),
-    "missing config": (["--config", "no.toml"], "cannot read the config no.toml"),
-    "used directory": (["--out", "used"], "already holds a run; go on with it by --resume, or give --out another name"),
-    "nothing to resume": (["--resume"], "runs/demo holds no run to resume"),
-    "damaged weights": (["--model.path", "broken"], "pytorch_model.bin"),
-    "nan": (["--activations.path", "nan.npy"], "not finite"),
-    "one dimension": (["--activations.path", "flat.npy"], "[N, D]"),
-    "no activations": (["--activations.path", "gone.npy"], "no such file or directory"),
-}
-
-
-@pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_exit_code_2(
-    argv: list[str], message: str, bad_files: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No traceback, and no directory of a run that never began."""
-    assert run(*argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert message in error
-    assert not Path("runs").exists()
-
-
-def test_a_value_of_the_wrong_type_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """As the command-line library words it."""
-    with pytest.raises(SystemExit) as end:
-        run("--train.steps", "many")
-    assert end.value.code == 2 and "--train.steps" in capsys.readouterr().err
+def test_the_last_config_counts(tmp_path: Path) -> None:
+    """For the settings as for the name of the run."""
+    for steps in (3, 4):
+        (tmp_path / f"s{steps}.toml").write_text(f"[train]\nsteps = {steps}\n")
+    for last in (["--config", "s4.toml"], ["--config=s4.toml"]):
+        arguments = parse(["--config", "s3.toml", *last], DEMO)
+        assert arguments.settings.train.steps == 4 and choose_directory(arguments) == Path("runs/s4")
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

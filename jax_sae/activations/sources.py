@@ -23,8 +23,7 @@ from jax_sae.language_model.text import Stories, Story, choose_split, load_token
 ROWS_PER_CHUNK = 256
 """Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
 
-STORIES_TO_COUNT = 256
-"""Stories whose tokens are counted, to estimate those of all."""
+ROWS_CHECKED_AT_A_TIME = 16_384
 
 STORIES_TO_COMPARE = 64
 """Stories whose token ids tell one tokenizer from another."""
@@ -104,10 +103,8 @@ class StorySource:
             yield i, x[items[i].tokens_excluded :]
 
     def count_tokens(self) -> tuple[int, bool]:
-        """Tokenise 256 stories, evenly spread; exact if there are no more."""
-        n, some = len(self), min(len(self), STORIES_TO_COUNT)
-        tokens = sum(len(story) for story in self.read([i * n // some for i in range(some)]))
-        return (tokens, True) if n == some else (round(tokens * n / some), False)
+        """Those of 256 stories, evenly spread, make an estimate; exact if there are no more."""
+        return self.stories.count_tokens(self.first, self.last)
 
     def digests(self) -> dict[str, str]:
         """Of the language model as it is run, of the whole text column of the split, and of the tokenizer.
@@ -215,6 +212,7 @@ def open_sources(config: Config) -> tuple[Source, Source, list[str]]:
 def _open_rows(config: Config) -> tuple[Source, Source, list[str]]:
     activations = config.activations
     rows = open_rows(activations.path)
+    refuse_not_finite(rows)
     held_out = min(activations.held_out_tokens, len(rows) // 10)
     if held_out < 2:
         raise BadInput(f"{activations.path} has {len(rows)} rows; at least 20 are needed, a tenth of them held out")
@@ -224,6 +222,27 @@ def _open_rows(config: Config) -> tuple[Source, Source, list[str]]:
         f"held out      the last {held_out:,} rows, which are not trained on",
     ]
     return RowSource(rows, 0, first), RowSource(rows, first, len(rows)), lines
+
+
+def refuse_not_finite(rows: Rows) -> None:
+    """Raise BadInput if a row of a bare file has a NaN or an infinity; a store was checked when it was written.
+
+    All rows are read, as for the digest: a run would come upon them after hours.
+    """
+    if rows.shard_digests:
+        return
+    count, first = 0, 0
+    for start in range(0, len(rows), ROWS_CHECKED_AT_A_TIME):
+        x = rows.read(start, min(start + ROWS_CHECKED_AT_A_TIME, len(rows)))
+        bad = np.flatnonzero(~np.isfinite(x).all(-1))
+        if len(bad) and not count:
+            first = start + int(bad[0])
+        count += len(bad)
+    if count:
+        raise BadInput(
+            f"{rows.name}: {count:,} of {len(rows):,} rows are not finite in float32, the first of them row {first:,}; "
+            "export them again in float32, without texts on which the language model overflows"
+        )
 
 
 def _open_stories(run: Config) -> tuple[Source, Source, list[str]]:

@@ -14,7 +14,9 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line, read_json
 
 FORMAT = "jax_sae activations 1"
@@ -84,7 +86,7 @@ def write_store(
 ) -> dict[str, Any]:
     """Write the activations of stories, each [T, D], as a store and return its manifest.
 
-    Memory holds the rows of one shard (256 MiB) twice.
+    Memory holds the rows of one shard (256 MiB) twice. If it cannot be done, what was written is removed again.
 
     Args:
         directory: is created; must not exist or be empty.
@@ -95,12 +97,33 @@ def write_store(
         **facts: anything else that should stand in the manifest (text, tokenizer, ...); JSON values.
 
     Raises:
-        BadInput: if the directory holds something or cannot be written to, the dtype is unknown, there are no
-            activations, they are not [T, D] floats of one D, or one of them is not finite in `dtype`.
+        BadInput: if the directory holds something or cannot be made, the dtype is unknown, there are no activations,
+            they are not [T, D] floats of one D, or one of them is not finite in `dtype`.
+        RunFailed: if a file cannot be written: the disk is full.
     """
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; a store holds {' or '.join(DTYPES)}")
-    check_new_directory(directory)
+    with _new_directory(directory):
+        shards, width = _write_shards(directory, stories, np.dtype(dtype))
+        manifest = {
+            "format": FORMAT,
+            "model": model,
+            "layer": layer,
+            **facts,
+            "dtype": dtype,
+            "width": width,
+            "rows": sum(shard["rows"] for shard in shards),
+            "shards": shards,
+        }
+        with _may_find_no_room(directory):
+            temporary = directory / "manifest.json.partial"
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+            os.replace(temporary, directory / "manifest.json")
+    return manifest
+
+
+def _write_shards(directory: Path, stories: Iterable[np.ndarray], dtype: np.dtype) -> tuple[list[dict[str, Any]], int]:
+    """The shards as they stand in the manifest, and D."""
     shards: list[dict[str, Any]] = []
     pending: list[np.ndarray] = []
     width = 0
@@ -108,10 +131,8 @@ def write_store(
     def flush() -> None:
         path = directory / f"shard-{len(shards):05d}.npy"
         rows = np.concatenate(pending)
-        try:
+        with _may_find_no_room(directory):
             np.save(path, rows)
-        except OSError as error:  # the disk is full
-            raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
         shards.append({"file": path.name, "rows": len(rows), "sha256": sha256(path)})
         pending.clear()
 
@@ -126,7 +147,7 @@ def write_store(
                 "a store has one width"
             )
         if not np.isfinite(rows).all():
-            hint = "; float16 ends at 65504: use float32" if dtype == "float16" and np.isfinite(story).all() else ""
+            hint = "; float16 ends at 65504: use float32" if dtype == np.float16 and np.isfinite(story).all() else ""
             raise BadInput(f"{directory}: a story's activations are not finite in {dtype}{hint}")
         if len(rows):
             pending.append(rows)
@@ -136,35 +157,53 @@ def write_store(
         flush()
     if not shards:
         raise BadInput(f"{directory}: there were no activations to write; is the text empty, or all of it excluded?")
-    manifest = {
-        "format": FORMAT,
-        "model": model,
-        "layer": layer,
-        **facts,
-        "dtype": dtype,
-        "width": width,
-        "rows": sum(shard["rows"] for shard in shards),
-        "shards": shards,
-    }
-    temporary = directory / "manifest.json.partial"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, directory / "manifest.json")
-    return manifest
+    return shards, width
 
 
 def check_new_directory(directory: Path) -> None:
-    """Make a directory for a store.
-
-    Raises:
-        BadInput: if it holds something already, or cannot be made.
-    """
+    """Raise BadInput unless a store can be written to a directory: it is empty, or can be made; nothing is made yet."""
+    absolute = directory.absolute()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(directory.iterdir())
-    except OSError as error:
-        raise BadInput(f"{directory} cannot be made a directory: {error.strerror}") from error
-    if not is_empty:
+        there = next(path for path in (absolute, *absolute.parents) if path.exists())
+        is_empty = not any(there.iterdir())
+    except OSError as error:  # a file is in the way, or the name is too long
+        raise BadInput(f"{directory} cannot be made a directory ({error}); give the store another") from error
+    if there == absolute and not is_empty:
         raise BadInput(f"{directory} is not empty; give the store a new directory")
+    if not os.access(there, os.W_OK):
+        raise BadInput(f"{directory} cannot be made a directory ({there} is read-only); give the store another")
+
+
+@contextmanager
+def _new_directory(directory: Path) -> Iterator[None]:
+    """Make it; if what is done within ends badly, remove the store's files again, and the directory if it was new."""
+    check_new_directory(directory)
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=not is_new)
+    except OSError as error:
+        raise BadInput(f"{directory} cannot be made a directory ({error}); give the store another") from error
+    try:
+        yield
+    except BaseException:
+        for path in [*directory.glob("shard-*.npy"), *directory.glob("manifest.json*")]:
+            path.unlink()
+        if is_new:
+            directory.rmdir()
+        raise
+
+
+@contextmanager
+def _may_find_no_room(directory: Path) -> Iterator[None]:
+    """Raise RunFailed where a file in the directory cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(directory).free
+        raise RunFailed(
+            f"the store {directory} could not be written ({error.strerror or error}), {free / 1e6:,.1f} MB are left "
+            "there; what was written of it is removed: make room, choose another disk, or write fewer tokens"
+        ) from error
 
 
 def open_rows(path: str) -> Rows:
@@ -214,7 +253,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / "manifest.json"
     if not path.is_file():
-        raise BadInput(f"{directory} is not a whole store of activations: it has no manifest.json")
+        raise BadInput(f"{directory} is not a whole store of activations: it has no manifest.json; write it again")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise BadInput(f"{path} is not a manifest of the format {FORMAT!r}")

@@ -3,7 +3,9 @@
 stories in order ─► blocks of whole stories ─► activations, in any order ─► in the order of the text ─► write_store
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def write_text(
     stories: Stories,
     activations_of: Callable[[Sequence[np.ndarray]], Iterable[tuple[int, np.ndarray]]],
     n_tokens: int | None,
+    dtype: str = "float32",
     **facts: Any,
 ) -> str:
     """Write the activations of a text as a store: whole stories in order, with a progress bar.
@@ -35,13 +38,16 @@ def write_text(
         activations_of: token ids [T] of stories, none of them empty -> (number of the story, its activations [T, D])
             of each, in any order. Those of the first `stories.exclude_first_tokens` tokens are not written.
         n_tokens: end with the story that reaches so many written tokens; None: all stories.
+        dtype: as for `write_store`.
         **facts: as for `write_store`; what became of the text is put beside them.
 
     Returns:
         A line that says what was written.
 
     Raises:
-        BadInput: as `write_store` and `Stories.read`, and if `n_tokens` is not above 0.
+        BadInput: as `write_store` and `Stories.read`, if `n_tokens` is not above 0, or, after the first block, if the
+            disk is too small for all of them.
+        RunFailed: as `write_store`.
     """
     from tqdm import tqdm
 
@@ -49,18 +55,21 @@ def write_text(
         raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
     counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
 
-    def in_order() -> Iterator[np.ndarray]:
+    def in_order() -> Generator[np.ndarray]:
         with tqdm(total=n_tokens or len(stories), unit=" tokens" if n_tokens else " stories") as bar:
-            for block in _blocks(stories, n_tokens, counts):
+            for number, block in enumerate(_blocks(stories, n_tokens, counts)):
                 found: list[Any] = [None] * len(block)
                 for i, x in activations_of([story.token_ids for story in block]):
                     found[i] = x[block[i].tokens_excluded :]
                     bar.update(min(len(found[i]), bar.total - bar.n) if n_tokens else 1)
+                if number == 0:
+                    refuse_small_disk(directory, stories, n_tokens, found[0].shape[1], dtype)
                 if not n_tokens:
                     bar.update(counts["stories"] - bar.n)  # the empty ones
                 yield from found
 
-    manifest = write_store(directory, in_order(), text_read=counts, **facts)  # which looks at `counts` at its end
+    with closing(in_order()) as activations:  # so that the bar ends before an error is told
+        manifest = write_store(directory, activations, dtype=dtype, text_read=counts, **facts)  # reads `counts` last
     n_bytes = sum(shard.stat().st_size for shard in directory.glob("*.npy"))
     k = stories.exclude_first_tokens
     excluded = f"; the first {k:,} tokens of each left out ({counts['tokens_excluded']:,} tokens)" if k else ""
@@ -70,6 +79,19 @@ def write_text(
         f"{f' beyond their first {k:,} tokens' if k else ''}, {counts['cut_stories']:,} were cut at "
         f"{stories.max_tokens:,} tokens ({counts['tokens_cut']:,} tokens lost){excluded}"
     )
+
+
+def refuse_small_disk(directory: Path, stories: Stories, n_tokens: int | None, width: int, dtype: str) -> None:
+    """Raise BadInput if the disk of `directory` has no room for the activations [n_tokens, width] of a text."""
+    in_text, _ = stories.count_tokens(0, len(stories))
+    rows = in_text if n_tokens is None else min(n_tokens, in_text)
+    needed, free = rows * width * np.dtype(dtype).itemsize, shutil.disk_usage(directory).free
+    if needed > free:
+        half = " or half as many bytes by float16" if dtype == "float32" else ""
+        raise BadInput(
+            f"{directory}: about {rows:,} rows of width {width} in {dtype} need {needed / 1e6:,.1f} MB, but the disk "
+            f"has {free / 1e6:,.1f} MB left; make room, choose another disk, or write fewer tokens{half}"
+        )
 
 
 def _blocks(stories: Stories, n_tokens: int | None, counts: dict[str, int]) -> Iterator[list[Story]]:

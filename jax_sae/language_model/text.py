@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 ROWS_HASHED_AT_A_TIME = 100_000
 
+STORIES_TO_COUNT = 256
+"""Stories whose tokens are counted, to estimate those of all."""
+
 FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
@@ -79,12 +82,11 @@ def open_split(path: str, split: str, column: str) -> "Dataset":
 def choose_split(splits: "DatasetDict", path: str, split: str, column: str) -> "Dataset":
     """The rows of one split of a dataset that is open already; `path` names it in errors, which are `open_split`'s."""
     if split not in splits:
-        raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}")
+        raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}: name one of them")
     rows = splits[split]
     if column not in rows.column_names:
-        raise BadInput(
-            f"{path}: no column {column!r} in the split {split!r}; there are {', '.join(map(repr, rows.column_names))}"
-        )
+        there = ", ".join(map(repr, rows.column_names))
+        raise BadInput(f"{path}: no column {column!r} in the split {split!r}; there are {there}: name one of them")
     return rows
 
 
@@ -100,10 +102,12 @@ def open_dataset(path: str) -> "DatasetDict":
             hub_is_silent = str(reason)
     elif local.is_dir():
         source = str(local.resolve())
-    elif local.suffix in FILE_KINDS:
-        source, files = FILE_KINDS[local.suffix], str(local.resolve())
-    else:
+    elif local.suffix not in FILE_KINDS:
         raise BadInput(f"{local}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}")
+    elif not local.stat().st_size:
+        raise BadInput(f"{local} is empty; stories were expected, one a row")
+    else:
+        source, files = FILE_KINDS[local.suffix], str(local.resolve())
     try:
         with _files_on_this_machine() if local or hub_is_silent else nullcontext():
             return datasets.load_dataset(source, data_files=files)
@@ -115,15 +119,20 @@ def open_dataset(path: str) -> "DatasetDict":
 
 @contextmanager
 def _files_on_this_machine() -> Iterator[None]:
-    """Within it, `datasets` asks no hub, and shows no progress, which only a download is slow enough for."""
+    """Within it, `datasets` asks no hub, logs no error that it then raises, and shows no progress.
+
+    Only a download is slow enough for that.
+    """
     import datasets
 
-    were_off = datasets.are_progress_bars_disabled()
+    were_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         with hub_switched_off():
             yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not were_off:
             datasets.enable_progress_bars()
 
@@ -176,6 +185,15 @@ class Stories:
         """The number of rows, those without text included."""
         return len(self.rows)
 
+    def count_tokens(self, first: int, last: int) -> tuple[int, bool]:
+        """The tokens of rows `first` to `last` that are used, and whether that number is exact.
+
+        Tokenises 256 of them, evenly spread; exact if there are no more. Errors as for `read`.
+        """
+        n, some = last - first, min(last - first, STORIES_TO_COUNT)
+        tokens = sum(len(story) for story in self.read([first + i * n // some for i in range(some)]))
+        return (tokens, True) if n == some else (round(tokens * n / some), False)
+
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Story]:
         """The stories in these rows, in this order; where there is no text (or only white space), of no tokens.
 
@@ -185,7 +203,10 @@ class Stories:
         texts = self.rows[self.column][[int(i) for i in indices]]
         for i, text in zip(indices, texts, strict=True):
             if not isinstance(text, str | None):
-                raise BadInput(f"column {self.column!r}, row {i}: a {type(text).__name__}; text was expected")
+                raise BadInput(
+                    f"column {self.column!r}, row {i}: a {type(text).__name__}; text was expected: name a column with "
+                    "stories as text, not as token ids"
+                )
         stories = []
         for ids in tokenize(self.tokenizer, [text if text and not text.isspace() else "" for text in texts]):
             if max(ids, default=0) >= self.vocab_size:

@@ -1,5 +1,6 @@
 """A store gives back what was written, or is refused with BadInput that names the file."""
 
+import errno
 import json
 import random
 import re
@@ -14,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jax_sae.activations import store
-from jax_sae.activations.store import Rows, open_rows, read_manifest, sha256, write_store
-from jax_sae.errors import BadInput
+from jax_sae.activations.store import Rows, check_new_directory, open_rows, read_manifest, sha256, write_store
+from jax_sae.errors import BadInput, RunFailed
 
 WRITTEN_BY_TORCH = Path(__file__).parents[1] / "data" / "torch_save"
 D = 6
@@ -366,10 +367,12 @@ def test_a_float64_beyond_float32_is_read_as_infinite_without_a_warning(tmp_path
 # What cannot be written is refused
 
 
-def refused_on_writing(directory, stories, message, **settings):
-    with pytest.raises(BadInput, match=f"{re.escape(str(directory))}.*{message}"):
+def refused_on_writing(directory, stories, message, error=BadInput, **settings):
+    """With a message that names the directory; afterwards there is what was there before."""
+    before = sorted(directory.parent.rglob("*"))
+    with pytest.raises(error, match=f"{re.escape(str(directory))}.*{message}"):
         write_store(directory, stories, **{"model": "a/b", "layer": 2} | settings)
-    assert not (directory / "manifest.json").exists()
+    assert sorted(directory.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -378,7 +381,6 @@ def test_an_activation_that_is_not_finite_is_refused_on_writing(tmp_path, small_
     stories = make_stories()
     stories[4][8, 5] = bad
     refused_on_writing(tmp_path / "acts", stories, f"not finite in {dtype}$", dtype=dtype)
-    refused(tmp_path / "acts", tmp_path / "acts", "manifest.json")  # what it left is not taken for a store
 
 
 def test_one_beyond_the_type_on_disk_is_refused_on_writing(tmp_path):
@@ -422,12 +424,65 @@ def test_an_unknown_type_on_disk_is_refused(tmp_path):
     assert not (tmp_path / "acts").exists()
 
 
-def test_a_full_disk_is_reported_by_the_shard_that_found_no_room(tmp_path, small_shards, monkeypatch):
-    def save(path, rows):
-        raise OSError(28, "No space left on device")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", save)
-    refused_on_writing(tmp_path / "acts", make_stories(), "shard-00000.npy cannot be written: No space left")
+
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("problem", [NO_SPACE, OSError("60 requested and 20 written")], ids=["none left", "too little"])
+@pytest.mark.parametrize("file", ["shard-00000.npy", "shard-00002.npy", "manifest.json"])
+def test_a_disk_that_becomes_full_ends_the_writing_and_nothing_of_the_store_stays(
+    file, problem, was_there, tmp_path, small_shards, monkeypatch
+):
+    """Neither the file that is cut off nor those before it, nor the directory, unless it was there before."""
+    save, write_text = np.save, Path.write_text
+
+    def cut_off(path, content):
+        path.write_bytes(b"half of it")
+        raise problem
+
+    monkeypatch.setattr(np, "save", lambda path, x: cut_off(path, x) if path.name == file else save(path, x))
+    monkeypatch.setattr(Path, "write_text", lambda p, x: cut_off(p, x) if p.name.startswith(file) else write_text(p, x))
+    if was_there:
+        (tmp_path / "acts").mkdir()
+    message = rf"could not be written \({problem.strerror or problem}\), [\d,.]+ MB are left there; .* make room"
+    refused_on_writing(tmp_path / "acts", make_stories(), message, RunFailed)
+
+
+def test_a_store_that_is_broken_off_leaves_nothing(tmp_path, small_shards):
+    """By Ctrl-C, after two shards."""
+
+    def broken_off():
+        yield from make_stories((10, 10))
+        assert len(list((tmp_path / "acts").iterdir())) == 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "acts", broken_off(), model="a/b", layer=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_another_process_makes_at_the_same_time_is_left_alone(tmp_path, monkeypatch):
+    """It comes between looking and making."""
+    monkeypatch.setattr(store, "check_new_directory", lambda directory: None)
+    exists, directory = Path.exists, tmp_path / "acts"
+    directory.mkdir()
+    monkeypatch.setattr(Path, "exists", lambda path: path != directory and exists(path))
+    with pytest.raises(BadInput, match=r"cannot be made a directory .*File exists"):
+        write_store(directory, make_stories(), model="a/b", layer=2)
+    assert directory.is_dir() and not list(directory.iterdir())
+
+
+def test_looking_whether_a_directory_can_be_made_makes_none(tmp_path, monkeypatch):
+    """And says so where it cannot: read-only, below a file, or with a name that is too long."""
+    check_new_directory(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below", "x" * 300):
+        with pytest.raises(BadInput, match=f"{name} cannot be made a directory .*; give the store another"):
+            check_new_directory(tmp_path / name)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(BadInput, match=rf"b cannot be made a directory \({re.escape(str(tmp_path))} is read-only\)"):
+        check_new_directory(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_facts_do_not_stand_in_for_what_was_written(tmp_path):

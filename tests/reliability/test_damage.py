@@ -17,7 +17,7 @@ from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, array_digest, named_leaves
 from jax_sae.sweep.train import train
 
-FLIPS = 12
+FLIPS = 6
 """Bits that are flipped in each file."""
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 COMMON = [
     *("--sweep.features", "8", "63", "64", "--train.warmup", "0.1", "--train.schedule", "cosine", "--train.seed", "3"),
-    *("--train.steps", "2000", "--train.checkpoint-every", "900", "--train.log-every", "3", "--out", "run"),
+    *("--train.steps", "500", "--train.checkpoint-every", "200", "--train.log-every", "2", "--out", "run"),
     *("--activations.held-out-tokens", "1000"),
 ]
 TOKENS = ["--train.batch-tokens", "96", "--activations.block-tokens", "4096"]
@@ -25,7 +25,7 @@ KINDS = {
     ],
     "stories, harvested": [
         *(*COMMON, "--train.batching", "story", "--activations.normalization", "story"),
-        *("--activations.block-tokens", "4096"),
+        *("--activations.block-tokens", "4096", "--train.steps", "100"),
     ],
     "tokens, from a store": [*COMMON, *TOKENS, "--activations.path", "store"],
 }
@@ -52,7 +52,7 @@ def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
         lines = metrics.read_text().count("\n") if metrics.exists() else 0
         process = start([*flags, "--resume"] if steps else flags, stopped)
         deadline = time.monotonic() + 120
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > lines + 9):
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > lines + 7):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
@@ -60,7 +60,7 @@ def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
         text = finish(process, code)
         assert time.monotonic() - sent < 30 and "stopped and saved at step" in text
         steps.append(max(int(path.name) for path in (stopped / "run" / "checkpoints").iterdir()))
-    assert 0 < steps[0] < steps[1] < 2000
+    assert 0 < steps[0] < steps[1] and str(steps[1]) not in flags
     finish(start([*flags, "--resume"], stopped), 0)
     assert outcome(stopped / "run") == outcome(tmp_path / "straight" / "run")
     summaries = [json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("straight", "stopped")]

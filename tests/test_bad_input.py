@@ -1,0 +1,1097 @@
+"""What a user can get wrong: the twenty kinds of the reliability report, section 6, and the command line itself.
+
+Each ends with exit code 2 and one line that says what was found, what was expected and what to do; without a traceback,
+and with nothing made or changed on disk. What is no error is counted, and said before the start or at the end.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from running import REPOSITORY
+from safetensors.numpy import load_file, save_file
+
+import jax_sae
+from jax_sae.activations.store import open_rows
+from jax_sae.command_line import main
+from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import NoAnswer
+
+DEMO = REPOSITORY / "configs" / "demo.toml"
+MODEL = REPOSITORY / "jax_sae" / "demo" / "model"
+D = 8
+ON_ROWS = ["--activations.path", "rows.npy"]
+SMALL = [
+    *("--sweep.features", "4", "--train.steps", "6", "--train.checkpoint-every", "2", "--train.log-every", "2"),
+    *("--train.batch-tokens", "32", "--activations.block-tokens", "256", "--activations.held-out-tokens", "200"),
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the files that the cases name."""
+    there = tmp_path_factory.mktemp("inputs")
+    x = np.random.default_rng(0).normal(size=(1000, D)).astype(np.float32)
+    np.save(there / "rows.npy", x)
+    np.save(there / "other_rows.npy", x + 1)
+    np.save(there / "narrower.npy", x[:, :5])
+    np.save(there / "flat.npy", x[0])
+    np.save(there / "whole_numbers.npy", np.ones((100, D), int))
+    np.save(there / "few.npy", x[:19])
+    np.save(there / "too_large.npy", np.where(np.arange(1000)[:, None] == 999, 1e39, x.astype(float)))
+    np.save(there / "giants.npy", x * np.where(np.arange(1000) % 50 == 7, 1e4, 1)[:, None].astype(np.float32))
+    x[[17, 400, 999], [0, 3, 7]] = np.nan, np.inf, -np.inf
+    np.save(there / "not_finite.npy", x)
+    for name, row in {
+        "stories": {"story": "A fox."},
+        "token_ids": {"text": [1, 2, 3]},
+        "numbers": {"text": 3},
+        "empty": {"text": " \n"},
+        "text": {"text": "A fox."},
+    }.items():
+        (there / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    (there / "three.jsonl").write_text('{"text": "A fox."}\n' * 3)
+    (there / "none.jsonl").write_text("")
+    (there / "mixed.jsonl").write_text('{"text": "A fox."}\n' * 40 + '{"text": 3}\n')
+    (there / "two_types").mkdir()
+    for split, value in {"train": 3, "validation": "A fox."}.items():
+        parquet.write_table(pyarrow.table({"text": [value] * 40}), there / "two_types" / f"{split}.parquet")
+    (there / "broken.parquet").write_bytes(b"PAR1, or so it says")
+    (there / "used").mkdir()
+    (there / "used" / "config.json").write_text("{}")
+    (there / "part" / "checkpoints").mkdir(parents=True)
+    for name, file in {"no_tokenizer": "config.json", "broken": "config.json"}.items():
+        (there / name).mkdir()
+        (there / name / file).write_bytes((MODEL / file).read_bytes())
+    (there / "no_tokenizer" / "model.safetensors").symlink_to(MODEL / "model.safetensors")
+    (there / "broken" / "pytorch_model.bin").write_bytes(b"no weights")
+    write_tokenizer(there / "other_vocabulary", first_id=5000)
+    for name, toml in {
+        "wrong_type": b"[train]\nsteps = '5'",
+        "unknown_key": b"[train]\nstep = 5",
+        "two\nlines": b'[train]\n"ste\\nps" = 5',
+        "no_toml": b"steps 5",
+        "latin": "# é".encode("latin-1"),
+        "nested": b"a = " + b"[" * 5000,
+        "digits": b"[train]\nsteps = " + b"9" * 5000,
+        "large": b"[sweep]\nlearning_rates = [1" + b"0" * 400 + b"]",
+    }.items():
+        (there / f"{name}.toml").write_bytes(toml)
+    return there
+
+
+def write_tokenizer(directory: Path, first_id: int) -> None:
+    """A tokenizer of bytes, with 256 ids from the first on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: first_id + i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in a directory that holds nothing but the inputs; signals have their usual effect again afterwards."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", inputs.parent / "cache")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in inputs.iterdir():
+        Path(path.name).symlink_to(path)
+    with usual_signals():
+        yield
+
+
+@contextlib.contextmanager
+def usual_signals() -> Iterator[None]:
+    """Put back what a run does with signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def files(directory: Path = Path()) -> dict[Path, tuple[int, bytes]]:
+    """Every file below a directory with the time of its last change and its bytes, and every directory; no locks."""
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
+        for path in directory.rglob("*")
+        if path.name != ".lock"
+    }
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: Callable[[list[str]], int], argv: list[str]) -> str:
+    """The one line with which it ends, with exit code 2 and without a change on disk."""
+    before = files()
+    capsys.readouterr()
+    assert script(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert "Traceback" not in error and len(error) < 1000
+    assert files() == before
+    return error
+
+
+def train_all(argv: list[str]) -> int:
+    """The script, whose default config is the demo."""
+    return main(argv, DEMO)
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `scripts/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ABSENT = "no such file or directory, not complete in the local Hugging Face cache, and HF_HUB_OFFLINE is set"
+FORM = "not a name on the hub, which has the form owner/name"
+WORD = "a whole number was expected"
+FLOAT32 = "1.1754944e-38 to 3.4028235e+38 was expected"
+
+# point: (arguments, what is found, what is expected, what to do)
+BAD: dict[str, tuple[list[str], str, str, str]] = {
+    "1 hub id absent: model": (
+        ["--model.path", "nobody/nothing"],
+        "cannot load language model 'nobody/nothing'",
+        ABSENT,
+        "Give a local directory, run `hf download nobody/nothing` first",
+    ),
+    "1 hub id absent: text": (
+        ["--text.path", "nobody/nothing"],
+        "cannot load dataset 'nobody/nothing'",
+        ABSENT,
+        "`hf download --repo-type dataset nobody/nothing --local-dir FOLDER` makes one",
+    ),
+    "1 hub id absent: tokenizer": (
+        ["--text.tokenizer", "nobody/nothing"],
+        "cannot load tokenizer 'nobody/nothing'",
+        ABSENT,
+        "run `hf download nobody/nothing` first",
+    ),
+    "1 neither a path nor a hub id": (["--model.path", "no name"], "'no name': no such file or directory", FORM, ""),
+    "1 an empty name": (["--text.path", ""], "cannot load dataset ''", FORM, ""),
+    "1 a file in place of a model": (
+        ["--model.path", "text.jsonl"],
+        "text.jsonl: a file",
+        "give the directory that holds the language model",
+        "",
+    ),
+    "1 a model without its weights": (
+        ["--model.path", "other_vocabulary"],
+        "config.json: cannot be read",
+        "No such file",
+        "",
+    ),
+    "1 damaged weights": (["--model.path", "broken"], "broken/pytorch_model.bin", "", ""),
+    "1 a file of another kind in place of a text": (
+        ["--text.path", "rows.npy"],
+        "rows.npy: neither a folder nor a file that ends in",
+        ".parquet, .json, .jsonl, .csv, .txt",
+        "",
+    ),
+    "2 column missing": (
+        ["--text.path", "stories.jsonl"],
+        "stories.jsonl: no column 'text' in the split 'train'",
+        "there are 'story'",
+        "name one of them",
+    ),
+    "3 split missing": (
+        ["--text.split", "dev"],
+        "jax_sae/demo/stories: no split 'dev'",
+        "there are 'train', 'validation'",
+        "name one of them",
+    ),
+    "3 held-out split missing": (
+        ["--text.validation-split", "dev"],
+        "jax_sae/demo/stories: no split 'dev'",
+        "there are 'train', 'validation'",
+        "name one of them",
+    ),
+    "3 too few stories to hold some out": (
+        ["--text.path", "three.jsonl"],
+        "three.jsonl has 3 stories and no held-out split",
+        "at least 20 are needed, a tenth held out",
+        "",
+    ),
+    "4 all positions excluded": (
+        ["--activations.exclude-first-tokens", "512"],
+        "the number of first tokens to exclude is 512",
+        "a story has at most 512 tokens",
+        "exclude fewer",
+    ),
+    "5 token ids in place of text": (
+        ["--text.path", "token_ids.jsonl"],
+        "column 'text', row 0: a list",
+        "text was expected",
+        "name a column with stories as text, not as token ids",
+    ),
+    "5 numbers in place of text": (
+        ["--text.path", "numbers.jsonl"],
+        "column 'text', row 0: a int",
+        "text was expected",
+        "name a column with stories as text",
+    ),
+    "6 a batch larger than the text": (
+        ["--text.path", "text.jsonl", "--train.batch-tokens", "4000"],
+        "train.batch_tokens is 4000",
+        "but the text has 108 tokens to train on",
+        "lower it",
+    ),
+    "6 a batch larger than the rows": (
+        [*ON_ROWS, "--train.batch-tokens", "901"],
+        "train.batch_tokens is 901",
+        "but the activations have 900 tokens to train on",
+        "lower it",
+    ),
+    "6 a batch larger than a block": (
+        [*ON_ROWS, "--train.batch-tokens", "300", "--activations.block-tokens", "256"],
+        "train.batch_tokens is 300",
+        "activations.block_tokens is 256",
+        "a block must hold at least one batch",
+    ),
+    "7 too few rows to hold some out": (
+        ["--activations.path", "few.npy"],
+        "few.npy has 19 rows",
+        "at least 20 are needed, a tenth of them held out",
+        "",
+    ),
+    "8 an empty file": (["--text.path", "none.jsonl"], "none.jsonl is empty", "stories were expected, one a row", ""),
+    "8 a file that is no dataset": (
+        ["--text.path", "broken.parquet"],
+        "broken.parquet: cannot be loaded as a dataset (ArrowInvalid: Parquet magic bytes not found",
+        "",
+        "",
+    ),
+    "8 a column of two types": (
+        ["--text.path", "mixed.jsonl", "--train.batch-tokens", "32"],
+        "column 'text' is of the type ",
+        "text was expected",
+        "",
+    ),
+    "8 splits of two types": (
+        ["--text.path", "two_types"],
+        "two_types: cannot be loaded as a dataset (ArrowInvalid: Failed to parse string",
+        "",
+        "",
+    ),
+    "8 nothing but empty stories": (
+        ["--text.path", "empty.jsonl"],
+        "not one of 36 has any tokens",
+        "",
+        "is this the right text column?",
+    ),
+    "8 nothing but excluded tokens": (
+        ["--text.path", "text.jsonl", "--activations.exclude-first-tokens", "3"],
+        "not one of 36 has any tokens but the first ones, which are excluded",
+        "",
+        "lower activations.exclude_first_tokens",
+    ),
+    "9 no tokenizer beside the model": (
+        ["--model.path", "no_tokenizer"],
+        "no_tokenizer: no tokenizer",
+        "expected tokenizer.json, or vocab.json and merges.txt",
+        "Copy one there, name another tokenizer",
+    ),
+    "9 no tokenizer where it is said to be": (
+        ["--text.tokenizer", "broken"],
+        "broken: no tokenizer",
+        "expected tokenizer.json, or vocab.json and merges.txt",
+        "name another tokenizer",
+    ),
+    "11 a limit below most norms": (
+        ["--activations.path", "giants.npy", "--activations.norm-limit", "1e-9"],
+        "tokens have a larger norm than activations.norm_limit, 1e-09",
+        "their norms are ",
+        "raise the limit",
+    ),
+    "11 first tokens of rows": (
+        [*ON_ROWS, "--activations.exclude-first-tokens", "1"],
+        "activations.exclude_first_tokens is 1",
+        "activations.path holds rows without their stories",
+        "export them again with --exclude-first-tokens, or use activations.norm_limit",
+    ),
+    "12 rows that are not finite": (
+        ["--activations.path", "not_finite.npy"],
+        "not_finite.npy: 3 of 1,000 rows",
+        "not finite in float32, the first of them row 17",
+        "export them again in float32",
+    ),
+    "12 a row beyond float32": (
+        ["--activations.path", "too_large.npy"],
+        "too_large.npy: 1 of 1,000 rows",
+        "not finite in float32, the first of them row 999",
+        "export them again",
+    ),
+    "14 layer beyond the last": (
+        ["--model.layer", "7"],
+        "layer 7",
+        "the model has 4 blocks; valid are 0 to 4, where 4 is after the final layer norm",
+        "",
+    ),
+    "14 layer below the first": (["--model.layer", "-1"], "model.layer is -1", "0 or more was expected", ""),
+    "15 a vector in place of rows": (
+        ["--activations.path", "flat.npy"],
+        "flat.npy: the array has shape [8]",
+        "[N, D], N tokens of D numbers, was expected",
+        "",
+    ),
+    "15 whole numbers in place of rows": (
+        ["--activations.path", "whole_numbers.npy"],
+        "whole_numbers.npy: the array is of int64",
+        "floating-point activations were expected",
+        "",
+    ),
+    "15 no rows": (
+        ["--activations.path", "gone.npy"],
+        "activations.path is 'gone.npy'",
+        "there is no such file or directory",
+        "give a store's directory, or an .npy, .safetensors or .pt file with one array [N, D]",
+    ),
+    "15 a directory that is no store": (
+        ["--activations.path", "used"],
+        "used is not a whole store of activations",
+        "it has no manifest.json",
+        "write it again",
+    ),
+    "17 a run is there": (
+        ["--out", "used"],
+        "used already holds a run",
+        "",
+        "go on with it by --resume, or give --out another name",
+    ),
+    "17 part of a run is there": (
+        ["--out", "part"],
+        "part holds part of a run (checkpoints)",
+        "but no config.json",
+        "give --out another name, or move that away",
+    ),
+    "17 a file is there": (
+        ["--out", "rows.npy"],
+        "--out rows.npy cannot be a run's directory",
+        "rows.npy is a file",
+        "give it another name",
+    ),
+    "17 below a file": (
+        ["--out", "rows.npy/run"],
+        "--out rows.npy/run cannot be a run's directory",
+        "rows.npy is a file",
+        "give it another name",
+    ),
+    "17 a name that is too long": (["--out", "x" * 300], "xxx cannot be a run's directory", "File name too long", ""),
+    "17 no run to resume": (
+        ["--resume"],
+        "runs/demo holds no run to resume",
+        "",
+        "start one without --resume",
+    ),
+    "19 a tokenizer with other ids": (
+        ["--text.tokenizer", "other_vocabulary"],
+        "the tokenizer gives id ",
+        "the model's vocabulary has 2048: they do not belong together",
+        "name the model's own tokenizer",
+    ),
+    "20 features beyond memory": (
+        [*ON_ROWS, "--sweep.features", str(10**12)],
+        "the sweep needs ",
+        "but the device has ",
+        "give fewer or narrower members",
+    ),
+    "20 features beyond 64 bits": (
+        [*ON_ROWS, "--sweep.features", "1" + "0" * 400],
+        "sweep.features is 100000000000000000...",
+        f"a number above 0 and up to {2**63 - 1} was expected",
+        "",
+    ),
+    "20 no features": (["--sweep.features", "0"], "sweep.features is 0", "a number above 0 was expected", ""),
+    "20 an empty list": (
+        ["--sweep.features"],
+        "the sweep has no members",
+        "",
+        "sweep.features, sweep.seeds and sweep.learning_rates each need a value",
+    ),
+    "20 no tokens": (["--train.batch-tokens", "0"], "train.batch_tokens is 0", "a number above 0 was expected", ""),
+    "20 a negative batch": (["--train.batch-tokens", "-4"], "train.batch_tokens is -4", "a number above 0", ""),
+    "20 no block": (["--activations.block-tokens", "0"], "activations.block_tokens is 0", "a number above 0", ""),
+    "20 nothing held out": (["--activations.held-out-tokens", "0"], "held_out_tokens is 0", "a number above 0", ""),
+    "20 no steps": (["--train.steps", "0"], "train.steps is 0", "a number above 0 was expected", ""),
+    "20 steps beyond 32 bits": (
+        ["--train.steps", str(2**31)],
+        f"train.steps is {2**31}",
+        f"a number above 0 and up to {2**31 - 1} was expected",
+        "",
+    ),
+    "20 a seed beyond 32 bits": (
+        ["--sweep.seeds", str(2**32)],
+        f"sweep.seeds is {2**32}",
+        f"0 or more, up to {2**32 - 1}, was expected",
+        "",
+    ),
+    "20 a rate beyond float32": (
+        ["--sweep.learning-rates", "3.5e38"],
+        "sweep.learning_rates is 3.5e+38, which float32 would make infinite",
+        FLOAT32,
+        "",
+    ),
+    "20 a rate below float32": (
+        ["--sweep.learning-rates", "1e-39"],
+        "sweep.learning_rates is 1e-39, which float32 would make zero",
+        FLOAT32,
+        "",
+    ),
+    "20 a bias beyond float32": (
+        ["--sweep.encoder-bias", "1e39"],
+        "sweep.encoder_bias is 1e+39, which float32 would make infinite",
+        FLOAT32,
+        "",
+    ),
+    "20 a decay rate of 1 in float32": (
+        ["--train.beta2", "0.999999999"],
+        "train.beta2 is 0.999999999",
+        "a number from 0 to 0.99999994 was expected",
+        "",
+    ),
+    "flag: unknown": (["--train.step", "3"], "unknown flag --train.step", "", "did you mean --train.steps?"),
+    "flag: unknown, and like no other": (["-x"], "unknown flag -x", "", "see --help"),
+    "flag: no whole number": (["--train.steps", "abc"], "--train.steps is 'abc'", WORD, ""),
+    "flag: a float for a whole number": (["--train.steps=1e5"], "--train.steps is '1e5'", WORD, ""),
+    "flag: one of a list": (["--sweep.features", "3", "x"], "--sweep.features is 'x'", WORD, ""),
+    "flag: no number": (["--train.warmup", "x"], "--train.warmup is 'x'", "a number was expected", ""),
+    "flag: no choice": (
+        ["--train.batching", "foo"],
+        "--train.batching is 'foo'",
+        "'tokens' or 'story' was expected",
+        "",
+    ),
+    "flag: no member": (
+        ["--sweep.members", "features=3,seed=x"],
+        "--sweep.members is 'features=3,seed=x'",
+        "features=F,seed=S,learning_rate=LR was expected",
+        "",
+    ),
+    "flag: a member's part twice": (
+        ["--sweep.members", "features=3,features=4"],
+        "--sweep.members is 'features=3,features=4'",
+        "features=F,seed=S,learning_rate=LR was expected",
+        "",
+    ),
+    "flag: a member without features": (
+        ["--sweep.members", "seed=1"],
+        "--sweep.members is 'seed=1'",
+        "features=F,seed=S,learning_rate=LR was expected",
+        "",
+    ),
+    "flag: without its value": (["--train.steps"], "--train.steps has no value", WORD, ""),
+    "flag: an empty value": (["--train.steps="], "--train.steps is ''", WORD, ""),
+    "flag: a value where there is none": (
+        ["--resume=yes"],
+        "--resume is 'yes', but it takes no value",
+        "",
+        "write --resume, or leave it out",
+    ),
+    "flag: a value too many": (
+        ["--train.steps", "3", "4"],
+        "no flag takes '4'",
+        "",
+        "write --NAME 4, with a name from --help",
+    ),
+    "flag: a word alone": (["demo.toml"], "no flag takes 'demo.toml'", "", "with a name from --help"),
+    "--config without a value": (["--config"], "--config has no value", "a path was expected", ""),
+    "--config followed by a flag": (["--config", "--resume"], "--config has no value", "a path was expected", ""),
+    "--config empty": (["--config", ""], "--config is ''", "a path was expected", ""),
+    "--out without a value": (["--resume", "--out"], "--out has no value", "a path was expected", ""),
+    "--out empty": (["--out="], "--out is ''", "a path was expected", ""),
+    "config: missing": (
+        ["--config", "no.toml"],
+        "cannot read the config no.toml",
+        "No such file or directory",
+        "give a TOML file, such as those in configs/",
+    ),
+    "config: a directory": (
+        ["--config", "used"],
+        "cannot read the config used",
+        "Is a directory",
+        "give a TOML file, such as those in configs/",
+    ),
+    "config: wrong type": (["--config", "wrong_type.toml"], "wrong_type.toml: train.steps is '5'", WORD, ""),
+    "config: unknown key": (
+        ["--config", "unknown_key.toml"],
+        "unknown_key.toml: unknown key 'train.step'",
+        "",
+        "did you mean 'train.steps'?",
+    ),
+    "config: a name and a key of two lines": (
+        ["--config", "two\nlines.toml"],
+        r"two lines.toml: unknown key 'train.ste\nps'",
+        "",
+        "did you mean 'train.steps'?",
+    ),
+    "config: no TOML": (
+        ["--config", "no_toml.toml"],
+        "no_toml.toml is not valid TOML in UTF-8",
+        "Expected '=' after a key",
+        "line 1, column 7",
+    ),
+    "config: no UTF-8": (["--config", "latin.toml"], "latin.toml is not valid TOML in UTF-8", "can't decode byte", ""),
+    "config: nested without end": (["--config", "nested.toml"], "nested.toml is not valid TOML", "recursion", ""),
+    "config: thousands of digits": (["--config", "digits.toml"], "digits.toml is not valid TOML", "4300 digits", ""),
+    "config: a number beyond floats": (
+        ["--config", "large.toml"],
+        "large.toml: sweep.learning_rates is 1000",
+        "a number was expected",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize(("argv", "found", "expected", "advice"), BAD.values(), ids=BAD)
+def test_what_cannot_be_used_is_told_before_anything_is_made(
+    argv: list[str], found: str, expected: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line of the training, in a directory that holds no run."""
+    error = refused(capsys, train_all, argv)
+    for part in (found, expected, advice):
+        assert part in error
+
+
+def test_1_a_hub_that_does_not_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is told, and how to skip the hub."""
+
+    def no_answer(name: str, kind: str) -> None:
+        raise NoAnswer("the hub did not answer (TimeoutError: https://huggingface.co, 5 s)")
+
+    monkeypatch.setattr("jax_sae.language_model.hub.ask_hub", no_answer)
+    error = refused(capsys, train_all, ["--model.path", "nobody/nothing"])
+    assert "cannot load language model 'nobody/nothing'" in error and "the hub did not answer (TimeoutError" in error
+    assert "run `hf download nobody/nothing` first, or set HF_HUB_OFFLINE=1 to skip the hub" in error
+
+
+def test_4_more_token_ids_than_positions() -> None:
+    """Where a user gives them; a text that is trained on is cut and counted."""
+    lm = jax_sae.load_language_model(str(MODEL), layer=0)
+    with pytest.raises(BadInput, match="text 1 has 513 tokens, but the model 512 positions: cut it"):
+        lm.activations([[0], [0] * 513])
+    assert lm.activations([[0] * 512])[0].shape == (512, 64)
+
+
+# What is no error is counted
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, and what it printed."""
+
+    directory: Path
+    printed: str
+
+
+TEXTS = [f"Once upon a time there was a fox with {i} red balls." for i in range(30)]
+TEXTS[3:6] = ["", " \n\t", "A fox."]
+TEXTS[11] = "The sun was warm. " * 200
+TEXTS[13] = "The end.<|endoftext|>One day, Lily went to the river.<|endoftext|>"
+OF_STORIES = [
+    *("--text.path", "text", "--activations.exclude-first-tokens", "1", "--activations.norm-limit", "110"),
+    *("--sweep.learning-rates", "1e-3", "1e30", "--train.steps", "40", "--out", "run"),
+]
+
+
+def run_in(directory: Path, argv: list[str]) -> Run:
+    """Train there."""
+    printed = io.StringIO()
+    with contextlib.chdir(directory), contextlib.redirect_stdout(printed), usual_signals():
+        assert train_all([*SMALL, *argv]) == 0
+    return Run(directory / "run", printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def of_stories(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """On stories of which some are empty, too long or hold <|endoftext|>, with a member that diverges."""
+    directory = tmp_path_factory.mktemp("of_stories")
+    (directory / "text").mkdir()
+    for split, texts in {"train": TEXTS, "validation": TEXTS[::-1]}.items():
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (directory / "text" / f"{split}.jsonl").write_text(lines)
+    return run_in(directory, OF_STORIES)
+
+
+@pytest.fixture(scope="module")
+def of_rows(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """On rows with a few giants among them; checkpoints at 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("of_rows")
+    for name in ("rows", "giants"):
+        shutil.copy(inputs / f"{name}.npy", directory)
+    return run_in(directory, ["--activations.path", "giants.npy", "--out", "run"])
+
+
+@pytest.fixture(scope="module")
+def n_tokens() -> list[int]:
+    """Of each text, by the model's own tokenizer."""
+    return [len(ids) for ids in jax_sae.load_language_model(str(MODEL), layer=0).tokenizer(TEXTS)["input_ids"]]
+
+
+def test_4_and_8_stories_that_are_cut_or_empty_are_counted(of_stories: Run, n_tokens: list[int]) -> None:
+    """In the lines that close a run."""
+    assert n_tokens[11] > 512
+    assert (
+        "stories       2 without tokens were skipped; 1 longer than the language model's positions were cut, "
+        f"{n_tokens[11] - 512} tokens in all" in of_stories.printed
+    )
+
+
+def test_7_tokens_and_epochs_are_said_before_the_start(of_stories: Run, of_rows: Run, n_tokens: list[int]) -> None:
+    """How many are needed and there, and that they are used again; a run that needs more than there are goes on."""
+    there = sum(min(512, n) - 1 for i, n in enumerate(n_tokens) if i not in (3, 4))
+    assert 480 < there < 40 * 32  # steps of 32 tokens, five blocks in all
+    line = f"tokens        1,280 needed, {there:,} there: {1280 / there:.2g} epochs in all; what is there is used again"
+    assert line in of_stories.printed.partition("member  ")[0]
+    assert "tokens        192 needed, 900 there: 0.21 epochs in all\n" in of_rows.printed.partition("member  ")[0]
+
+
+def test_10_a_story_with_an_end_of_text_inside_keeps_every_other_token(tmp_path: Path) -> None:
+    """Nothing is masked by its position, and no token is added at either end."""
+    Path("texts.jsonl").write_text(json.dumps({"text": TEXTS[13]}) + "\n")
+    out = ["--out", "acts", "--layer", "2", "--model", str(MODEL), "--text-path", "texts.jsonl"]
+    assert load_script("harvest_activations").main(out) == 0
+    lm = jax_sae.load_language_model(str(MODEL), layer=2)
+    ids = [lm.tokenizer(part)["input_ids"] for part in TEXTS[13].split("<|endoftext|>")]
+    end = lm.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    expected = [*ids[0], end, *ids[1], end]
+    rows = open_rows("acts")
+    np.testing.assert_allclose(rows.read(0, len(rows)), lm.activations([expected])[0], rtol=1e-5, atol=1e-4)
+
+
+def test_11_norms_are_told_before_the_start_and_what_is_left_out_at_the_end(
+    of_stories: Run, of_rows: Run, n_tokens: list[int]
+) -> None:
+    """Giants are warned of, with the flag that leaves them out."""
+    for run in (of_stories, of_rows):
+        assert re.search(r"\nnorms +1 %: .*, 50 %: .*, 99 %: .*, largest .*\n", run.printed)
+    assert re.search(
+        r"\nwarning +1\d of 900 tokens have more than 10 times the median norm and hold 1e\+02 % of the summed squared "
+        r"norms; --activations.norm-limit \d+ leaves them out\n",
+        of_rows.printed,
+    )
+    assert "the median norm" not in of_stories.printed
+    assert f"excluded      {len(TEXTS) - 2} tokens at the start of stories, in the first epoch" in of_stories.printed
+    assert re.search(
+        r"norm limit +[1-9]\d* tokens above it were not trained on, [1-9]\d* not held out", of_stories.printed
+    )
+
+
+@pytest.mark.parametrize("at_a_time", [1, 300, 1000])
+def test_12_rows_that_are_not_finite_are_counted_wherever_they_are(
+    at_a_time: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are read at a time."""
+    monkeypatch.setattr("jax_sae.activations.sources.ROWS_CHECKED_AT_A_TIME", at_a_time)
+    error = refused(capsys, train_all, ["--activations.path", "not_finite.npy"])
+    assert "3 of 1,000 rows are not finite in float32, the first of them row 17;" in error
+
+
+def test_12_a_type_on_disk_that_is_too_small_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the type that is large enough; the store is removed again."""
+    shutil.copytree(MODEL, "large")
+    weights = load_file(MODEL / "model.safetensors")
+    weights["transformer.wte.weight"] *= 1e6
+    save_file(weights, "large/model.safetensors")
+    argv = ["--model", "large", "--layer", "0", "--text-path", "text.jsonl", "--out", "acts", "--dtype"]
+    harvest, before = load_script("harvest_activations").main, files()
+    assert harvest([*argv, "float16"]) == 2 and files() == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: acts: a story's activations are not finite in float16; float16 ends at 65504: use float32"
+    assert harvest([*argv, "float32"]) == 0
+
+
+def test_13_a_member_that_diverges_ends_no_run(of_stories: Run) -> None:
+    """It is named in the closing table; the other one has a result."""
+    table = dict(re.findall(r"\n(F4-\S+) +(.*)", of_stories.printed))
+    assert "diverged" not in table["F4-lr0.001"] and "diverged at step " in table["F4-lr1e+30"]
+
+
+def test_13_when_every_member_diverges_the_run_ends_with_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    """And one line, below the progress."""
+    assert train_all([*SMALL, *ON_ROWS, "--sweep.learning-rates", "1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("error: ") == 1
+    assert re.fullmatch(
+        r"error: every member has diverged: F4 at step \d \(features 4, seed 0, learning rate 1e\+30\)\. Start a run "
+        "with lower learning rates",
+        error.splitlines()[-1],
+    )
+
+
+# A run that is there
+
+
+def flip_a_bit(run: Path, step: int) -> None:
+    """Of the file with the arrays of a checkpoint."""
+    path = max((run / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def change_a_digest(run: Path, step: int) -> None:
+    """Of one array, as if the array had changed."""
+    path = run / "checkpoints" / str(step) / "digests" / "metadata"
+    digests = json.loads(path.read_text())
+    digests["arrays"]["members/F4/params/W_enc"] = "0" * 64
+    path.write_text(json.dumps(digests))
+
+
+def damage_all(run: Path) -> None:
+    """Every checkpoint."""
+    for step in (2, 4, 6):
+        flip_a_bit(run, step)
+
+
+def nothing(run: Path) -> None:
+    """Leave it as it is."""
+
+
+RESUMED: dict[str, tuple[Callable[[Path], Any], list[str], str, str, str]] = {
+    "15 rows of another width": (
+        nothing,
+        ["--activations.path", "narrower.npy"],
+        "run has autoencoders of width 8",
+        "but the activations now have width 5",
+        "resume with the run's own",
+    ),
+    "16 other rows": (
+        nothing,
+        ["--activations.path", "other_rows.npy"],
+        "run began with another activations",
+        "the sha256 of what is read now differs from the one in its checkpoint",
+        "Resume with the run's own",
+    ),
+    "16 other settings": (
+        nothing,
+        ["--train.batch-tokens", "64", "--sweep.features", "4", "5", "--train.log-every", "3"],
+        "run was started with other settings (sweep.features (4,) -> (4, 5); train.batch_tokens 32 -> 64)",
+        "",
+        "resume with its own, or start a new run",
+    ),
+    "16 another config": (
+        nothing,
+        ["--config", str(DEMO), *SMALL, "--train.seed", "1"],
+        "run was started with other settings (train.seed 0 -> 1)",
+        "",
+        "resume with its own, or start a new run",
+    ),
+    "16 fewer steps than are done": (
+        nothing,
+        ["--train.steps", "5"],
+        "run is at step 6",
+        "beyond train.steps 5",
+        "give more steps, or none",
+    ),
+    "16 a config.json that is none": (
+        lambda run: (run / "config.json").write_text("{"),
+        [],
+        "run/config.json: cannot be read as JSON",
+        "",
+        "",
+    ),
+    "16 a config.json that holds a list": (
+        lambda run: (run / "config.json").write_text("[]"),
+        [],
+        "run/config.json: holds a list",
+        "an object was expected",
+        "",
+    ),
+    "16 a config.json with a setting of another type": (
+        lambda run: (run / "config.json").write_text('{"train": {"steps": NaN}}'),
+        [],
+        "run/config.json: train.steps is nan",
+        WORD,
+        "",
+    ),
+    "17 no config.json": (
+        lambda run: (run / "config.json").unlink(),
+        [],
+        "run holds no run to resume",
+        "",
+        "start one",
+    ),
+    "18 every checkpoint damaged": (
+        damage_all,
+        [],
+        "run has no checkpoint that is whole: the checkpoint at step 6",
+        "is damaged",
+        "start a new run",
+    ),
+    "18 every checkpoint gone but for its name": (
+        lambda run: [shutil.rmtree(path) or path.mkdir() for path in (run / "checkpoints").iterdir()],
+        [],
+        "run has no checkpoint that is whole: the checkpoint at step 6",
+        "is damaged: its JSON cannot be read",
+        "start a new run",
+    ),
+}
+
+
+@pytest.fixture
+def run(of_rows: Run) -> Path:
+    """A copy of the run on rows, in the working directory."""
+    return Path(shutil.copytree(of_rows.directory, "run"))
+
+
+@pytest.mark.parametrize(("damage", "argv", "found", "expected", "advice"), RESUMED.values(), ids=RESUMED)
+def test_a_run_that_cannot_be_resumed_as_asked_stays_as_it_is(
+    damage: Callable[[Path], Any],
+    argv: list[str],
+    found: str,
+    expected: str,
+    advice: str,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bytes and times of all its files."""
+    damage(run)
+    error = refused(capsys, train_all, ["--resume", "--out", "run", *argv])
+    for part in (found, expected, advice):
+        assert part in error
+
+
+def change_the_text(directory: Path) -> None:
+    """One character, under the same name."""
+    path = directory / "text" / "train.jsonl"
+    path.write_text(path.read_text().replace("19 red", "19 bed"))
+
+
+def change_the_model(directory: Path) -> None:
+    """The last bit of one weight."""
+    shutil.copytree(MODEL, directory / "model")
+    weights = load_file(directory / "model" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("wte.weight"))
+    weights[name].view(np.uint32)[0, 0] ^= 1
+    save_file(weights, directory / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "what"),
+    [
+        (change_the_text, [], "text"),
+        (change_the_model, ["--model.path", "model"], "language model"),
+        (nothing, ["--text.tokenizer", "bytes"], "tokenizer and held-out tokenizer"),
+    ],
+    ids=["16 the text has changed", "16 the language model has changed", "16 the tokenizer has changed"],
+)
+def test_a_run_whose_inputs_have_changed_is_not_resumed(
+    change: Callable[[Path], None], argv: list[str], what: str, of_stories: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told which of them; the run stays as it is."""
+    for name in ("run", "text"):
+        shutil.copytree(of_stories.directory.parent / name, name)
+    write_tokenizer(Path("bytes"), first_id=0)
+    change(Path())
+    error = refused(capsys, train_all, ["--resume", "--out", "run", *argv])
+    assert f"run began with another {what}: the sha256 of what is read now differs" in error
+    assert "Resume with the run's own" in error
+
+
+def test_15_activations_of_another_width_are_told_when_a_run_is_used(of_rows: Run) -> None:
+    """With the width that was expected."""
+    sae = jax_sae.load_autoencoder(of_rows.directory)
+    with pytest.raises(BadInput, match=r"x has shape \(3, 5\); F4 expects \[..., 8\]: is this the model and layer"):
+        sae.encode(np.zeros((3, 5)))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from jax_sae.sweep.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("argv", [["--resume"], [*SMALL, *ON_ROWS]], ids=["a run to resume", "a run that begins"])
+def test_17_a_directory_in_which_another_process_trains_is_left_alone(
+    argv: list[str], of_rows: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until that process has ended."""
+    if "--resume" in argv:
+        shutil.copytree(of_rows.directory, "run")
+        argv = [*argv, "--activations.path", "giants.npy"]
+    else:
+        Path("run").mkdir()
+    command = [sys.executable, "-c", HOLD, "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        error = refused(capsys, train_all, [*argv, "--out", "run"])
+        assert "run is in use: another process is training there" in error
+        assert "wait until it has ended, or give --out another name" in error
+        other.communicate("")
+    assert train_all([*argv, "--out", "run"]) == 0
+
+
+def test_18_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And kept, under another name."""
+    flip_a_bit(run, 6)
+    assert train_all(["--resume", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"\nwarning +the checkpoint at step 6 in .*run/checkpoints is damaged: .*; the others are at 2, 4; going on "
+        r"from step 4; it is now 6.damaged\n",
+        printed,
+    )
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "4", "6", "6.damaged"}
+
+
+@pytest.mark.parametrize("step", [None, 6, 4])
+def test_18_a_damaged_array_is_named_by_whoever_wants_that_checkpoint(step: int | None, run: Path) -> None:
+    """An older one never takes its place."""
+    change_a_digest(run, step or 6)
+    with pytest.raises(
+        BadInput,
+        match=f"step {step or 6} in .* is damaged: the array members/F4/params/W_enc does not have the digest that was "
+        "saved with it; the others are at ",
+    ):
+        jax_sae.load_autoencoder(run, step=step)
+    assert jax_sae.load_autoencoder(run, step=2).step == 2
+
+
+# Impossible sizes of a disk
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with 10 kB left."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+
+
+def test_20_a_disk_too_small_for_the_checkpoints(full_disk: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first step, with what is needed and what is left."""
+    error = refused(capsys, train_all, [*SMALL, *ON_ROWS])
+    assert re.search(r"the run needs [\d.]+ MB of disk for 3 checkpoints, but .* has 10 kB left", error)
+    assert "make room, give --out another disk, or a larger train.checkpoint_every" in error
+
+
+@pytest.mark.parametrize("tokens", [[], ["--tokens", "100"], ["--tokens", str(10**15)]])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_20_a_disk_too_small_for_a_store(
+    dtype: str, tokens: list[str], full_disk: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the first of several blocks; no more tokens are counted than the text has."""
+    argv = ["--model", str(MODEL), "--text-path", "text.jsonl", "--out", "acts", "--dtype", dtype, *tokens]
+    before = files()
+    assert load_script("harvest_activations").main(argv) == 2
+    rows = 100 if "100" in tokens else 40 * 3
+    half = " or half as many bytes by float16" if dtype == "float32" else ""
+    needed = f"{rows * 64 * int(dtype[-2:]) // 8 / 1e6:,.1f}"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: acts: about {rows} rows of width 64 in {dtype} need {needed} MB, but the disk has 0.0 MB left; make "
+        f"room, choose another disk, or write fewer tokens{half}"
+    )
+    assert files() == before
+
+
+# The scripts as such, and --debug
+
+
+def test_a_process_of_its_own_prints_the_same_line(tmp_path: Path) -> None:
+    """And nothing else: what libraries log about it is not shown."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), "--text.path", "two_types"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: two_types: cannot be loaded as a dataset (") and done.stderr.count("\n") == 1
+
+
+OF_SCRIPTS: dict[str, tuple[str, list[str], str]] = {
+    "a type": ("harvest_activations", ["--out", "a", "--dtype", "int8"], "'float32' or 'float16' was expected"),
+    "no number": ("harvest_activations", ["--out", "a", "--tokens", "1e6"], f"--tokens is '1e6'; {WORD}"),
+    "no directory": ("harvest_activations", ["--layer", "2"], "--out is missing; it has to be given"),
+    "unknown": ("harvest_activations", ["--outs", "a"], "unknown flag --outs; did you mean --out?"),
+    "no tokens": (
+        "harvest_activations",
+        ["--out", "a", "--model", str(MODEL), "--text-path", "text.jsonl", "--tokens=0"],
+        "the number of tokens to write is 0; a number above 0 was expected",
+    ),
+    "a file is there": ("harvest_activations", ["--out", "rows.npy"], "rows.npy cannot be made a directory"),
+    "a store is there": ("harvest_activations", ["--out", "used"], "used is not empty; give the store a new directory"),
+    "no layer": ("export_torch_activations", ["--model", "a", "--out", "b"], "--layer is missing"),
+    "no number of a layer": ("export_torch_activations", ["--layer", "two"], f"--layer is 'two'; {WORD}"),
+    "no run": ("inspect_run", ["nowhere"], "nowhere holds no run: there is no config.json; give the directory of one"),
+}
+
+
+@pytest.mark.parametrize(("script", "argv", "message"), OF_SCRIPTS.values(), ids=OF_SCRIPTS)
+def test_the_other_scripts_end_in_the_same_way(
+    script: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, exit code 2, nothing made."""
+    assert message in refused(capsys, load_script(script).main, argv)
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("train_all", ["--model.layer", "7"]),
+        ("train_all", ["--train.steps", "abc"]),
+        ("harvest_activations", ["--out", "used"]),
+        ("harvest_activations", ["--out", "a", "--dtype", "int8"]),
+        ("export_torch_activations", ["--layer", "two"]),
+        ("inspect_run", ["nowhere"]),
+    ],
+)
+def test_debug_shows_the_traceback_above_the_line(
+    script: str, argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same line and the same exit code as without it."""
+    call = train_all if script == "train_all" else load_script(script).main
+    line = refused(capsys, call, argv)
+    assert call([*argv, "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback (most recent call last):\n") and error.endswith(f"\n{line}")
+    assert error.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            PermissionError(13, "Permission denied", "x"),
+            "a file could not be read or written ([Errno 13] Permission de",
+        ),
+        (MemoryError("Unable to allocate 7 TiB"), "there is too little memory (Unable to allocate 7 TiB)"),
+    ],
+    ids=["file", "memory"],
+)
+def test_a_file_system_that_fails_ends_with_code_1(
+    problem: Exception, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As does a machine without memory: neither is bad input, nor a defect of the package."""
+
+    def fail(*arguments: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr("jax_sae.sweep.report.write_config", fail)
+    assert train_all([*SMALL, *ON_ROWS, "--out", "run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
