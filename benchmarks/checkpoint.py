@@ -45,7 +45,7 @@ def main(seeds: tuple[int, ...] = (0, 1), saves: int = 8, steps_between: int = 3
     weights = jnp.ones((steps_between, B))
     losses = np.zeros((train.steps, len(setup.names())), np.float32)
     state = init_sweep(setup.groups, D, sweep, train)
-    progress = Progress(0, 0, Position(), state, losses, identity(D))
+    progress = Progress(0, 0, Position(), Position(), state, losses, identity(D))
     jax.block_until_ready(snapshot(state))  # as a run does before its first step
     waits, writes, steps = [], [], []
     with tempfile.TemporaryDirectory() as directory:

@@ -4,13 +4,16 @@ import dataclasses
 import difflib
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from reprlib import repr as shortened
-from types import FrameType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
 from jax_sae.config import (
@@ -30,6 +33,8 @@ Options = TypeVar("Options")
 
 MEMBER = "features=F,seed=S,learning_rate=LR"
 """How a member is written as a flag."""
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -69,12 +74,12 @@ def main(argv: Sequence[str], default_config: Path) -> int:
         from jax_sae.activations.interruptible import Stopped
         from jax_sae.sweep.train import train
 
-        signals = Signals()
-        try:
-            finished = train(config, out, resume=arguments.resume, stop_requested=lambda step: signals.received > 0)
-        except Stopped:
-            print("stopped before the first step; there was nothing to save")
-            finished = False
+        with Signals() as signals:
+            try:
+                finished = train(config, out, resume=arguments.resume, stop_requested=lambda step: signals.received > 0)
+            except Stopped:
+                print("stopped before the first step; there was nothing to save")
+                finished = False
         return 0 if finished else 128 + signals.received
 
     return run_script(argv, work)
@@ -101,20 +106,44 @@ def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
         return 2 if isinstance(error, BadInput) else 1
 
 
-class Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one has its usual effect."""
+class Signals(AbstractContextManager["Signals"]):
+    """Remembers the first SIGINT or SIGTERM within a `with` block; a second one ends the process at once.
+
+    Python's own handler has to wait until the compiler or a dispatch returns, which may take half a minute. The
+    interpreter also writes the number of each signal to a socket, at once, and a thread reads it there.
+    """
 
     def __init__(self) -> None:
-        """Listen from now on."""
+        """Nothing is heard before the `with` block."""
         self.received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        print("\nstopping: saving first; once more to end at once", file=sys.stderr)
+    def __enter__(self) -> "Signals":
+        """Listen from now on."""
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
+        self._before = [signal.signal(number, lambda *_: None) for number in STOPPING]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Signals have their usual effect again."""
+        for number, handler in zip(STOPPING, self._before, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        while number := int.from_bytes(self._reader.recv(1)):
+            if number not in STOPPING:
+                continue
+            if self.received:
+                os._exit(128 + number)
+            self.received = number
+            os.write(2, b"\nstopping: saving first; once more to end at once\n")
 
 
 def keep_libraries_quiet() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import read_options, run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
 
     def work() -> int:
-        options = tyro.cli(Options, args=list(argv), prog="inspect_run.py")
+        options = read_options(Options, argv, "inspect_run.py")
         from jax_sae.sweep.inspection import inspect_run
 
         lines, is_good = inspect_run(options.run, verify=options.verify)

@@ -414,8 +414,8 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
     ),
     "20 features beyond memory": (
         [*ON_ROWS, "--sweep.features", str(10**12)],
-        "the sweep needs ",
-        "but the device has ",
+        "the sweep would take ",
+        "of memory, but there are ",
         "give fewer or narrower members",
     ),
     "20 features beyond 64 bits": (

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import choose_directory, main, parse
+from jax_sae.command_line import STOPPING, Signals, choose_directory, main, parse
 from jax_sae.config import Member, load_config
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
@@ -139,3 +140,49 @@ def test_a_signal_saves_and_ends(number: int, code: int, tmp_path: Path) -> None
     lines = (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] <= step < 100000
     assert run("--out", "x", "--resume", "--train.steps", str(step + 3)) == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """Also while a long dispatch is under way, in which Python's own handlers wait; nothing is saved then."""
+    flags = [
+        "--train.steps",
+        "100000",
+        "--train.log-every",
+        "100000",
+        "--train.checkpoint-every",
+        "100000",
+        "--out",
+        "x",
+    ]
+    flags += ["--train.batch-tokens", "1024", "--activations.held-out-tokens", "500", "--sweep.features", "3000"]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "x" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)  # to be inside the compiler or the first dispatch, of 64 steps
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.stderr is not None
+    while "stopping: saving first" not in process.stderr.readline():
+        assert process.poll() is None
+    sent = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - sent < 3
+    assert not list((tmp_path / "x" / "checkpoints").iterdir())
+
+
+def test_signals_are_heard_within_the_block_only() -> None:
+    """Handlers, the wake-up socket and the thread are gone afterwards."""
+    handlers, threads = [signal.getsignal(number) for number in STOPPING], threading.active_count()
+    with Signals() as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not signals.received:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert signals.received == signal.SIGTERM
+    assert [signal.getsignal(number) for number in STOPPING] == handlers
+    assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1

@@ -59,6 +59,8 @@ class BatchRun:
     """Batches of this run that were used before."""
     after: tuple[Position, ...]
     """Where the data stands after each batch."""
+    end: Position
+    """Where the block ends: it counts all stories that were read so far, those of this block too."""
 
 
 def batch_runs(
@@ -121,7 +123,7 @@ def _token_block(
     weights = ~over_norm_limit(norms, activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield BatchRun(x.reshape(n_batches, B, -1), weights.reshape(n_batches, B).astype(np.float32), 0, after), end
+    yield BatchRun(x.reshape(n_batches, B, -1), weights.reshape(n_batches, B).astype(np.float32), 0, after, end), end
 
 
 def _story_block(
@@ -145,7 +147,7 @@ def _story_block(
         x = np.zeros((1, padded_length(T), source.width), np.float32)
         x[0, :T] = rows
         weights = (np.arange(x.shape[1]) < T).astype(np.float32)[None]
-        yield BatchRun(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,)), end
+        yield BatchRun(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,), end), end
 
 
 def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.language_model.hub import one_line, read_json
+from jax_sae.language_model.hub import JSON_BYTES, one_line, read_json
+from jax_sae.language_model.torch_file import is_plain_name
 
 FORMAT = "jax_sae activations 1"
 SHARD_BYTES = 256 * 2**20
@@ -324,11 +325,15 @@ def _open_safetensors(path: Path) -> np.ndarray:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb") as start:
+            header = int.from_bytes(start.read(8), "little")
+        if header > JSON_BYTES:
+            raise SafetensorError(f"its header claims to have {header} bytes")
         with safe_open(path, framework="numpy") as file:
             return file.get_tensor(_only(list(file.keys()), path))
     except BadInput:
         raise
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the latter: dtypes unknown to numpy
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the latter: unknown dtypes
         raise BadInput(f"{path} cannot be read as a .safetensors file ({one_line(error)})") from error
 
 
@@ -343,7 +348,7 @@ def _open_torch(path: Path) -> np.ndarray:
 
 def _only(names: Sequence[str], path: Path) -> str:
     if len(names) != 1:
-        some = ", ".join(sorted(names)[:8])
+        some = ", ".join(name if is_plain_name(name) else ascii(name[:80]) for name in sorted(names)[:8])
         raise BadInput(f"{path} holds {len(names)} arrays ({some}); one array [N, D] was expected")
     return names[0]
 

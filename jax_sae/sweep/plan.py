@@ -54,13 +54,15 @@ def _memory(setup: Setup) -> str:
     step = sum(n * rows * (3 * group.features + 3 * D) * 4 for (n, _), group in zip(padded, setup.groups, strict=True))
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
     held_out = 2 * config.activations.held_out_tokens * D * 4
+    losses = 4 * config.train.steps * len(setup.names())
     needed = 2 * state + gradients + step  # twice: a copy is taken to be saved
-    there = memory_of_device()
-    if needed > there:
-        raise BadInput(
-            f"the sweep needs {size(needed)} for its parameters, Adam's moments and a step, but the device has "
-            f"{size(there)}; give fewer or narrower members"
-        )
+    for what, bytes_of_it, there, advice in (
+        ("the sweep", needed, memory_of_device(), "give fewer or narrower members"),
+        ("a block", block, memory_of_device(), "lower activations.block_tokens"),
+        ("the losses of all steps", losses, memory_of_machine(), "lower train.steps"),
+    ):
+        if bytes_of_it > there:
+            raise BadInput(f"{what} would take {size(bytes_of_it)} of memory, but there are {size(there)}; {advice}")
     libraries, also = (PROCESS_BYTES, "") if config.activations.path else (PROCESS_BYTES + TEXT_BYTES, " and the model")
     return (
         f"memory        about {size(libraries + needed + block + held_out)}{also}: libraries {size(libraries)}, sweep "
@@ -72,19 +74,22 @@ def _disk(setup: Setup, out: Path, done: int) -> str:
     train = setup.config.train
     member_bytes = sum(n_bytes(shape) for shapes in setup.shapes() for shape in shapes)
     n_members = len(setup.names())
-    steps = [
-        step for step in range(done + 1, train.steps + 1) if is_checkpoint(step, train.checkpoint_every, train.steps)
-    ]
-    needed = sum(member_bytes + 4 * n_members * step + SPACE_TO_SPARE for step in steps)
+    every, last = train.checkpoint_every, train.steps
+    first_multiple, last_multiple = done // every + 1, last // every
+    n = last_multiple - first_multiple + 1
+    sum_of_steps = every * n * (first_multiple + last_multiple) // 2
+    if last % every and done < last:
+        n, sum_of_steps = n + 1, sum_of_steps + last
+    needed = n * (member_bytes + SPACE_TO_SPARE) + 4 * n_members * sum_of_steps  # the losses of every step so far
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise BadInput(
-            f"the run needs {size(needed)} of disk for {len(steps)} checkpoints, but {place} has {size(free)} left; "
+            f"the run needs {size(needed)} of disk for {n} checkpoints, but {place} has {size(free)} left; "
             "make room, give --out another disk, or a larger train.checkpoint_every"
         )
-    each = size(needed / max(1, len(steps)))
-    return f"disk          {len(steps)} checkpoints of about {each}, {size(needed)} in all; {size(free)} free"
+    each = size(needed / max(1, n))
+    return f"disk          {n} checkpoints of about {each}, {size(needed)} in all; {size(free)} free"
 
 
 def is_checkpoint(step: int, every: int, last: int) -> bool:
@@ -94,8 +99,12 @@ def is_checkpoint(step: int, every: int, last: int) -> bool:
 
 def memory_of_device() -> int:
     """Bytes of memory of the first device; of the machine, where the device has none of its own."""
-    statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or memory_of_machine()
+
+
+def memory_of_machine() -> int:
+    """Bytes of memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def n_bytes(tree: MemberState | dict[str, jax.Array]) -> int:

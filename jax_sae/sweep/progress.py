@@ -71,6 +71,8 @@ class Progress:
     step: int
     tokens: int
     position: Position
+    read: Position
+    """The end of the block in use, which counts all stories that were read so far."""
     state: SweepState
     losses: np.ndarray
     """[steps of the run, members] float32: loss per element of every step so far, members in the groups' order.
@@ -105,6 +107,7 @@ def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
             "step": progress.step,
             "tokens": progress.tokens,
             "position": asdict(progress.position),
+            "read": asdict(progress.read),
             "config": config_to_dict(setup.config),
             "members": {name: asdict(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
             "diverged_at_step": {name: step for name, step in diverged if step is not None},
@@ -167,10 +170,8 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
             )
         state.append(stack(members, padded_shape(shapes)))
     normalization = Normalization(**tree["normalization"])
-    progress = Progress(
-        step, run["tokens"], Position(**run["position"]), jax.device_put(tuple(state)), losses, normalization
-    )
-    return progress, lines
+    position, read = Position(**run["position"]), Position(**run["read"])
+    return Progress(step, run["tokens"], position, read, jax.device_put(tuple(state)), losses, normalization), lines
 
 
 def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:

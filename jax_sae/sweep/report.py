@@ -199,18 +199,18 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
                 "fvu_over_floor": finite_or_none(fvus[i] / floor) if floor > 0 else None,
             }
         )
-    position, train = progress.position, setup.config.train
+    read, train = progress.read, setup.config.train
     over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
     return {
         "members": found,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
         "train_tokens_per_second": clock.train_tokens / max(clock.train_seconds, 1e-9),
         "held_out_tokens": len(held_out.x),
-        "epochs": position.epoch,
-        "empty_stories": position.empty_stories,
-        "cut_stories": position.cut_stories,
-        "tokens_cut": position.tokens_cut,
-        "tokens_excluded": position.tokens_excluded,
+        "epochs": progress.position.epoch,
+        "empty_stories": read.empty_stories,
+        "cut_stories": read.cut_stories,
+        "tokens_cut": read.tokens_cut,
+        "tokens_excluded": read.tokens_excluded,
         "tokens_over_norm_limit": over_norm_limit,
         "held_out_tokens_over_norm_limit": held_out.tokens_over_norm_limit,
         "device": device(),

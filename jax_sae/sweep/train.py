@@ -114,7 +114,7 @@ def begin(setup: Setup, source: Source) -> Progress:
     normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
     losses = np.zeros((config.train.steps, len(setup.names())), np.float32)
     state = init_sweep(setup.groups, setup.width, config.sweep, config.train)
-    return Progress(0, 0, Position(), state, losses, normalization)
+    return Progress(0, 0, Position(), Position(), state, losses, normalization)
 
 
 def dispatches(progress: Progress, source: Source, config: Config, clock: Clock) -> Iterator[Progress]:
@@ -137,7 +137,12 @@ def dispatches(progress: Progress, source: Source, config: Config, clock: Clock)
             step, tokens = progress.step + last - first, int(run.weights[first:last].sum())
             progress.losses[progress.step : step] = losses[first:last]
             progress = replace(
-                progress, step=step, tokens=progress.tokens + tokens, position=run.after[last - 1], state=state
+                progress,
+                step=step,
+                tokens=progress.tokens + tokens,
+                position=run.after[last - 1],
+                read=run.end,
+                state=state,
             )
             clock.train_seconds += time.perf_counter() - start
             clock.train_tokens += tokens

@@ -152,6 +152,7 @@ def test_no_file_takes_memory_on_its_word(tmp_path: Path) -> None:
     many_names = tmp_path / "names.safetensors"
     many_names.write_bytes(header({f"{i}": [0] for i in range(500_000)}))
     models.append({"model.safetensors": many_names})
+    paths.append(many_names)
     for i, config in enumerate(CONFIGS):
         path = tmp_path / f"config{i}.json"
         path.write_text(json.dumps(json.loads((SMALL / "config.json").read_text()) | config))
@@ -225,6 +226,22 @@ def test_a_damaged_file_of_one_array_holds_as_many_numbers_or_is_refused(path: P
     """Lengths, places and kinds that lie; bytes lost, put in or changed."""
     found = rows(path, content)
     assert found is None or found.size * np.dtype(np.float16).itemsize <= X.nbytes
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x": [2**62, 0]},
+        {"x": [0, 2**63]},
+        {"x": [2**32, 2**31, 0]},
+        {"x": [0] * 100},
+        {"a\n\x1b[31m": [0, 3], "b" * 10**6: [0, 3]},
+    ],
+    ids=["2**62", "2**63", "2**63 in two", "100 axes", "names"],
+)
+def test_arrays_and_names_that_cannot_be_are_refused(path: Path, tensors: dict[str, list[int]]) -> None:
+    """Sizes beyond any array's beside a size of nought, which takes no bytes; names that no message could show."""
+    assert rows(path, header(tensors)) is None
 
 
 # Texts and tokenizers

@@ -141,7 +141,7 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     server.shutdown()
     server.server_close()
     assert results[:4] == with_hub
-    assert results[4] == "a/stories: no split 'dev'; there are 'train', 'test'"
+    assert results[4] == "a/stories: no split 'dev'; there are 'train', 'test': name one of them"
     for message in results[5:7]:
         assert "'a/absent': no such file or directory, and the hub gives none of that name (HTTP 404)" in message
     assert "ask for access" in results[7] and "has none of model.safetensors" in results[8]

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from running import never, stop_at
 
-from jax_sae.config import Config
+from jax_sae.config import Config, sweep_members
 from jax_sae.errors import BadInput
 from jax_sae.sweep import plan as plan_module
+from jax_sae.sweep.members import make_groups
 from jax_sae.sweep.plan import size
+from jax_sae.sweep.progress import Setup
 from jax_sae.sweep.train import train
 
 
@@ -68,14 +70,30 @@ def test_the_disk_that_is_said_is_enough_and_not_ten_times_too_much(
     assert 0.7 * float(found[2]) < used <= float(found[2])
 
 
-def test_a_sweep_that_no_memory_holds_is_refused(demo_config: Config, tmp_path: Path) -> None:
-    """Before anything is allocated, with what is needed and what there is."""
-    config = replace(demo_config, sweep=replace(demo_config.sweep, features=(10**10,)))
-    with pytest.raises(
-        BadInput, match=r"the sweep needs [\d.]+ TB for its parameters, .* but the device has [\d.]+ GB"
-    ):
-        train(config, tmp_path / "run", resume=False, stop_requested=never)
+def test_what_no_memory_holds_is_refused(demo_config: Config, tmp_path: Path) -> None:
+    """Before anything is allocated, with what it would take and what there is."""
+    sweep = replace(demo_config, sweep=replace(demo_config.sweep, features=(10**10,)))
+    activations = replace(demo_config.activations, block_tokens=10**12)
+    block = replace(demo_config, activations=activations)
+    losses = replace(demo_config, train=replace(demo_config.train, steps=2**31 - 1, checkpoint_every=2**31 - 1))
+    losses = replace(losses, sweep=replace(demo_config.sweep, features=(1,), seeds=tuple(range(20))))
+    for config, what in ((sweep, "the sweep"), (block, "a block"), (losses, "the losses of all steps")):
+        with pytest.raises(BadInput, match=rf"{what} would take [\d.]+ [TG]B of memory, but there are [\d.]+ GB; "):
+            train(config, tmp_path / "run", resume=False, stop_requested=never)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("done", [0, 1, 4, 5, 7, 10, 11])
+@pytest.mark.parametrize("steps", [11, 12, 15])
+@pytest.mark.parametrize("every", [1, 5, 20])
+def test_the_number_of_checkpoints_is_that_of_the_loop(
+    done: int, steps: int, every: int, demo_config: Config, tmp_path: Path
+) -> None:
+    """In closed form, for runs of any length."""
+    config = replace(demo_config, train=replace(demo_config.train, steps=steps, checkpoint_every=every))
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), 64, {})
+    expected = [step for step in range(done + 1, steps + 1) if plan_module.is_checkpoint(step, every, steps)]
+    assert f" {len(expected)} checkpoints" in plan_module._disk(setup, tmp_path, done)
 
 
 def test_the_memory_of_a_cpu_is_that_of_the_machine() -> None:

@@ -158,3 +158,22 @@ def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="not finite"):
         train(config, tmp_path / "run", resume=False, stop_requested=never)
     assert not (tmp_path / "run").exists()
+
+
+def test_stories_are_counted_although_the_run_ends_inside_a_block(
+    demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All stories that were read count, and not twice when the run is resumed inside that block."""
+    config = replace(
+        demo_config,
+        activations=replace(demo_config.activations, exclude_first_tokens=2, block_tokens=4096),
+    )
+    counts = []
+    for name, stops in (("straight", []), ("stopped", [3, 7])):
+        for i, step in enumerate(stops):
+            assert not train(config, tmp_path / name, resume=i > 0, stop_requested=stop_at(step))
+        assert train(config, tmp_path / name, resume=len(stops) > 0, stop_requested=never)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        counts.append({key: summary[key] for key in ("tokens_excluded", "empty_stories", "cut_stories", "tokens_cut")})
+    assert counts[0] == counts[1] and counts[0]["tokens_excluded"] >= 2 * 4096 // 300
+    assert f"excluded      {counts[0]['tokens_excluded']:,} tokens at the start" in capsys.readouterr().out
