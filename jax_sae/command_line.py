@@ -78,7 +78,7 @@ def main(argv: Sequence[str], default_config: Path) -> int:
             try:
                 finished = train(config, out, resume=arguments.resume, stop_requested=lambda step: signals.received > 0)
             except Stopped:
-                print("stopped before the first step; there was nothing to save")
+                print("stopped before training began; there was nothing to save")
                 finished = False
         return 0 if finished else 128 + signals.received
 

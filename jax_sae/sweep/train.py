@@ -92,7 +92,8 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
                 if progress.step > saved:
                     save(checkpoints, progress, setup)
         if progress.step < config.train.steps:
-            report.say([f"stopped and saved at step {progress.step}; go on with --out {out} --resume"])
+            what = f"and saved at step {progress.step}" if progress.step else "before the first step"
+            report.say([f"stopped {what}; go on with --out {out} --resume"])
             return False
         report.finish(out, setup, progress, held_out, clock)
         return True
