@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -47,14 +48,10 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
-    progress: Progress | None = None
-    opened, opened_held_out, lines = open_sources(config)
-    source, held_out_source = (
-        Interruptible(each, lambda: stop_requested(progress.step if progress else 0))
-        for each in (opened, opened_held_out)
-    )
+    source, held_out_source, lines = open_sources(config)
     setup = Setup(config, make_groups(sweep_members(config.sweep)), source.width, inputs(source, held_out_source))
     report.say(lines + report.describe(setup))
+    progress: Progress | None = None
     with ExitStack() as stack:
         if resume:
             stack.enter_context(locked(out))
@@ -64,39 +61,46 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
                 report.say(["it is finished: that is its last step; there is nothing to do"])
                 return True
         report.say(plan(setup, source, out, progress.step if progress else 0))
-        progress = progress or begin(setup, source)
-        held_out = harvest_held_out(held_out_source, progress.normalization, config.activations)
+        interruptible = partial(Interruptible, stop_requested=lambda: stop_requested(0))
+        progress = progress or begin(setup, interruptible(source))
+        held_out = harvest_held_out(interruptible(held_out_source), progress.normalization, config.activations)
         if not resume:
             stack.enter_context(locked(out))
             if (out / "config.json").exists():
                 raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
         report.write_config(out, config)
-        jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
         clock = Clock()
-        with (
-            Checkpoints(out / "checkpoints") as checkpoints,
-            report.Log(out / "metrics.jsonl", setup, progress) as log,
-        ):
-            saved = progress.step
-            try:
-                for progress in dispatches(progress, source, config, clock):  # noqa: B020 - it goes on from there
-                    log.write(progress, clock.train_tokens / clock.train_seconds)
-                    checkpoints.raise_failure()
-                    report.refuse_if_all_diverged(progress, setup)
-                    if is_checkpoint(progress.step, config.train.checkpoint_every, config.train.steps):
-                        save(checkpoints, progress, setup)
-                        saved = progress.step
-                    if stop_requested(progress.step) and progress.step < config.train.steps:
-                        raise Stopped
-            except Stopped:
-                if progress.step > saved:
-                    save(checkpoints, progress, setup)
+        progress = advance(progress, setup, source, out, clock, stop_requested)
         if progress.step < config.train.steps:
             what = f"and saved at step {progress.step}" if progress.step else "before the first step"
             report.say([f"stopped {what}; go on with --out {out} --resume"])
             return False
         report.finish(out, setup, progress, held_out, clock)
         return True
+
+
+def advance(
+    progress: Progress, setup: Setup, source: Source, out: Path, clock: Clock, stop_requested: Callable[[int], bool]
+) -> Progress:
+    """Train to the last step or until a stop is requested, with metrics and checkpoints; the progress is saved."""
+    train = setup.config.train
+    jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
+    with Checkpoints(out / "checkpoints") as checkpoints, report.Log(out / "metrics.jsonl", setup, progress) as log:
+        saved = progress.step
+        try:
+            for progress in dispatches(progress, source, setup.config, clock, stop_requested):  # noqa: B020 - goes on
+                log.write(progress, clock.train_tokens / clock.train_seconds)
+                checkpoints.raise_failure()
+                report.refuse_if_all_diverged(progress, setup)
+                if is_checkpoint(progress.step, train.checkpoint_every, train.steps):
+                    save(checkpoints, progress, setup)
+                    saved = progress.step
+                if stop_requested(progress.step) and progress.step < train.steps:
+                    raise Stopped
+        except Stopped:
+            if progress.step > saved:
+                save(checkpoints, progress, setup)
+    return progress
 
 
 def inputs(source: Source, held_out_source: Source) -> dict[str, str]:
@@ -118,11 +122,17 @@ def begin(setup: Setup, source: Source) -> Progress:
     return Progress(0, 0, Position(), Position(), state, losses, normalization)
 
 
-def dispatches(progress: Progress, source: Source, config: Config, clock: Clock) -> Iterator[Progress]:
+def dispatches(
+    progress: Progress, source: Source, config: Config, clock: Clock, stop_requested: Callable[[int], bool]
+) -> Iterator[Progress]:
     """Train to the last step, and yield the progress after each dispatch.
 
     A dispatch ends at every log line, at every checkpoint, and with the batches of equal shape that are there.
+
+    Raises:
+        Stopped: if a stop is requested while activations are made.
     """
+    source = Interruptible(source, lambda: stop_requested(progress.step))
     runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
     while progress.step < config.train.steps:
         start = time.perf_counter()
