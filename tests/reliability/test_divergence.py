@@ -5,16 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import outcome
 from running import never, stop_at
 
 import jax_sae
-from jax_sae.config import Config, Member
+from jax_sae.config import Config, Member, SweepConfig, TrainConfig, sweep_members
 from jax_sae.errors import RunFailed
 from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.progress import Setup, restore
 from jax_sae.sweep.train import train
+from jax_sae.sweep.update import init_member, update_member
 
 HARMLESS, BAD = 2e-3, 1e20
 
@@ -99,6 +104,11 @@ def test_a_resumed_run_keeps_it_frozen(runs: tuple[Path, Path], demo_config: Con
     """Also when it is resumed after the step at which the member diverged; bit for bit."""
     config = sweep(demo_config, BAD)
     assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(13))
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), 64, {})
+    progress, _ = restore(setup, tmp_path / "run")
+    assert progress is not None
+    frozen = [bool(flag) for group in progress.state for flag in group.diverged]
+    assert frozen == [at is not None for at in progress.diverged_at()] and sum(frozen) == 1
     assert train(config, tmp_path / "run", resume=True, stop_requested=never)
     assert outcome(tmp_path / "run") == outcome(runs[1])
 
@@ -141,3 +151,20 @@ def test_when_every_member_has_diverged_the_run_ends(demo_config: Config, tmp_pa
     )
     with pytest.raises(RunFailed, match=r"every member has diverged: F8 at step \d \(features 8, seed 0, learn.*; F64"):
         train(config, tmp_path / "run", resume=False, stop_requested=never)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e12], ids=["the loss overflows", "the squared gradient overflows"])
+def test_a_member_stays_frozen_when_later_batches_are_harmless(size: float) -> None:
+    """One batch too large, then ordinary ones: nothing moves any more, and every loss from there on is NaN."""
+    train_config = TrainConfig(batch_tokens=16)
+    before = init_member(Member(8, 0, 1e-3), 4, SweepConfig(), train_config)
+    x, weights = jax.random.normal(jax.random.key(0), (16, 4)), jnp.ones(16)
+    state, loss = update_member(before, x, weights, train=train_config)
+    assert np.isfinite(loss) and not state.diverged
+    frozen, loss = update_member(state, size * x, weights, train=train_config)
+    assert np.isnan(loss) and frozen.diverged
+    for _ in range(3):
+        frozen, loss = update_member(frozen, x, weights, train=train_config)
+        assert np.isnan(loss) and frozen.diverged
+    for kept, now in zip(jax.tree.leaves(state[:3]), jax.tree.leaves(frozen[:3]), strict=True):
+        assert np.asarray(kept).tobytes() == np.asarray(now).tobytes()
