@@ -1,40 +1,17 @@
-"""The command line of `scripts/train_all.py`: flags and files in, a run out, errors in one line."""
+"""The command line of `scripts/train_all.py`: settings and a directory in, a run out, errors in one line."""
 
-import dataclasses
-import difflib
 import os
-import signal
-import socket
 import sys
-import threading
 import traceback
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from reprlib import repr as shortened
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from jax_sae.config import (
-    Config,
-    Member,
-    config_from_dict,
-    config_to_dict,
-    expected,
-    load_config,
-    option_types,
-    validate,
-)
+from jax_sae.config import Config, config_from_dict, config_to_dict, validate
 from jax_sae.errors import BadInput, RunFailed
+from jax_sae.flags import Arguments, parse
 from jax_sae.language_model.hub import read_json
-
-Options = TypeVar("Options")
-
-MEMBER = "features=F,seed=S,learning_rate=LR"
-"""How a member is written as a flag."""
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+from jax_sae.stop_signals import Signals
 
 MAY_CHANGE_ON_RESUME = (
     "train.steps",
@@ -48,16 +25,6 @@ MAY_CHANGE_ON_RESUME = (
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
 """What a run leaves, with config.json."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The command line apart from the settings of `Config`."""
-
-    config: Path
-    out: Path | None
-    resume: bool
-    settings: Config
 
 
 def main(argv: Sequence[str], default_config: Path) -> int:
@@ -106,46 +73,6 @@ def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
         return 2 if isinstance(error, BadInput) else 1
 
 
-class Signals(AbstractContextManager["Signals"]):
-    """Remembers the first SIGINT or SIGTERM within a `with` block; a second one ends the process at once.
-
-    Python's own handler has to wait until the compiler or a dispatch returns, which may take half a minute. The
-    interpreter also writes the number of each signal to a socket, at once, and a thread reads it there.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is heard before the `with` block."""
-        self.received = 0
-
-    def __enter__(self) -> "Signals":
-        """Listen from now on."""
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._thread.start()
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
-        self._before = [signal.signal(number, lambda *_: None) for number in STOPPING]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Signals have their usual effect again."""
-        for number, handler in zip(STOPPING, self._before, strict=True):
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._writer.close()
-        self._thread.join()
-        self._reader.close()
-
-    def _listen(self) -> None:
-        while number := int.from_bytes(self._reader.recv(1)):
-            if number not in STOPPING:
-                continue
-            if self.received:
-                os._exit(128 + number)
-            self.received = number
-            os.write(2, b"\nstopping: saving first; once more to end at once\n")
-
-
 def keep_libraries_quiet() -> None:
     """Switch off what libraries print about themselves; must come before they are imported."""
     from tqdm import tqdm
@@ -158,177 +85,6 @@ def keep_libraries_quiet() -> None:
         "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = None) -> Arguments:
-    """Flags over `defaults`, or over those of the TOML file.
-
-    Raises:
-        BadInput: if a flag or the TOML file cannot be used.
-        SystemExit: with code 0 after `--help`.
-    """
-    import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def member_rule(info: Any) -> PrimitiveConstructorSpec | None:
-        if info.type is not Member:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=MEMBER,
-            instance_from_str=lambda strings: parse_member(strings[0]),
-            is_instance=lambda value: isinstance(value, Member),
-            str_from_instance=lambda m: [f"features={m.features},seed={m.seed},learning_rate={m.learning_rate!r}"],
-        )
-
-    given = check_flags(argv)
-    start = defaults or load_config(Path(given["config"][0]) if "config" in given else default_config)
-
-    @dataclasses.dataclass(frozen=True)
-    class CommandLine:
-        """Train every autoencoder of a sweep at once on the activations of a language model.
-
-        A flag overrides the TOML file of --config, and that the defaults. Exit codes: 0 finished, 1 the run could not
-        go on (a full disk, every member diverged), 2 something given cannot be used, 130 or 143 stopped by Ctrl-C or
-        SIGTERM after saving.
-        """
-
-        config: Path = default_config
-        """TOML file with the settings of the run."""
-        out: Path | None = None
-        """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
-        resume: bool = False
-        """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
-        debug: bool = False
-        """Show the traceback of an error, above its one line."""
-        settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: start)
-
-    parsed = tyro.cli(
-        CommandLine, args=list(argv), registry=registry, prog="train_all.py", config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    return Arguments(parsed.config, parsed.out, parsed.resume, parsed.settings)
-
-
-def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:
-    """The flags of a script as its dataclass, in which a field without a default has to be given.
-
-    Raises:
-        BadInput: if a flag cannot be used, or is missing.
-        SystemExit: with code 0 after `--help`.
-    """
-    import tyro
-
-    marks = typing.get_type_hints(options, include_extras=True)
-    positional = [name for name, hint in marks.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())]
-    fields = dataclasses.fields(options)  # type: ignore[arg-type]
-    required = [field.name for field in fields if field.default is dataclasses.MISSING]
-    values_given(argv, typing.get_type_hints(options), positional, required)
-    return tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values that are given to each flag of `train_all.py`; errors as for `values_given`."""
-    return values_given(argv, {"config": Path, "out": Path, "resume": bool, "debug": bool, **option_types()})
-
-
-def values_given(
-    argv: Sequence[str], types: Mapping[str, Any], positional: Sequence[str] = (), required: Sequence[str] = ()
-) -> dict[str, list[str]]:
-    """Refuse in one line of our own words what tyro would refuse in a box of several; nothing where there is --help.
-
-    Args:
-        argv: `--name value ...`, `--name=value`, of a bool `--name`, and the values of `positional`.
-        types: of each name: bool, int, float, str, Path, Member, a Literal, one of these or None, or a tuple of one.
-        positional: names that take a value without a flag.
-        required: names that have to be there.
-
-    Returns:
-        The words that were given to each name; where a flag stands twice, to the second.
-
-    Raises:
-        BadInput: if a flag does not exist, or has too few or too many values or one that is not of its type.
-    """
-    names = {f"--{name.replace('_', '-')}": name for name in types if name not in positional}
-    given: list[tuple[str, list[str]]] = []
-    takes_more = False  # whether the words that follow are values of the last flag
-    if "-h" in argv or "--help" in argv:
-        return {}
-    for word in argv:
-        if word.startswith("-") and word != "-" and not _fits(float, word):
-            flag, has_value, value = word.partition("=")
-            flag = flag.replace("_", "-")
-            if flag not in names:
-                nearest = difflib.get_close_matches(flag, [*names, "--help"], n=1)
-                raise BadInput(f"unknown flag {flag}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help"))
-            given.append((names[flag], [value] if has_value else []))
-            takes_more = not has_value and types[names[flag]] is not bool
-        elif takes_more:
-            name, words = given[-1]
-            words.append(word)
-            takes_more = typing.get_origin(types[name]) is tuple
-        elif free := [name for name in positional if name not in dict(given)]:
-            given.append((free[0], [word]))
-        else:
-            raise BadInput(f"no flag takes {word!r}; write --NAME {word}, with a name from --help")
-    shown = {name: flag for flag, name in names.items()}
-    for name, words in given:
-        _check_values(shown.get(name, name), types[name], words)
-    for name in required:
-        if name not in dict(given):
-            raise BadInput(f"{shown.get(name, name)} is missing; it has to be given, see --help")
-    return dict(given)
-
-
-def _check_values(flag: str, hint: Any, words: Sequence[str]) -> None:
-    """Raise BadInput unless the words are as many as a flag takes, and of its type."""
-    if hint is bool:
-        if words:
-            raise BadInput(f"{flag} is {shortened(words[0])}, but it takes no value; write {flag}, or leave it out")
-        return
-    many = typing.get_origin(hint) is tuple
-    if many or typing.get_origin(hint) is UnionType:
-        hint = typing.get_args(hint)[0]
-    wanted = {Path: "a path", Member: MEMBER}.get(hint) or expected(hint)
-    if not words and not many:
-        raise BadInput(f"{flag} has no value; {wanted} was expected")
-    for word in words:
-        if not _fits(hint, word):
-            raise BadInput(f"{flag} is {shortened(word)}; {wanted} was expected")
-
-
-def _fits(hint: Any, word: str) -> bool:
-    """Whether a word can be read as a value of a type."""
-    if typing.get_origin(hint) is Literal:
-        return word in typing.get_args(hint)
-    if hint is Path:
-        return word != ""
-    try:
-        (parse_member if hint is Member else hint)(word)
-    except ValueError:
-        return False
-    return True
-
-
-def parse_member(text: str) -> Member:
-    """Read `features=768,seed=1,learning_rate=1e-3`; seed and learning rate may be left out.
-
-    Raises:
-        ValueError: if it is not of this form.
-    """
-    types = {"features": int, "seed": int, "learning_rate": float}
-    values: dict[str, Any] = {}
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        key = key.strip()
-        if key not in types or key in values:
-            raise ValueError(f"{key!r} is not a part of a member, or stands twice")
-        values[key] = types[key](value)
-    if "features" not in values:
-        raise ValueError("features=F is missing")
-    return Member(**values)
 
 
 def choose_directory(arguments: Arguments) -> Path:

@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jax_sae.command_line import read_options, run_script
+from jax_sae.command_line import run_script
 from jax_sae.config import ModelConfig, TextConfig
+from jax_sae.flags import read_options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from jax_sae.command_line import read_options, run_script
+from jax_sae.command_line import run_script
+from jax_sae.flags import read_options
 
 
 @dataclass(frozen=True, kw_only=True)

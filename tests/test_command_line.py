@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import STOPPING, Signals, choose_directory, main, parse
+from jax_sae.command_line import choose_directory, main
 from jax_sae.config import Member, load_config
+from jax_sae.flags import parse
+from jax_sae.stop_signals import STOPPING, Signals
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [

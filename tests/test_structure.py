@@ -18,6 +18,8 @@ LAYERS = {
     "autoencoder": 2,
     "activations": 3,
     "sweep": 4,
+    "stop_signals": 0,
+    "flags": 2,
     "command_line": 5,
 }
 
