@@ -1,4 +1,4 @@
-"""Seconds of several functions, measured in turn, so that a machine whose speed drifts drifts for all; tables of them."""
+"""Seconds of several functions, measured in turn, so that a machine whose speed drifts drifts for all; and tables."""
 
 import json
 import os
@@ -38,8 +38,8 @@ def report(benchmark: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> N
 
     Args:
         benchmark: its name.
-        rows: column -> a text, a number, or the values of all rounds, which become their median with its spread. Columns
-            are those of all rows, in the order of their first appearance; a row may lack some.
+        rows: column -> a text, a number, or the values of all rounds, which become their median with its spread.
+            Columns are those of all rows, in the order of their first appearance; a row may lack some.
         facts: what holds for all rows; device, cores and the version of JAX are added.
     """
     facts |= {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}

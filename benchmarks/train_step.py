@@ -1,48 +1,100 @@
-"""The training step of the starting experiment as a fraction of the rate that `jnp.dot` reaches in the same process.
+"""The training step as a fraction of the rate that `jnp.dot` reaches in the same process.
 
 A member's step is five matrix products of 2 B D F operations each. For each F the same five products are timed alone
-(x W_enc, f W_dec, e W_dec^T, f^T e, x^T g), in turn with the whole step of all members: activation function, loss,
-biases, Adam and all. 1 would mean that nothing but the products takes time.
+(x W_enc, f W_dec, e W_dec^T, f^T e, x^T g), each as one call of `jnp.dot` on arrays in the order that suits it, in turn
+with whole steps: activation function, loss, biases, Adam, the guard against divergence and all. 1 would mean that
+nothing but the products takes time.
 
-    python benchmarks/train_step.py --batch-tokens 4096
+Sweeps: the starting experiment's four widths, 16 seeds of F = 768 and one member alone, one of F = 16384; as groups, as
+the package builds them, as one padded vmap, and each member in a program of its own, one after another.
+
+    python benchmarks/train_step.py --batch-tokens 256 1024 4096
 """
 
-import json
-import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
-from timing import seconds, spread
+from timing import ratios, report, seconds
 
-from jax_sae.config import SweepConfig, TrainConfig, sweep_members
-from jax_sae.sweep.members import make_groups
+from jax_sae.config import Member, Precision, SweepConfig, TrainConfig, sweep_members
+from jax_sae.sweep.members import Group, make_groups
 from jax_sae.sweep.update import init_sweep, update_many
 
-FEATURES, D, STEPS = (100, 767, 768, 1000), 768, 4
+D, STEPS = 768, 4
+SWEEPS = {
+    "100, 767, 768, 1000": SweepConfig(features=(100, 767, 768, 1000)),
+    "768": SweepConfig(features=(768,)),
+    "16 seeds of 768": SweepConfig(features=(768,), seeds=tuple(range(16))),
+    "16384": SweepConfig(features=(16384,)),
+}
+JAX_PRECISION = {"float32": "highest", "tensorfloat32": "high", "bfloat16": "default"}
 
 
-def main(batch_tokens: int = 4096, rounds: int = 7) -> None:
-    """Print the fraction for the sweep as it is built, and for each member alone.
+def main(
+    batch_tokens: tuple[int, ...] = (256, 1024, 4096),
+    sweeps: tuple[str, ...] = tuple(SWEEPS),
+    rounds: int = 7,
+    precision: Precision = "float32",
+) -> None:
+    """Print the fraction for every sweep, batch and way to run it.
 
     Args:
-        batch_tokens: B.
+        batch_tokens: values of B.
+        sweeps: which of the sweeps.
         rounds: how often each is timed, in turn.
+        precision: of the products, in the step and alone.
     """
-    B = batch_tokens
-    x = jax.random.normal(jax.random.key(0), (STEPS, B, D))
-    weights = jnp.ones((STEPS, B))
-    train = TrainConfig(batch_tokens=B)
-    dot = jax.jit(jnp.dot)
+    rows: list[dict[str, Any]] = []
+    for name in sweeps:
+        for B in batch_tokens:
+            members = sweep_members(SWEEPS[name])
+            functions = {f"dot {F}": products(B, F, precision) for F in {member.features for member in members}}
+            functions |= ways(members, SWEEPS[name], TrainConfig(batch_tokens=B, precision=precision))
+            times = seconds(functions, rounds)
+            ideal = [sum(times[f"dot {member.features}"][i] for member in members) for i in range(rounds)]
+            for way in (way for way in times if not way.startswith("dot")):
+                operations = 10 * B * D * STEPS * sum(member.features for member in members)
+                rows.append(
+                    {
+                        "members": name,
+                        "B": B,
+                        "run as": way,
+                        "ms a step": [1e3 * t / STEPS for t in times[way]],
+                        "GF/s": [operations / t / 1e9 for t in times[way]],
+                        "fraction of jnp.dot": ratios(ideal, times[way]),
+                    }
+                )
+    report("train_step", rows, D=D, precision=precision)
 
-    def products(F: int):
-        f, W = jax.random.normal(jax.random.key(F), (B, F)), jax.random.normal(jax.random.key(1), (D, F))
-        x0, xT, fT, WT = x[0], jnp.array(x[0].T), jnp.array(f.T), jnp.array(W.T)
-        return lambda: [dot(x0, W), dot(f, WT), dot(x0, W), dot(fT, x0), dot(xT, f)]
 
-    def step(features: tuple[int, ...]):
-        sweep = SweepConfig(features=features)
-        state = [init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)]
+def products(B: int, F: int, precision: Precision) -> Callable[[], Any]:
+    """The five products of a member, alone, for as many steps."""
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    x, f, W = (
+        jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(((B, D), (B, F), (D, F)))
+    )
+    xT, fT, WT = jnp.array(x.T), jnp.array(f.T), jnp.array(W.T)
+
+    @jax.jit
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.dot(a, b, precision=JAX_PRECISION[precision], preferred_element_type=jnp.float32)
+
+    # on a CPU, XLA has no bfloat16 products with float32 sums for all shapes
+    if precision == "bfloat16" and jax.default_backend() == "cpu":
+        dot = jax.jit(jnp.dot)
+    return lambda: [[dot(x, W), dot(f, WT), dot(x, W), dot(fT, x), dot(xT, f)] for _ in range(STEPS)][-1]
+
+
+def ways(members: tuple[Member, ...], sweep: SweepConfig, train: TrainConfig) -> dict[str, Callable[[], Any]]:
+    """Functions that take STEPS steps of the members on the same batches."""
+    x = jax.random.normal(jax.random.key(0), (STEPS, train.batch_tokens, D))
+    weights = jnp.ones(x.shape[:2])
+
+    def stepper(groups: tuple[Group, ...]) -> Callable[[], jax.Array]:
+        state = [init_sweep(groups, D, sweep, train)]
 
         def run() -> jax.Array:
             state[0], losses = update_many(state[0], x, weights, 0, STEPS, train=train)
@@ -50,18 +102,15 @@ def main(batch_tokens: int = 4096, rounds: int = 7) -> None:
 
         return run
 
-    functions = {f"dot {F}": products(F) for F in FEATURES}
-    functions |= {f"F = {F} alone": step((F,)) for F in FEATURES} | {"all four": step(FEATURES)}
-    times = seconds(functions, rounds)
-    results = {}
-    for name, widths in [(f"F = {F} alone", (F,)) for F in FEATURES] + [("all four", FEATURES)]:
-        ideal = [sum(parts) for parts in zip(*(times[f"dot {F}"] for F in widths), strict=True)]
-        each = [seconds / STEPS for seconds in times[name]]
-        ratios = [a / b for a, b in zip(ideal, each, strict=True)]
-        rate = 10 * B * D * sum(widths) / statistics.median(each) / 1e9
-        results[name] = {"ratio": statistics.median(ratios), "seconds": statistics.median(each), "gflops": rate}
-        print(f"{name:14} B = {B}: {spread(each)} s a step, {rate:.0f} GF/s, fraction of jnp.dot {spread(ratios)}")
-    print(json.dumps({"benchmark": "train_step", "B": B, "device": jax.devices()[0].device_kind, "results": results}))
+    groups = make_groups(members)
+    found: dict[str, Callable[[], Any]] = {"groups": stepper(groups)}
+    if len(groups) > 1:
+        together = sum((group.members for group in groups), ()), sum((group.names for group in groups), ())
+        found["one padded vmap"] = stepper((Group(*together),))
+    if len(members) > 1:
+        alone = [stepper(make_groups((member,))) for member in members]
+        found["one after another"] = lambda: [step() for step in alone]
+    return found
 
 
 if __name__ == "__main__":

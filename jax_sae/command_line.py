@@ -1,9 +1,12 @@
 """The command line of `scripts/train_all.py`: settings and a directory in, a run out, errors in one line."""
 
+import hashlib
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,7 @@ def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
     other exception is a defect of this package, and is raised.
     """
     keep_libraries_quiet()
+    prepare_jax()
     try:
         return work()
     except (BadInput, RunFailed, OSError, MemoryError) as error:
@@ -83,6 +87,27 @@ def keep_libraries_quiet() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "TOKENIZERS_PARALLELISM": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_jax() -> None:
+    """Compiled programs are kept for the next process, and a GPU's memory is taken as it is needed; must come first.
+
+    What is set in the environment stays. The folder is the machine's own, because programs for another processor do not
+    run, below $XDG_CACHE_HOME or ~/.cache; the programs that were not used for longest are removed at 1 GB.
+    """
+    processor = platform.machine()
+    with suppress(OSError):  # only Linux has it
+        flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")]
+        processor += "".join(flags[:1])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "jax_sae" / "compiled" / hashlib.sha256(processor.encode()).hexdigest()[:16]
+    for name, value in {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(10**9),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }.items():
         os.environ.setdefault(name, value)
 

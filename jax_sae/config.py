@@ -22,6 +22,7 @@ Normalization = Literal["dataset", "story", "none"]
 Initialization = Literal["torch", "orthogonal"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
+Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
 LARGEST_BELOW_1 = 1 - 2.0**-24  # in float32, in which Adam divides by 1 - beta**step
@@ -39,6 +40,8 @@ class ModelConfig:
     """Hugging Face id or directory of a GPT-Neo."""
     layer: int = 2
     """Read the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
+    precision: Precision = "float32"
+    """What its matrix products round their factors to; sums and the residual stream stay float32."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     seed: int = 0
     """Seed of the order of stories and of the shuffling of tokens."""
+    precision: Precision = "float32"
+    """What matrix products round their factors to; parameters, sums, losses and Adam stay float32."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = {
     "errors": 0,
     "config": 1,
-    "language_model": 2,
-    "autoencoder": 2,
-    "activations": 3,
-    "sweep": 4,
+    "precision": 2,
+    "language_model": 3,
+    "autoencoder": 3,
+    "activations": 4,
+    "sweep": 5,
     "stop_signals": 0,
     "flags": 2,
-    "command_line": 5,
+    "command_line": 6,
 }
 
 

@@ -247,7 +247,7 @@ def refuse_not_finite(rows: Rows) -> None:
 
 def _open_stories(run: Config) -> tuple[Source, Source, list[str]]:
     model, text, exclude = run.model, run.text, run.activations.exclude_first_tokens
-    lm = load_language_model(model.path, model.layer)
+    lm = load_language_model(model.path, model.layer, model.precision)
     tokenizer = load_tokenizer(text.tokenizer) if text.tokenizer else lm.tokenizer
     splits = open_dataset(text.path)
     held_out_split = text.validation_split or next((name for name in ("validation", "test") if name in splits), "")

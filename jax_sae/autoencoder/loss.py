@@ -14,7 +14,7 @@ def squared_error(x: jax.Array, x_hat: jax.Array, weights: jax.Array) -> jax.Arr
         x_hat: [B, D], their reconstructions.
         weights: [B], 1 for a token, 0 for padding, whose x and x_hat may be any finite numbers.
     """
-    error = jnp.where(weights[:, None] > 0, x - x_hat, 0.0)  # 0 times a square that overflows would be NaN
+    error = jnp.where(weights[:, None] > 0, x_hat - x, 0.0)  # 0 times a square that overflows would be NaN
     return jnp.sum(weights[:, None] * jnp.square(error))
 
 

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jax_sae.config import Initialization
+from jax_sae.config import Initialization, Precision
+from jax_sae.precision import dot_general
 
 Initializer = Callable[..., jax.Array]
 Params = dict[str, jax.Array]
@@ -23,6 +24,34 @@ def torch_linear(fan_in: int) -> Initializer:
     """Values of torch.nn.Linear, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     return partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, W: jax.Array, precision: Precision) -> jax.Array:
+    """x[..., I] W[I, O] -> [..., O], with dL/dx = g W^T and dL/dW = x^T g in the same precision.
+
+    The gradients are those that JAX derives. They are written out because of the order of x^T g: JAX computes g^T x and
+    transposes it, which XLA does not undo under vmap, and each pass of the optimiser then strides through memory.
+    """
+    return dot_general(x, W, (((x.ndim - 1,), (0,)), ((), ())), precision)
+
+
+def _product_forward(x: jax.Array, W: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, W, precision), (x, W)
+
+
+def _product_backward(
+    precision: Precision, factors: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, W = factors
+    leading = tuple(range(x.ndim - 1))
+    return (
+        dot_general(g, W, (((g.ndim - 1,), (1,)), ((), ())), precision),
+        dot_general(x, g, ((leading, leading), ((), ())), precision),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Autoencoder(nn.Module):
@@ -39,6 +68,7 @@ class Autoencoder(nn.Module):
     features: int
     initialization: Initialization = "torch"
     encoder_bias: float = 0.0
+    precision: Precision = "float32"
 
     def setup(self) -> None:
         """Declare the four parameters."""
@@ -56,11 +86,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> features [..., F], none below 0."""
-        return nn.relu(x @ self.W_enc + self.b_enc)
+        return nn.relu(product(x, self.W_enc, self.precision) + self.b_enc)
 
     def decode(self, features: jax.Array) -> jax.Array:
         """features[..., F] -> reconstruction [..., D]."""
-        return features @ self.W_dec + self.b_dec
+        return product(features, self.W_dec, self.precision) + self.b_dec
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> reconstruction [..., D]."""
@@ -82,11 +112,11 @@ def decode(params: Params, features: jax.Array) -> jax.Array:
     return _apply(params, features, "decode")
 
 
-def reconstruct(params: Params, x: jax.Array) -> jax.Array:
+def reconstruct(params: Params, x: jax.Array, precision: Precision = "float32") -> jax.Array:
     """x[..., D] -> reconstruction [..., D] of the autoencoder with these parameters."""
-    return _apply(params, x, "__call__")
+    return _apply(params, x, "__call__", precision)
 
 
-def _apply(params: Params, x: jax.Array, method: str) -> jax.Array:
+def _apply(params: Params, x: jax.Array, method: str, precision: Precision = "float32") -> jax.Array:
     D, F = params["W_enc"].shape
-    return cast(jax.Array, Autoencoder(D, F).apply({"params": params}, x, method=method))
+    return cast(jax.Array, Autoencoder(D, F, precision=precision).apply({"params": params}, x, method=method))

@@ -22,7 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_sae.config import Precision
 from jax_sae.errors import BadInput
+from jax_sae.precision import dot_general
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": partial(nn.gelu, approximate=True),
@@ -137,12 +139,13 @@ class Attention(nn.Module):
 
     num_heads: int
     window: int | None
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
-        project = partial(nn.Dense, D)
+        project = partial(nn.Dense, D, dot_general=dot_general, precision=self.precision)
 
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(B, T, self.num_heads, D // self.num_heads).transpose(0, 2, 1, 3)
@@ -150,13 +153,15 @@ class Attention(nn.Module):
         q_BHTd = heads(project(use_bias=False, name="q_proj")(x))
         k_BHTd = heads(project(use_bias=False, name="k_proj")(x))
         v_BHTd = heads(project(use_bias=False, name="v_proj")(x))
-        logits_BHTT = jnp.einsum("bhqd,bhkd->bhqk", q_BHTd, k_BHTd)  # not scaled: see the module's docstring
+        each_head = ((0, 1), (0, 1))
+        # not scaled: see the module's docstring
+        logits_BHTT = dot_general(q_BHTd, k_BHTd, (((3,), (3,)), each_head), self.precision)
         distance_TT = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
         visible_TT = distance_TT >= 0
         if self.window is not None:
             visible_TT &= distance_TT < self.window
         weights_BHTT = nn.softmax(jnp.where(visible_TT, logits_BHTT, jnp.finfo(logits_BHTT.dtype).min))
-        mixed_BHTd = jnp.einsum("bhqk,bhkd->bhqd", weights_BHTT, v_BHTd)
+        mixed_BHTd = dot_general(weights_BHTT, v_BHTd, (((3,), (2,)), each_head), self.precision)
         return project(name="out_proj")(mixed_BHTd.transpose(0, 2, 1, 3).reshape(B, T, D))
 
 
@@ -164,12 +169,14 @@ class MLP(nn.Module):
     """Two linear layers with an activation function between them."""
 
     config: GPTNeoConfig
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
-        hidden = nn.Dense(self.config.intermediate_size, name="c_fc")(x)
-        return nn.Dense(self.config.hidden_size, name="c_proj")(
+        dense = partial(nn.Dense, dot_general=dot_general, precision=self.precision)
+        hidden = dense(self.config.intermediate_size, name="c_fc")(x)
+        return dense(self.config.hidden_size, name="c_proj")(
             ACTIVATION_FUNCTIONS[self.config.activation_function](hidden)
         )
 
@@ -179,14 +186,15 @@ class Block(nn.Module):
 
     config: GPTNeoConfig
     attention: str  # 'global' or 'local'
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
         norm = partial(nn.LayerNorm, epsilon=self.config.layer_norm_epsilon, use_fast_variance=False)
         window = self.config.window_size if self.attention == "local" else None
-        x = x + Attention(self.config.num_heads, window, name="attn")(norm(name="ln_1")(x))
-        return x + MLP(self.config, name="mlp")(norm(name="ln_2")(x))
+        x = x + Attention(self.config.num_heads, window, self.precision, name="attn")(norm(name="ln_1")(x))
+        return x + MLP(self.config, self.precision, name="mlp")(norm(name="ln_2")(x))
 
 
 class GPTNeo(nn.Module):
@@ -194,17 +202,19 @@ class GPTNeo(nn.Module):
 
     config: GPTNeoConfig
     layer: int
+    precision: Precision = "float32"
+    """Of the matrix products of the blocks; logits are always float32's."""
 
     def setup(self) -> None:
         """Name the parts as the checkpoint files do."""
         c = self.config
         self.wte = nn.Embed(c.vocab_size, c.hidden_size)
         self.wpe = nn.Embed(c.max_position_embeddings, c.hidden_size)
-        self.h = [Block(c, kind) for kind in c.attention_layers[: self.layer]]
+        self.h = [Block(c, kind, self.precision) for kind in c.attention_layers[: self.layer]]
         if self.layer == c.num_layers:
             self.ln_f = nn.LayerNorm(epsilon=c.layer_norm_epsilon, use_fast_variance=False)
             if not c.tie_word_embeddings:
-                self.lm_head = nn.Dense(c.vocab_size, use_bias=False)
+                self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dot_general=dot_general, precision="float32")
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """token_ids[B, T] int32 -> residual stream [B, T, D] float32, D = hidden_size.
@@ -224,5 +234,18 @@ class GPTNeo(nn.Module):
 
     def logits(self, token_ids: jax.Array) -> jax.Array:
         """token_ids[B, T] -> logits [B, T, vocab_size]; only where `layer` is the number of blocks."""
-        x = self(token_ids)
-        return self.wte.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        return self.logits_from(self(token_ids), self.layer)
+
+    def logits_from(self, x: jax.Array, layer: int) -> jax.Array:
+        """The rest of the network: x[B, T, D] at the place of layer `layer` -> logits [B, T, vocab_size].
+
+        Runs the blocks from `layer` on, the final layer norm and the head; where `layer` is the number of blocks, only
+        the head, because x is then after the final layer norm. Only where `self.layer` is the number of blocks.
+        """
+        for block in self.h[layer:]:
+            x = block(x)
+        if layer < self.config.num_layers:
+            x = self.ln_f(x)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(x)
+        return dot_general(x, self.wte.embedding, (((2,), (1,)), ((), ())), "float32")

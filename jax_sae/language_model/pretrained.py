@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jax_sae.config import Precision
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
 from jax_sae.language_model.harvest import harvest, padded_length
@@ -86,7 +87,7 @@ class LanguageModel:
         Raises:
             BadInput: if a text has more tokens than the model has positions, or ids beyond its vocabulary.
         """
-        stories = self._token_ids(texts)
+        stories = self.token_ids(texts)
         activations = [np.zeros((0, self.width), np.float32) for _ in stories]
         for i, story in harvest(self.model, self.params, stories):
             activations[i] = np.array(story)  # a copy: `story` is a view of a larger array
@@ -97,23 +98,29 @@ class LanguageModel:
 
         The blocks from `layer` on are loaded at the first call, and kept. Arguments and errors as for `activations`.
         """
-        model, params = self._whole
+        model, params = self.whole
         logits = []
-        for story in self._token_ids(texts):
+        for story in self.token_ids(texts):
             length = min(padded_length(max(len(story), 1)), model.config.max_position_embeddings)
             token_ids = np.pad(story, (0, length - len(story)))[None]  # causal: the padding does not matter
             logits.append(np.array(_logits(model, params, token_ids)[0, : len(story)]))
         return logits
 
     @cached_property
-    def _whole(self) -> tuple[GPTNeo, Mapping[str, Any]]:
+    def whole(self) -> tuple[GPTNeo, Mapping[str, Any]]:
+        """The network with all its blocks, and its parameters, of which those of the first `layer` blocks are shared.
+
+        Raises:
+            BadInput: if the files that it is loaded from are damaged, or gone.
+        """
         config = self.model.config
         if self.layer == config.num_layers:
             return self.model, self.params
-        model = GPTNeo(config, config.num_layers)
+        model = GPTNeo(config, config.num_layers, self.model.precision)
         return model, _load_params(self.directory, model, self.params)
 
-    def _token_ids(self, texts: Sequence[Text]) -> list[np.ndarray]:
+    def token_ids(self, texts: Sequence[Text]) -> list[np.ndarray]:
+        """The token ids [T] int32 of each text, strings or token ids. Errors as for `activations`."""
         if isinstance(texts, str):
             raise BadInput("texts is a string; a list of strings or of token ids was expected: put it in [ ]")
         config = self.model.config
@@ -148,15 +155,16 @@ def _logits(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> j
     return cast(jax.Array, model.apply({"params": params}, token_ids, method="logits"))
 
 
-def load_language_model(name: str, layer: int) -> LanguageModel:
+def load_language_model(name: str, layer: int, precision: Precision = "float32") -> LanguageModel:
     """Load the part of a GPT-Neo that gives the residual stream after `layer` blocks.
 
-    Weights in float16, bfloat16 or float64 are converted to float32, in which the model is run.
+    Weights in float16, bfloat16 or float64 are converted to float32.
 
     Args:
         name: a directory with config.json and model.safetensors or pytorch_model.bin (or one of them in parts, with an
             index), or an id on the Hugging Face hub, such as "roneneldan/TinyStories-33M".
         layer: 0 for the embeddings, up to the number of blocks.
+        precision: of the blocks' matrix products, as `precision.dot_general` says; logits are always float32's.
 
     Raises:
         BadInput: if there is no such model or layer, it is no GPT-Neo, or its files are damaged.
@@ -169,7 +177,7 @@ def load_language_model(name: str, layer: int) -> LanguageModel:
             f"layer {layer}: the model has {config.num_layers} blocks; valid are 0 to {config.num_layers}, where "
             f"{config.num_layers} is after the final layer norm"
         )
-    model = GPTNeo(config, layer)
+    model = GPTNeo(config, layer, precision)
     return LanguageModel(name, layer, directory, model, _load_params(directory, model, {}))
 
 

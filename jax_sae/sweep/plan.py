@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jax_sae.activations.sources import Source
+from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
 from jax_sae.sweep.progress import Setup
@@ -20,9 +21,16 @@ def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
     """Lines that say what steps `done` + 1 to the last will need.
 
     Raises:
-        BadInput: if memory or disk cannot hold what is needed.
+        BadInput: if memory or disk cannot hold what is needed, or the device has no such precision.
     """
+    _refuse_missing_precision(setup.config)
     return [_tokens(setup, source, done), _memory(setup), _disk(setup, out, done)]
+
+
+def _refuse_missing_precision(config: Config) -> None:
+    for name, precision in (("train.precision", config.train.precision), ("model.precision", config.model.precision)):
+        if precision == "tensorfloat32" and jax.default_backend() == "cpu":
+            raise BadInput(f"{name} is 'tensorfloat32', which a CPU does not have; use 'float32' or 'bfloat16'")
 
 
 def _tokens(setup: Setup, source: Source, done: int) -> str:

@@ -90,7 +90,7 @@ def update_member(
     """
 
     def loss(params: Params) -> jax.Array:
-        return squared_error(x, reconstruct(params, x), weights)
+        return squared_error(x, reconstruct(params, x, train.precision), weights)
 
     error, gradient = jax.value_and_grad(loss)(state.params)
     updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)

@@ -53,7 +53,8 @@ def test_member_equals_its_solo_run(data: tuple[jax.Array, jax.Array], initializ
         np.testing.assert_allclose(losses_together, losses, rtol=0, atol=1e-6)
         for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
             assert found.shape == expected.shape
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+            largest = max(1.0, float(np.abs(expected).max()))  # averages of gradients are sums of terms that cancel
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * largest)
 
 
 def test_767_beside_768_equals_its_solo_run() -> None:
