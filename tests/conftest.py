@@ -1,9 +1,17 @@
-"""What several test files use. No network: the hub is switched off before any library reads the switch."""
+"""What several test files use. No network: the hub is switched off before any library reads the switch.
+
+Compiled programs are shared with the processes that tests start, in a folder that lives as long as the tests: some of
+those processes compile and some read what others compiled, and both must give the same bits.
+"""
 
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +21,11 @@ from running import REPOSITORY, never
 
 from jax_sae.config import Config, load_config
 from jax_sae.sweep.train import train
+
+
+def pytest_unconfigure() -> None:
+    """Remove the compiled programs."""
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import choose_directory, main
+from jax_sae.command_line import choose_directory, main, prepare_jax
 from jax_sae.config import Member, load_config
 from jax_sae.flags import parse
 from jax_sae.stop_signals import STOPPING, Signals
@@ -40,6 +40,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def run(*argv: str) -> int:
     """Call the command line with the demo as its default config."""
     return main(list(argv), DEMO)
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the cache directory, or in the folder that is set; a run fills it, and nothing that is set is changed."""
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    for name in names:
+        monkeypatch.setenv(name, "set by the user")
+    prepare_jax()
+    assert [os.environ[name] for name in names] == ["set by the user"] * 3
+    for name in names:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *SMALL, "--out", "run"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    kept = {path.name.split("-")[0] for path in (tmp_path / "cache" / "jax_sae" / "compiled").glob("*/*-cache")}
+    assert {"jit_update_many", "jit__forward"} <= kept
 
 
 def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
