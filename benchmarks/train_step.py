@@ -23,7 +23,7 @@ from jax_sae.config import Member, Precision, SweepConfig, TrainConfig, sweep_me
 from jax_sae.sweep.members import Group, make_groups
 from jax_sae.sweep.update import init_sweep, update_many
 
-D, STEPS = 768, 4
+D, STEPS = 768, 16
 SWEEPS = {
     "100, 767, 768, 1000": SweepConfig(features=(100, 767, 768, 1000)),
     "768": SweepConfig(features=(768,)),

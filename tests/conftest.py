@@ -45,3 +45,9 @@ def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("runs") / "demo"
     assert train(demo_config, out, resume=False, stop_requested=never)
     return out
+
+
+@pytest.fixture(autouse=True)
+def a_line_of_metrics_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch ends at each line of metrics, however fast the machine is, so that tests can say where a run stops."""
+    monkeypatch.setattr("jax_sae.sweep.train.SECONDS_A_DISPATCH", 0.0)

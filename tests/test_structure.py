@@ -13,6 +13,7 @@ PACKAGE = REPOSITORY / "jax_sae"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 LAYERS = {
     "errors": 0,
+    "analysis": 6,
     "config": 1,
     "precision": 2,
     "language_model": 3,
@@ -21,7 +22,7 @@ LAYERS = {
     "sweep": 5,
     "stop_signals": 0,
     "flags": 2,
-    "command_line": 6,
+    "command_line": 7,
 }
 
 
@@ -52,6 +53,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
     assert files_with("jax.vmap") == {"sweep/update.py", "sweep/held_out.py"}
     assert not files_with("import torch")
     assert files_with("jax.jit") == {
+        "analysis/loss_recovered.py",
         "language_model/harvest.py",
         "language_model/pretrained.py",
         "sweep/held_out.py",

@@ -4,7 +4,8 @@
 
 With `tokens` batching a block holds a whole number of batches of B tokens: what is left of its last story begins the
 next block, so that an epoch uses every token once. With `story` batching a batch is a story, in the order of the text.
-A `Position` is all that a checkpoint keeps of the data: its block is made again from there, bit for bit.
+A `Position` is all that a checkpoint keeps of the data: its block is made again from there, bit for bit. The first
+blocks are smaller, so that training begins after seconds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ from jax_sae.language_model.harvest import padded_length
 
 READ_AHEAD = 64
 """Items that are read (tokenised) at a time."""
+
+SMALL_BLOCKS = 4
+"""Blocks at the start of a run that are smaller: 1/16, 1/8, 1/4 and 1/2 of the others."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,11 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class BatchRun:
-    """Adjacent batches of a block, all of one shape."""
+    """Adjacent batches of a block, all of one shape: as many as there are entries in `after`.
+
+    What follows them in the arrays is 0: it gives smaller blocks the shape of the others, for which the training step
+    is compiled.
+    """
 
     x: np.ndarray
     """[batches, B, D] float32, normalised; 0 where the weight is."""
@@ -83,9 +91,9 @@ def batch_runs(
     while True:
         used, start = position.batch, replace(position, batch=0)
         for run, position in make_block(source, fitted, start, activations, train):  # noqa: B007 - the last one counts
-            if used < len(run.x):
+            if used < len(run.after):
                 yield replace(run, used=used)
-            used = max(0, used - len(run.x))
+            used = max(0, used - len(run.after))
 
 
 def _token_block(
@@ -96,7 +104,8 @@ def _token_block(
     A token over the norm limit keeps its place, with weight 0, so that positions follow from numbers of tokens alone.
     """
     B = train.batch_tokens
-    n_batches = activations.block_tokens // B
+    room = activations.block_tokens // B
+    n_batches = max(1, room >> max(0, SMALL_BLOCKS - start.block))
     items: list[Item] = []
     spans: list[tuple[int, int]] = []  # of each item: the first and last token used
     free = n_batches * B
@@ -110,7 +119,7 @@ def _token_block(
             break
     places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
     firsts = np.cumsum([0] + [last - first for first, last in spans])
-    x = np.zeros((n_batches * B, source.width), np.float32)
+    x = np.zeros((room * B, source.width), np.float32)
     norms = np.zeros(n_batches * B)
     for i, story in finite_activations(source, items):
         first, last = spans[i]
@@ -120,10 +129,11 @@ def _token_block(
             within = norms[into] <= activations.norm_limit
             rows, into = rows[within], into[within]
         x[into] = normalize.normalize(normalize.for_story(activations.normalization, fitted, story), rows)
-    weights = ~over_norm_limit(norms, activations.norm_limit, source.name)
+    weights = np.zeros(room * B, np.float32)
+    weights[: n_batches * B] = ~over_norm_limit(norms, activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield BatchRun(x.reshape(n_batches, B, -1), weights.reshape(n_batches, B).astype(np.float32), 0, after, end), end
+    yield BatchRun(x.reshape(room, B, -1), weights.reshape(room, B), 0, after, end), end
 
 
 def _story_block(

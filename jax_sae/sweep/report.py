@@ -60,14 +60,21 @@ class Log:
         self._file.close()
         self._bar.close()
 
-    def write(self, progress: Progress, tokens_per_second: float) -> None:
-        """Advance the bar; at every `log_every`-th step write a line, with losses averaged since the line before.
+    def write(self, progress: Progress, tokens: np.ndarray, tokens_per_second: float) -> None:
+        """Advance the bar; for every `log_every`-th step write a line, with losses averaged since the line before.
 
         A member that has diverged is named once.
+
+        Args:
+            progress: after the last of some steps.
+            tokens: [steps] int, the tokens that were used after each of them.
+            tokens_per_second: for the bar.
         """
         step = progress.step
-        losses = progress.losses[max(0, step - self._every) : step].mean(0, dtype=np.float64)
-        if any(not np.isfinite(loss) and before is None for loss, before in zip(losses, self._diverged, strict=True)):
+        last_losses = progress.losses[step - 1]
+        if any(
+            not np.isfinite(loss) and before is None for loss, before in zip(last_losses, self._diverged, strict=True)
+        ):
             before, self._diverged = self._diverged, progress.diverged_at()
             for i, at in enumerate(self._diverged):
                 if at is not None and before[i] is None:
@@ -75,18 +82,27 @@ class Log:
                         f"warning       {self._names[i]} diverged at step {at} ({describe_member(self._members[i])}); "
                         "it stays as it was before that step, and the others go on"
                     )
+        losses = self._mean_losses(progress, step)
         shown = " ".join(f"{name} {loss:.2g}" for name, loss in list(zip(self._names, losses, strict=True))[:6])
         more = f" and {len(losses) - 6} more" if len(losses) > 6 else ""
         self._bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s, losses {shown}{more}", refresh=False)
         self._bar.update(step - self._bar.n)
-        if step % self._every == 0:
-            relative = float(self._relative(step - 1))
-            members = {
-                name: {"loss_per_element": finite_or_none(loss), "learning_rate": member.learning_rate * relative}
-                for name, loss, member in zip(self._names, losses, self._members, strict=True)
-            }
-            self._file.write(json.dumps({"step": step, "tokens": progress.tokens, "members": members}) + "\n")
-            self._file.flush()
+        for at, tokens_so_far in enumerate(tokens.tolist(), step - len(tokens) + 1):
+            if at % self._every == 0:
+                self._file.write(json.dumps({"step": at, "tokens": tokens_so_far, "members": self._line(progress, at)}))
+                self._file.write("\n")
+        self._file.flush()
+
+    def _line(self, progress: Progress, step: int) -> dict[str, Any]:
+        relative = float(self._relative(step - 1))
+        losses = self._mean_losses(progress, step)
+        return {
+            name: {"loss_per_element": finite_or_none(loss), "learning_rate": member.learning_rate * relative}
+            for name, loss, member in zip(self._names, losses, self._members, strict=True)
+        }
+
+    def _mean_losses(self, progress: Progress, step: int) -> np.ndarray:
+        return progress.losses[max(0, step - self._every) : step].mean(0, dtype=np.float64)
 
 
 def _cut(path: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,6 +29,10 @@ from jax_sae.sweep.update import init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384
 """Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
+
+SECONDS_A_DISPATCH = 0.5
+"""About how long steps go on before signals, metrics and the progress bar are looked at; each time costs a copy of the
+state (docs/performance.md)."""
 
 
 def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[int], bool]) -> bool:
@@ -63,7 +68,7 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         report.say(plan(setup, source, out, progress.step if progress else 0))
         interruptible = partial(Interruptible, stop_requested=lambda: stop_requested(0))
         progress = progress or begin(setup, interruptible(source))
-        held_out = harvest_held_out(interruptible(held_out_source), progress.normalization, config.activations)
+        first_activations(interruptible(held_out_source), 1, None)  # what is wrong with it is said now, not at the end
         if not resume:
             stack.enter_context(locked(out))
             if (out / "config.json").exists():
@@ -75,8 +80,7 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
             what = f"and saved at step {progress.step}" if progress.step else "before the first step"
             report.say([f"stopped {what}; go on with --out {out} --resume"])
             return False
-        report.finish(out, setup, progress, held_out, clock)
-        return True
+        return close(progress, setup, held_out_source, out, clock, stop_requested)
 
 
 def advance(
@@ -88,8 +92,8 @@ def advance(
     with Checkpoints(out / "checkpoints") as checkpoints, report.Log(out / "metrics.jsonl", setup, progress) as log:
         saved = progress.step
         try:
-            for progress in dispatches(progress, source, setup.config, clock, stop_requested):  # noqa: B020 - goes on
-                log.write(progress, clock.train_tokens / clock.train_seconds)
+            for progress, tokens in dispatches(progress, source, setup.config, clock, stop_requested):  # noqa: B020
+                log.write(progress, tokens, clock.train_tokens / clock.train_seconds)
                 checkpoints.raise_failure()
                 report.refuse_if_all_diverged(progress, setup)
                 if is_checkpoint(progress.step, train.checkpoint_every, train.steps):
@@ -101,6 +105,20 @@ def advance(
             if progress.step > saved:
                 save(checkpoints, progress, setup)
     return progress
+
+
+def close(
+    progress: Progress, setup: Setup, source: Source, out: Path, clock: Clock, stop_requested: Callable[[int], bool]
+) -> bool:
+    """Measure every member on the held-out stories, write what ends a run, and say whether that was not stopped."""
+    source = Interruptible(source, lambda: stop_requested(progress.step))
+    try:
+        held_out = harvest_held_out(source, progress.normalization, setup.config.activations)
+    except Stopped:
+        report.say([f"stopped before the held-out stories were read; go on with --out {out} --resume"])
+        return False
+    report.finish(out, setup, progress, held_out, clock)
+    return True
 
 
 def inputs(source: Source, held_out_source: Source) -> dict[str, str]:
@@ -124,14 +142,16 @@ def begin(setup: Setup, source: Source) -> Progress:
 
 def dispatches(
     progress: Progress, source: Source, config: Config, clock: Clock, stop_requested: Callable[[int], bool]
-) -> Iterator[Progress]:
-    """Train to the last step, and yield the progress after each dispatch.
+) -> Iterator[tuple[Progress, np.ndarray]]:
+    """Train to the last step; after each dispatch, yield the progress, and the tokens used after each of its steps.
 
-    A dispatch ends at every log line, at every checkpoint, and with the batches of equal shape that are there.
+    A dispatch ends after about SECONDS_A_DISPATCH, at a line of metrics, or earlier at a checkpoint or with the batches
+    of equal shape that are there. Where it ends changes no bit of the results.
 
     Raises:
         Stopped: if a stop is requested while activations are made.
     """
+    seconds_a_step = math.inf  # not known yet: a short one first
     source = Interruptible(source, lambda: stop_requested(progress.step))
     runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
     while progress.step < config.train.steps:
@@ -141,31 +161,35 @@ def dispatches(
         clock.harvest_seconds += time.perf_counter() - start
         clock.harvest_tokens += int(run.weights.sum())
         first = run.used
-        while first < len(run.x) and progress.step < config.train.steps:
+        while first < len(run.after) and progress.step < config.train.steps:
             start = time.perf_counter()
-            last = first + min(len(run.x) - first, steps_to_next_event(progress.step, config))
+            last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
             state, losses = update_many(progress.state, x, weights, first, last, train=config.train)
-            step, tokens = progress.step + last - first, int(run.weights[first:last].sum())
+            step = progress.step + last - first
+            tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
+            clock.train_tokens += int(tokens[-1]) - progress.tokens
             progress.losses[progress.step : step] = losses[first:last]
             progress = replace(
                 progress,
                 step=step,
-                tokens=progress.tokens + tokens,
+                tokens=int(tokens[-1]),
                 position=run.after[last - 1],
                 read=run.end,
                 state=state,
             )
-            clock.train_seconds += time.perf_counter() - start
-            clock.train_tokens += tokens
-            yield progress
+            seconds = time.perf_counter() - start
+            clock.train_seconds += seconds
+            seconds_a_step = seconds / (last - first)
+            yield progress, tokens
             first = last
 
 
-def steps_to_next_event(step: int, config: Config) -> int:
-    """Steps until there is something to write: a log line, a checkpoint, or the end."""
+def steps_of_a_dispatch(step: int, config: Config, seconds_a_step: float) -> int:
+    """Steps up to a line of metrics, as many lines as fit into SECONDS_A_DISPATCH, not past a checkpoint or the end."""
     train = config.train
+    lines = max(1, int(SECONDS_A_DISPATCH / (seconds_a_step * train.log_every)))
     return min(
-        train.log_every - step % train.log_every,
+        lines * train.log_every - step % train.log_every,
         train.checkpoint_every - step % train.checkpoint_every,
         train.steps - step,
     )

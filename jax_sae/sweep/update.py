@@ -9,7 +9,7 @@ import optax
 
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
 from jax_sae.autoencoder.model import Autoencoder, Params, init_params, reconstruct
-from jax_sae.config import Member, SweepConfig, TrainConfig
+from jax_sae.config import Member, Precision, SweepConfig, TrainConfig
 from jax_sae.sweep.members import Group
 from jax_sae.sweep.optimizer import make_optimizer
 
@@ -88,11 +88,7 @@ def update_member(
     A step whose squared error or squared gradient norm is not finite is not taken, nor is any after it: the member
     keeps its last finite state, and its loss is NaN from there on. No member sees another's numbers.
     """
-
-    def loss(params: Params) -> jax.Array:
-        return squared_error(x, reconstruct(params, x, train.precision), weights)
-
-    error, gradient = jax.value_and_grad(loss)(state.params)
+    error, gradient = error_and_gradient(state.params, x, weights, train.precision)
     updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     diverged = state.diverged | ~jnp.isfinite(error + optax.tree.norm(gradient, squared=True))
@@ -100,6 +96,36 @@ def update_member(
     after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
     per_element = jnp.where(diverged, jnp.nan, loss_per_element(error, weights, x.shape[-1]))
     return after._replace(diverged=diverged), per_element
+
+
+def error_and_gradient(
+    params: Params, x: jax.Array, weights: jax.Array, precision: Precision
+) -> tuple[jax.Array, Params]:
+    """The squared error of a member on a batch x[B, D] with weights[B], and its gradient; summed a part at a time."""
+
+    def error(params: Params, x: jax.Array, weights: jax.Array) -> jax.Array:
+        return squared_error(x, reconstruct(params, x, precision), weights)
+
+    rows = rows_at_a_time(len(x))
+    if rows == len(x):
+        return jax.value_and_grad(error)(params, x, weights)
+
+    def add_part(i: jax.Array, sums: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
+        part = (jax.lax.dynamic_slice_in_dim(each, i * rows, rows) for each in (x, weights))
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *part))
+
+    return jax.lax.fori_loop(0, len(x) // rows, add_part, (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
+
+
+def rows_at_a_time(batch_tokens: int) -> int:
+    """Rows of a batch whose activations are held at once.
+
+    On a CPU the largest divisor of B from 256 to 1024, so that the passes between the products stay in the caches
+    (docs/performance.md); where there is none, and on other devices, which want large products, all of them.
+    """
+    if batch_tokens <= 1024 or jax.default_backend() != "cpu":
+        return batch_tokens
+    return max((rows for rows in range(256, 1025) if batch_tokens % rows == 0), default=batch_tokens)
 
 
 def update_sweep(

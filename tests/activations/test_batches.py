@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sae.activations.batches import BatchRun, Position, batch_runs, first_activations
+from jax_sae.activations.batches import SMALL_BLOCKS, BatchRun, Position, batch_runs, first_activations
 from jax_sae.activations.normalize import identity
 from jax_sae.autoencoder.loss import loss_per_element
 from jax_sae.config import ActivationsConfig, TrainConfig
@@ -103,7 +103,7 @@ def batches(
     """The token numbers of the next n batches, and the position after each."""
     found: list[tuple[list[float], Position]] = []
     for run in runs(train, position, source, activations):
-        for i in range(run.used, len(run.x)):
+        for i in range(run.used, len(run.after)):
             assert np.array_equal(run.x[i, :, 1], -run.x[i, :, 0])
             found.append((run.x[i, :, 0][run.weights[i] > 0].tolist(), run.after[i]))
             if len(found) == n:
@@ -112,15 +112,26 @@ def batches(
 
 
 def test_every_token_is_used_once_an_epoch() -> None:
-    """5 epochs of 112 tokens are 14 blocks of 40; blocks end in the middle of stories and of epochs."""
+    """5 epochs of 112 tokens in blocks of up to 40; blocks end in the middle of stories and of epochs."""
     found = [token for tokens, _ in batches(TOKENS, Position(), 70) for token in tokens]
     assert sorted(found) == sorted(list(range(1, 113)) * 5)
     assert len(set(found[:80])) == 80  # two blocks, all within the first epoch
 
 
+def test_the_first_blocks_are_smaller_and_of_the_same_shape() -> None:
+    """1, 2, 4, 8 and then 16 of 16 batches; where a block has few, at least one; what is not a batch is 0."""
+    for block_tokens, sizes in ((128, [1, 2, 4, 8, 16, 16]), (40, [1, 1, 1, 2, 5, 5]), (8, [1, 1, 1, 1, 1, 1])):
+        found = list(islice(runs(TOKENS, activations=replace(ACTIVATIONS, block_tokens=block_tokens)), 6))
+        assert [len(run.after) for run in found] == sizes
+        for run, size in zip(found, sizes, strict=True):
+            assert run.x.shape == (block_tokens // 8, 8, 2) and run.weights.shape == (block_tokens // 8, 8)
+            assert run.x[:size].all() and run.weights[:size].all()
+            assert not run.x[size:].any() and not run.weights[size:].any()
+
+
 def test_tokens_of_a_batch_come_from_many_stories_and_epochs_differ() -> None:
     """Shuffled across stories, in another order each epoch."""
-    found = [tokens for tokens, _ in batches(TOKENS, Position(), 28)]
+    found = [tokens for tokens, _ in batches(TOKENS, Position(block=SMALL_BLOCKS), 28)]
     assert all(np.abs(np.diff(sorted(tokens))).max() > 1 for tokens in found)
     assert found[:14] != found[14:]
     assert batches(replace(TOKENS, seed=4), Position(), 1) != batches(TOKENS, Position(), 1)
@@ -153,11 +164,11 @@ def test_excluded_tokens_are_in_no_batch_and_all_others_in_one_an_epoch(train: T
 
 def test_a_token_over_the_norm_limit_has_weight_0_in_its_place() -> None:
     """Every other number, every weight and every position is as without the limit, and the token's row is 0."""
-    limited, plain = (islice(runs(TOKENS, source=WITH_GIANTS, activations=a), 14) for a in (LIMITED, ACTIVATIONS))
+    limited, plain = (islice(runs(TOKENS, source=WITH_GIANTS, activations=a), 17) for a in (LIMITED, ACTIVATIONS))
     used = []
     for run, other in zip(limited, plain, strict=True):
         giant = other.x[..., 0] > 1e20
-        assert giant.any() and np.array_equal(run.weights, np.where(giant, 0, other.weights))
+        assert (giant.any() or len(run.after) < 5) and np.array_equal(run.weights, np.where(giant, 0, other.weights))
         assert run.x.tobytes() == np.where(giant[..., None], np.float32(0), other.x).tobytes()
         assert run.after == other.after
         used += run.x[run.weights > 0, 0].tolist()
@@ -170,13 +181,13 @@ def test_a_norm_limit_that_most_tokens_are_over_is_refused_with_their_norms() ->
     with pytest.raises(
         BadInput, match=r"98 of 112 tokens .* activations.norm_limit, 20; .* 79.9 at 50 %.* 158.4: raise"
     ):
-        next(runs(TOKENS, activations=activations))
+        next(runs(TOKENS, Position(block=SMALL_BLOCKS), activations=activations))
     with pytest.raises(
         BadInput, match=r"98 of 112 tokens .* activations.norm_limit, 20; .* 79.9 at 50 %.* 158.4: raise"
     ):
         first_activations(SOURCE, 10**6, None, norm_limit=20.0)
     half = float(np.sqrt(2) * 56.5)
-    next(runs(TOKENS, activations=replace(activations, norm_limit=half)))
+    next(runs(TOKENS, Position(block=SMALL_BLOCKS), activations=replace(activations, norm_limit=half)))
     assert sum(map(len, first_activations(SOURCE, 10**6, None, norm_limit=half))) == 56
 
 

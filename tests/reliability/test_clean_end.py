@@ -90,18 +90,34 @@ def test_a_stop_while_the_first_activations_are_made_ends_at_once(demo_config: C
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stop_while_a_block_is_made_saves_what_there_is(demo_config: Config, tmp_path: Path) -> None:
-    """Half way through the harvest of the second block; resumed, it is as if nothing had been."""
-    config = replace(demo_config, train=replace(demo_config.train, log_every=7))
+def test_a_stop_while_the_held_out_stories_are_read_leaves_a_run_to_resume(demo_config: Config, tmp_path: Path) -> None:
+    """They are read after the last step, whose checkpoint is there; resumed, only the summary is made."""
+    out = tmp_path / "run"
     asked: list[int] = []
 
     def stop(done: int) -> bool:
         asked.append(done)
-        return asked.count(7) > 2
+        return asked.count(12) > 3
+
+    assert not train(demo_config, out, resume=False, stop_requested=stop)
+    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [5, 10, 12]
+    assert not (out / "summary.json").exists()
+    assert train(demo_config, out, resume=True, stop_requested=never)
+    assert (out / "summary.json").exists()
+
+
+def test_a_stop_while_a_block_is_made_saves_what_there_is(demo_config: Config, tmp_path: Path) -> None:
+    """Half way through the harvest of the fifth block; resumed, it is as if nothing had been."""
+    config = replace(demo_config, train=replace(demo_config.train, log_every=6))
+    asked: list[int] = []
+
+    def stop(done: int) -> bool:
+        asked.append(done)
+        return asked.count(6) > 2
 
     out = tmp_path / "run"
     assert not train(config, out, resume=False, stop_requested=stop)
-    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [5, 7]
+    assert sorted(int(path.name) for path in (out / "checkpoints").iterdir()) == [5, 6]
     assert train(config, out, resume=True, stop_requested=never)
 
 

@@ -9,12 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.autoencoder.loss import squared_error
+from jax_sae.autoencoder.model import Autoencoder, init_params, reconstruct
 from jax_sae.config import Config, Member, SweepConfig, TrainConfig, sweep_members
 from jax_sae.sweep import update
 from jax_sae.sweep.members import Group, make_groups
 from jax_sae.sweep.optimizer import make_optimizer, relative_schedule
-from jax_sae.sweep.update import MemberState, init_member, init_sweep, member_shapes, unstack, update_many
+from jax_sae.sweep.update import (
+    MemberState,
+    error_and_gradient,
+    init_member,
+    init_sweep,
+    member_shapes,
+    rows_at_a_time,
+    unstack,
+    update_many,
+)
 
 D, B, STEPS = 24, 32, 12
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup=0.25)
@@ -195,3 +205,17 @@ def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() 
         assert np.allclose(model.apply({"params": params}, jnp.zeros((1, 9))), 0, atol=1e-4)
         error = jnp.square(model.apply({"params": params}, x) - x).mean()
         assert error < 1e-6 if lost == 0.0 else error > 0.1
+
+
+@pytest.mark.parametrize(("batch_tokens", "rows"), [(256, 256), (1024, 1024), (4096, 1024), (1500, 750), (1031, 1031)])
+def test_a_large_batch_is_summed_in_parts(batch_tokens: int, rows: int) -> None:
+    """The parts divide the batch, and error and gradient are those of the whole batch, padding included."""
+    assert rows_at_a_time(batch_tokens) == rows
+    x = jax.random.normal(jax.random.key(0), (batch_tokens, 6))
+    weights = (jax.random.uniform(jax.random.key(1), (batch_tokens,)) < 0.9).astype(jnp.float32)
+    params = init_params(Autoencoder(6, 9), 0)
+    error, gradient = error_and_gradient(params, x, weights, "float32")
+    whole = jax.value_and_grad(lambda p: squared_error(x, reconstruct(p, x), weights))(params)
+    np.testing.assert_allclose(error, whole[0], rtol=1e-5)
+    for name, expected in whole[1].items():
+        np.testing.assert_allclose(gradient[name], expected, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,257 @@
+"""What a language model loses is the plain formula on its logits, with its own blocks run from the layer on."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+import pytest
+from running import REPOSITORY
+
+from jax_sae.analysis import loss_recovered as module
+from jax_sae.analysis.loss_recovered import LossRecovered, batch_at_once, loss_recovered, story_by_story
+from jax_sae.errors import BadInput
+from jax_sae.language_model.gpt_neo import GPTNeo
+from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+
+TIED, UNTIED = (REPOSITORY / "tests" / "data" / name for name in ("gpt_neo_bin", "gpt_neo_untied"))
+DEMO = REPOSITORY / "jax_sae" / "demo" / "model"
+LAYERS = [(TIED, n) for n in range(5)] + [(UNTIED, n) for n in range(4)] + [(DEMO, n) for n in range(5)]
+SAMPLE = "Once upon a time there was a little fox. It wanted to play with the big bear."
+
+
+class Scaled:
+    """Features are the positive and negative parts of x; the reconstruction is their difference, scaled."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = np.float32(scale)
+
+    def encode(self, x: Any) -> np.ndarray:
+        return np.concatenate([np.maximum(x, 0), np.maximum(-np.asarray(x), 0)], -1)
+
+    def decode(self, features: Any) -> np.ndarray:
+        positive, negative = np.split(features, 2, -1)
+        return self.scale * (positive - negative)
+
+
+def stories_of(lm: LanguageModel, lengths: tuple[int, ...] = (9, 32, 2, 17, 1, 0, 29)) -> list[np.ndarray]:
+    """Random token ids."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(lm.model.config.vocab_size, size=T) for T in lengths]
+
+
+def mean_of(lm: LanguageModel, stories: list[np.ndarray]) -> np.ndarray:
+    """The mean activation."""
+    return np.concatenate(lm.activations(stories)).mean(0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def logits_from(model: GPTNeo, layer: int, params: Any, x: np.ndarray) -> jax.Array:
+    """Logits [B, T, V]."""
+    return cast(jax.Array, model.apply({"params": params}, x, layer, method="logits_from"))
+
+
+def rest_of_network(lm: LanguageModel, x: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of stories without padding, from their activations at the layer."""
+    model, params = lm.whole
+    return np.asarray(logits_from(model, lm.layer, params, x))
+
+
+def by_hand(
+    lm: LanguageModel,
+    stories: list[np.ndarray],
+    scale: float,
+    mean: np.ndarray,
+    exclude: int = 0,
+    limit: float = np.inf,
+) -> dict[str, float]:
+    """Every number from its definition, story by story without padding, in float64 from the logits on."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        logits = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    ce: dict[str, list[float]] = {"without": [], "sae": [], "zero": [], "mean": []}
+    kl: dict[str, list[float]] = {"sae": [], "zero": [], "mean": []}
+    replaced = 0
+    for ids in stories:
+        if len(ids) < 2:
+            continue
+        x = lm.activations([ids])[0]
+        keep = (np.arange(len(ids)) < exclude) | (np.linalg.norm(x, axis=1) > limit)
+        replaced += int((~keep).sum())
+        spliced = np.where(keep[:, None], x, np.stack([x, np.float32(scale) * x, 0 * x, 0 * x + mean]))
+        log_p = dict(zip(ce, log_softmax(rest_of_network(lm, spliced)), strict=True))
+        for name in ce:
+            ce[name] += [-log_p[name][t, ids[t + 1]] for t in range(len(ids) - 1)]
+        for name in kl:
+            p = np.exp(log_p["without"])
+            kl[name] += [float(p[t] @ (log_p["without"][t] - log_p[name][t])) for t in range(len(ids) - 1)]
+    CE, KL = ({name: float(np.mean(values)) for name, values in each.items()} for each in (ce, kl))
+    n_tokens = sum(len(ids) for ids in stories if len(ids) > 1)
+    return {
+        "predictions": len(ce["sae"]),
+        "replaced_tokens": replaced,
+        "untouched_tokens": n_tokens - replaced,
+        "ce_loss_without_sae": CE["without"],
+        "ce_loss_with_sae": CE["sae"],
+        "ce_loss_with_zero_ablation": CE["zero"],
+        "ce_loss_with_mean_ablation": CE["mean"],
+        "ce_loss_score_zero_ablation": (CE["zero"] - CE["sae"]) / (CE["zero"] - CE["without"]),
+        "ce_loss_score_mean_ablation": (CE["mean"] - CE["sae"]) / (CE["mean"] - CE["without"]),
+        "kl_div_with_sae": KL["sae"],
+        "kl_div_with_zero_ablation": KL["zero"],
+        "kl_div_with_mean_ablation": KL["mean"],
+        "kl_div_score_zero_ablation": (KL["zero"] - KL["sae"]) / KL["zero"],
+        "kl_div_score_mean_ablation": (KL["mean"] - KL["sae"]) / KL["mean"],
+    }
+
+
+def assert_close(found: LossRecovered, expected: dict[str, float]) -> None:
+    """To float32's rounding in the network; scores to that divided by their denominators."""
+    numbers = asdict(found)
+    assert numbers.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("_ablation") and "score" in name:
+            ablation = name.rsplit("score_", 1)[1]
+            part = "ce_loss" if name.startswith("ce") else "kl_div"
+            without = expected["ce_loss_without_sae"] if part == "ce_loss" else 0
+            tolerance = 1e-4 / abs(expected[f"{part}_with_{ablation}"] - without) * (1 + abs(value))
+            assert numbers[name] == pytest.approx(value, abs=tolerance), name
+        else:
+            assert numbers[name] == pytest.approx(value, rel=1e-5, abs=2e-5), name
+
+
+@pytest.mark.parametrize(("directory", "layer"), LAYERS)
+def test_untouched_activations_give_the_same_logits(directory: Path, layer: int) -> None:
+    """At every layer, the last one after the final layer norm included, with a tied and an untied head.
+
+    To 1e-4 at a scale of 2 to 17, since rounding differs between two programs; mostly it is 1e-6.
+    """
+    lm = load_language_model(str(directory), layer)
+    text = SAMPLE if directory == DEMO else stories_of(lm)[1]
+    [x], [logits] = lm.activations([text]), lm.logits([text])
+    assert lm.whole[0].config.num_layers == max(n for other, n in LAYERS if other == directory)
+    np.testing.assert_allclose(rest_of_network(lm, x[None])[0], logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("directory", "layer"), [(TIED, 0), (TIED, 2), (TIED, 4), (UNTIED, 1), (UNTIED, 3)])
+def test_losses_are_the_formulas_on_unpadded_stories(directory: Path, layer: int) -> None:
+    """Stories of unequal lengths, among them one without a token and one without a prediction."""
+    lm = load_language_model(str(directory), layer)
+    stories = stories_of(lm)
+    mean = mean_of(lm, stories)
+    found = loss_recovered(lm, stories, {"half": batch_at_once(Scaled(0.5))}, mean)
+    assert_close(found["half"], by_hand(lm, stories, 0.5, mean))
+    assert found["half"].predictions == 8 + 31 + 1 + 16 + 28
+
+
+@pytest.mark.parametrize(("exclude", "quantile"), [(1, 1.0), (3, 1.0), (0, 0.7), (2, 0.5)])
+def test_excluded_and_large_tokens_stay_as_they_are(exclude: int, quantile: float) -> None:
+    """Under the autoencoder and under both ablations, and they are counted."""
+    lm = load_language_model(str(TIED), 2)
+    stories = stories_of(lm)
+    mean = mean_of(lm, stories)
+    norms = np.linalg.norm(np.concatenate(lm.activations(stories)), axis=1)
+    limit = float(np.quantile(norms, quantile)) if quantile < 1 else 0.0
+    found = loss_recovered(lm, stories, {"sae": batch_at_once(Scaled(0.3))}, mean, exclude, limit)["sae"]
+    assert_close(found, by_hand(lm, stories, 0.3, mean, exclude, limit or np.inf))
+    assert found.untouched_tokens > 0
+
+
+def test_the_identity_scores_1_and_an_ablation_0() -> None:
+    """On the demo's model and its own text, where ablations lose much; several autoencoders are in one pass."""
+    lm = load_language_model(str(DEMO), 2)
+    texts = [SAMPLE, "The bear said: yes, we can play together. And they were happy.", "No."]
+    mean = np.concatenate(lm.activations(texts)).mean(0)
+    found = loss_recovered(
+        lm,
+        texts,
+        {
+            "identity": batch_at_once(Scaled(1)),
+            "zero": batch_at_once(Scaled(0)),
+            "mean": lambda x, lengths: np.broadcast_to(mean, x.shape),
+        },
+        mean,
+    )
+    identity, zero, of_mean = found["identity"], found["zero"], found["mean"]
+    assert identity.ce_loss_with_zero_ablation > identity.ce_loss_without_sae + 1
+    assert identity.ce_loss_with_mean_ablation > identity.ce_loss_without_sae + 0.5
+    for score in ("ce_loss_score", "kl_div_score"):
+        for ablation in ("zero", "mean"):
+            assert getattr(identity, f"{score}_{ablation}_ablation") == pytest.approx(1, abs=1e-5)
+            assert getattr(found[ablation], f"{score}_{ablation}_ablation") == 0
+    assert identity.kl_div_with_sae == pytest.approx(0, abs=1e-6)
+    assert zero.ce_loss_with_sae == zero.ce_loss_with_zero_ablation
+    assert of_mean.kl_div_with_sae == of_mean.kl_div_with_mean_ablation
+    assert len({(each.ce_loss_without_sae, each.kl_div_with_zero_ablation) for each in found.values()}) == 1
+    assert -np.log(np.finfo(np.float32).tiny) > identity.ce_loss_without_sae > 0
+
+
+def test_neither_padding_nor_company_changes_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other stories in the batch, a batch of one, and reconstructions of padding that are not finite."""
+    lm = load_language_model(str(TIED), 2)
+    stories = stories_of(lm, (20, 9, 31))
+    mean = mean_of(lm, stories)
+
+    def spoilt(x: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(x.shape[1])[:, None] < lengths[:, None, None], 0.5 * x, np.nan)
+
+    together = loss_recovered(lm, stories, {"sae": spoilt}, mean)["sae"]
+    alone = [loss_recovered(lm, [ids], {"sae": batch_at_once(Scaled(0.5))}, mean)["sae"] for ids in stories]
+    weights = [19, 8, 30]
+    for name in ("ce_loss_without_sae", "ce_loss_with_sae", "kl_div_with_sae", "kl_div_with_mean_ablation"):
+        expected = np.average([getattr(each, name) for each in alone], weights=weights)
+        assert getattr(together, name) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(module, "MOST_TOKENS_AT_A_TIME", 1)
+    one_by_one = loss_recovered(lm, stories, {"sae": spoilt}, mean)["sae"]
+    assert one_by_one.ce_loss_with_sae == pytest.approx(together.ce_loss_with_sae, rel=1e-6)
+
+
+def test_story_by_story_sees_whole_stories_without_padding() -> None:
+    """For an autoencoder that subtracts each story's own mean, the same as a batch where it does not."""
+    lm = load_language_model(str(TIED), 2)
+    stories = stories_of(lm)
+    mean, seen = mean_of(lm, stories), []
+
+    def half(x: np.ndarray) -> np.ndarray:
+        seen.append(len(x))
+        return 0.5 * x
+
+    autoencoders = {"batch": batch_at_once(Scaled(0.5)), "stories": story_by_story(half)}
+    found = loss_recovered(lm, stories, autoencoders, mean)
+    assert found["batch"] == found["stories"]
+    assert sorted(seen) == [2, 9, 17, 29, 32]
+
+
+def test_one_program_for_each_padded_length() -> None:
+    """However many stories there are of it; lengths that are padded to the same share it."""
+    lm = load_language_model(str(TIED), 2)
+    mean = np.zeros(lm.width)
+    module._losses_and_divergences.clear_cache()
+    loss_recovered(lm, stories_of(lm, (9, 3, 16, 12) * 20), {"sae": batch_at_once(Scaled(0.5))}, mean)
+    assert module._losses_and_divergences._cache_size() == 1
+    loss_recovered(lm, stories_of(lm, (5, 30)), {"sae": batch_at_once(Scaled(0.5))}, mean)
+    loss_recovered(lm, stories_of(lm, (14,)), {"sae": batch_at_once(Scaled(0.9))}, mean)
+    assert module._losses_and_divergences._cache_size() == 2
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    """Nothing to predict, nothing to replace, another width, and what is not finite, in one line each."""
+    lm = load_language_model(str(TIED), 2)
+    mean, stories = np.zeros(lm.width), stories_of(lm, (5, 7))
+    half = {"F8": batch_at_once(Scaled(0.5))}
+    with pytest.raises(BadInput, match="none of the 2 texts has 2 tokens or more"):
+        loss_recovered(lm, stories_of(lm, (1, 0)), half, mean)
+    with pytest.raises(BadInput, match="all 12 tokens are excluded first tokens or over the norm limit"):
+        loss_recovered(lm, stories, half, mean, exclude_first_tokens=7)
+    with pytest.raises(BadInput, match="the mean has the shape"):
+        loss_recovered(lm, stories, half, mean[:-1])
+    with pytest.raises(BadInput, match="F8 gives reconstructions of the shape"):
+        loss_recovered(lm, stories, {"F8": lambda x, lengths: x[0]}, mean)
+    with pytest.raises(BadInput, match="F8 gives a reconstruction that is not finite"):
+        loss_recovered(lm, stories, {"F8": lambda x, lengths: x * np.nan}, mean)
+    with pytest.raises(BadInput, match="has token ids from 1 to 1000000"):
+        loss_recovered(lm, [np.array([1, 10**6])], half, mean)
