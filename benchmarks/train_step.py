@@ -23,7 +23,7 @@ from jax_sae.config import Member, Precision, SweepConfig, TrainConfig, sweep_me
 from jax_sae.sweep.members import Group, make_groups
 from jax_sae.sweep.update import init_sweep, update_many
 
-D, STEPS = 768, 16
+D = 768
 SWEEPS = {
     "100, 767, 768, 1000": SweepConfig(features=(100, 767, 768, 1000)),
     "768": SweepConfig(features=(768,)),
@@ -51,26 +51,27 @@ def main(
     for name in sweeps:
         for B in batch_tokens:
             members = sweep_members(SWEEPS[name])
-            functions = {f"dot {F}": products(B, F, precision) for F in {member.features for member in members}}
-            functions |= ways(members, SWEEPS[name], TrainConfig(batch_tokens=B, precision=precision))
+            operations = 10 * B * D * sum(member.features for member in members)
+            steps = min(64, max(4, round(3e11 / operations)))
+            functions = {f"dot {F}": products(B, F, steps, precision) for F in {member.features for member in members}}
+            functions |= ways(members, SWEEPS[name], steps, TrainConfig(batch_tokens=B, precision=precision))
             times = seconds(functions, rounds)
             ideal = [sum(times[f"dot {member.features}"][i] for member in members) for i in range(rounds)]
             for way in (way for way in times if not way.startswith("dot")):
-                operations = 10 * B * D * STEPS * sum(member.features for member in members)
                 rows.append(
                     {
                         "members": name,
                         "B": B,
                         "run as": way,
-                        "ms a step": [1e3 * t / STEPS for t in times[way]],
-                        "GF/s": [operations / t / 1e9 for t in times[way]],
+                        "ms a step": [1e3 * t / steps for t in times[way]],
+                        "GF/s": [steps * operations / t / 1e9 for t in times[way]],
                         "fraction of jnp.dot": ratios(ideal, times[way]),
                     }
                 )
     report("train_step", rows, D=D, precision=precision)
 
 
-def products(B: int, F: int, precision: Precision) -> Callable[[], Any]:
+def products(B: int, F: int, steps: int, precision: Precision) -> Callable[[], Any]:
     """The five products of a member, alone, for as many steps."""
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     x, f, W = (
@@ -85,19 +86,21 @@ def products(B: int, F: int, precision: Precision) -> Callable[[], Any]:
     # on a CPU, XLA has no bfloat16 products with float32 sums for all shapes
     if precision == "bfloat16" and jax.default_backend() == "cpu":
         dot = jax.jit(jnp.dot)
-    return lambda: [[dot(x, W), dot(f, WT), dot(x, W), dot(fT, x), dot(xT, f)] for _ in range(STEPS)][-1]
+    return lambda: [[dot(x, W), dot(f, WT), dot(x, W), dot(fT, x), dot(xT, f)] for _ in range(steps)][-1]
 
 
-def ways(members: tuple[Member, ...], sweep: SweepConfig, train: TrainConfig) -> dict[str, Callable[[], Any]]:
-    """Functions that take STEPS steps of the members on the same batches."""
-    x = jax.random.normal(jax.random.key(0), (STEPS, train.batch_tokens, D))
+def ways(
+    members: tuple[Member, ...], sweep: SweepConfig, steps: int, train: TrainConfig
+) -> dict[str, Callable[[], Any]]:
+    """Functions that take that many steps of the members on the same batches."""
+    x = jax.random.normal(jax.random.key(0), (steps, train.batch_tokens, D))
     weights = jnp.ones(x.shape[:2])
 
     def stepper(groups: tuple[Group, ...]) -> Callable[[], jax.Array]:
         state = [init_sweep(groups, D, sweep, train)]
 
         def run() -> jax.Array:
-            state[0], losses = update_many(state[0], x, weights, 0, STEPS, train=train)
+            state[0], losses = update_many(state[0], x, weights, 0, steps, train=train)
             return losses
 
         return run

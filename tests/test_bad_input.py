@@ -611,7 +611,7 @@ TEXTS[3:6] = ["", " \n\t", "A fox."]
 TEXTS[11] = "The sun was warm. " * 200
 TEXTS[13] = "The end.<|endoftext|>One day, Lily went to the river.<|endoftext|>"
 OF_STORIES = [
-    *("--text.path", "text", "--activations.exclude-first-tokens", "1", "--activations.norm-limit", "110"),
+    *("--text.path", "text", "--activations.exclude-first-tokens", "1", "--activations.norm-limit", "114"),
     *("--sweep.learning-rates", "1e-3", "1e30", "--train.steps", "40", "--out", "run"),
 ]
 

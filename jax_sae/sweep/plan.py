@@ -11,7 +11,7 @@ from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
 from jax_sae.sweep.progress import Setup
-from jax_sae.sweep.update import MemberState, padded_shape
+from jax_sae.sweep.update import MemberState, padded_shape, rows_at_a_time
 
 PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000
 """What Python, JAX, its compiler and the other libraries take on a CPU; and those that read text and tokenise it."""
@@ -58,8 +58,9 @@ def _memory(setup: Setup) -> str:
     ]
     state = sum(n * n_bytes(shape) for n, shape in padded)
     gradients = sum(n * n_bytes(shape.params) for n, shape in padded)
-    rows = config.train.batch_tokens if config.train.batching == "tokens" else 2048
-    step = sum(n * rows * (3 * group.features + 3 * D) * 4 for (n, _), group in zip(padded, setup.groups, strict=True))
+    rows = rows_at_a_time(config.train.batch_tokens if config.train.batching == "tokens" else 2048)
+    at_once = [1 if jax.default_backend() == "cpu" else len(group.names) for group in setup.groups]
+    step = sum(n * rows * (3 * group.features + 3 * D) * 4 for n, group in zip(at_once, setup.groups, strict=True))
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
     held_out = 2 * config.activations.held_out_tokens * D * 4
     losses = 4 * config.train.steps * len(setup.names())

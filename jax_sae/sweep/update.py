@@ -1,4 +1,4 @@
-"""One optimiser step: of a member, of a group (the only vmap), of the sweep, and many steps in one dispatch."""
+"""One optimiser step: of a member, of a group (the only vmap), of the sweep; and many steps in one dispatch."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -132,9 +132,22 @@ def update_sweep(
     state: SweepState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
 ) -> tuple[SweepState, jax.Array]:
     """One step of every member of every group on the same batch; also losses per element [M], in groups' order."""
-    update_group = jax.vmap(partial(update_member, train=train), in_axes=(0, None, None))
-    states, losses = zip(*[update_group(group, x, weights) for group in state], strict=True)
+    states, losses = zip(*[update_group(group, x, weights, train=train) for group in state], strict=True)
     return tuple(states), jnp.concatenate(losses)
+
+
+def update_group(
+    group: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+) -> tuple[MemberState, jax.Array]:
+    """One step of every member of a group on the same batch; also losses per element [M].
+
+    The members of a group are computed at once; on a CPU one after another, so that what one of them needs stays in the
+    caches (docs/performance.md). The values are the same.
+    """
+    update = partial(update_member, train=train)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(update, in_axes=(0, None, None))(group, x, weights)
+    return jax.lax.map(lambda member: update(member, x, weights), group)
 
 
 @jax.jit

@@ -207,6 +207,21 @@ def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() 
         assert error < 1e-6 if lost == 0.0 else error > 0.1
 
 
+def test_members_at_once_equal_members_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator does, whole batches and vmap, and what a CPU does, parts and members in turn."""
+    sweep, train = SweepConfig(features=(23, 24), seeds=(0, 1)), TrainConfig(batch_tokens=2048)
+    [group] = init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)
+    x, weights = jax.random.normal(jax.random.key(0), (2048, D)), jnp.ones(2048)
+    results = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert rows_at_a_time(2048) == (1024 if backend == "cpu" else 2048)
+        results.append(jax.jit(lambda group: update.update_group(group, x, weights, train=train))(group))
+    for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        largest = max(1.0, float(np.abs(expected).max()))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
+
+
 @pytest.mark.parametrize(("batch_tokens", "rows"), [(256, 256), (1024, 1024), (4096, 1024), (1500, 750), (1031, 1031)])
 def test_a_large_batch_is_summed_in_parts(batch_tokens: int, rows: int) -> None:
     """The parts divide the batch, and error and gradient are those of the whole batch, padding included."""
