@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_sae.analysis.baselines import baselines, pca_fvu
+from jax_sae.analysis.baselines import add_rows, baselines, no_scatter, pca_fvu, principal_directions
 from jax_sae.analysis.statistics import Metrics, add_tokens, metrics, no_tokens
 from jax_sae.autoencoder.baselines import covariance_eigenvalues
 
@@ -35,3 +35,21 @@ def test_directions_between_whole_numbers_and_beyond_the_width() -> None:
     assert pca_fvu(eigenvalues, 2.2) == pytest.approx(0.8 * pca(2).fvu + 0.2 * pca(3).fvu)
     assert pca_fvu(eigenvalues, 5.5) == pytest.approx(0.5 * pca(5).fvu)
     assert [pca_fvu(eigenvalues, n) for n in (6, 6.5, 7, 100.3)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 399, 400])
+def test_directions_of_a_stream_are_those_of_all_rows(rows: int) -> None:
+    """However many come at a time: eigenvalues as in two passes, and directions that leave just the others over."""
+    scatter = no_scatter(6)
+    for start in range(0, 400, rows):
+        scatter = add_rows(scatter, X[start : start + rows])
+    scatter = add_rows(scatter, X[:0])
+    eigenvalues, directions = principal_directions(scatter)
+    assert scatter.tokens == 400
+    np.testing.assert_allclose(scatter.mean, X.mean(0))
+    np.testing.assert_allclose(eigenvalues, covariance_eigenvalues(X))
+    np.testing.assert_allclose(directions @ directions.T, np.eye(6), atol=1e-12)
+    centred = X - X.mean(0)
+    for n in range(7):
+        V = directions[:n]
+        np.testing.assert_allclose(np.square(centred - centred @ V.T @ V).sum(), eigenvalues[n:].sum(), atol=1e-9)
