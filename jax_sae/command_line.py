@@ -70,7 +70,7 @@ def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
             traceback.print_exc()
         message = str(error)
         if isinstance(error, OSError):
-            message = f"a file could not be read or written ({error}); put that right, and go on with --resume"
+            message = f"a file could not be read or written ({error}); put that right; a run goes on with --resume"
         elif isinstance(error, MemoryError):
             message = f"there is too little memory ({error}); ask for less at a time"
         print("error:", *message.splitlines(), file=sys.stderr)
