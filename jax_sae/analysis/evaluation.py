@@ -12,24 +12,22 @@ Activations are read a piece at a time, so memory does not grow with their numbe
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from jax_sae.activations.batches import Position, finite_activations, walk
-from jax_sae.activations.normalize import Normalization, denormalize, for_story, identity, normalize
-from jax_sae.activations.norms import token_norms
-from jax_sae.activations.sources import Item, Source, StorySource, open_sources
-from jax_sae.analysis.baselines import Scatter, add_rows, baselines, no_scatter, principal_directions
+from jax_sae.activations.sources import Source, StorySource, open_sources
+from jax_sae.analysis.baselines import baselines, principal_directions
 from jax_sae.analysis.figures import FrontierPoint, draw_feature_density, draw_frontier
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
+from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
-from jax_sae.analysis.statistics import DENSE, Metrics, Sums, add_tokens, density_histogram, metrics, no_tokens
+from jax_sae.analysis.statistics import Metrics, density_histogram, metrics
+from jax_sae.analysis.tables import tables
 from jax_sae.config import Config, config_from_dict, sweep_members
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_model_files, read_json
@@ -38,31 +36,11 @@ from jax_sae.sweep.checkpoints import Checkpoints, Tree
 from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
 from jax_sae.sweep.members import member_names
 from jax_sae.sweep.progress import device, versions
-from jax_sae.sweep.report import say, table, write_json
+from jax_sae.sweep.report import say, write_json
 from jax_sae.sweep.update import init_member
-
-ROWS_AT_A_TIME = 1024
-"""Rows that are encoded at once, padded to this number, so that each width is compiled once."""
-
-PIECE_TOKENS = 16_384
-"""About how many tokens are read at once: enough for batches of stories of equal length."""
 
 SEED_OF_NULL = 0
 """Of the random directions that stability is compared with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What one pass over the held-out tokens tells."""
-
-    sums: dict[str, Sums | None]
-    """Of each autoencoder; None where a feature or a reconstruction was not finite."""
-    scatter: Scatter
-    """Of the activations."""
-    stories: list[np.ndarray]
-    """Token ids [T] of each story, whole; none where rows were read."""
-    over_norm_limit: int
-    """Tokens that were left out because their norm is larger than `norm_limit`."""
 
 
 def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) -> dict[str, Any]:
@@ -113,7 +91,7 @@ def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) ->
         "versions": versions(),
     }
     record = _finite(record)
-    say(["", *_tables(record), ""])
+    say(["", *tables(record), ""])
     _write(run, suffix, record, measured, eigenvalues)
     return record
 
@@ -199,124 +177,6 @@ def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) 
 def untrained(name: str) -> str:
     """What a member is called before its first step."""
     return f"{name} before training"
-
-
-def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_tokens: int) -> Measured:
-    """Run autoencoders of one run over the first whole items of a source, about `n_tokens` tokens, in one pass.
-
-    The tokens are those of `first_activations`, but no more than a piece of them is in memory.
-
-    Raises:
-        BadInput: if an activation is not finite, more than half are over the norm limit, or all are equal.
-    """
-    some = next(iter(autoencoders.values()))
-    activations = some.config.activations
-    sums: dict[str, Sums | None] = {name: no_tokens(sae.width, sae.features) for name, sae in autoencoders.items()}
-    scatter, token_ids, over = no_scatter(some.width), [], 0
-    with tqdm(total=n_tokens, unit=" tokens", desc="held out", leave=False) as bar:
-        for items in _pieces(source, n_tokens):
-            stories: list[Any] = [None] * len(items)
-            for i, story in finite_activations(source, items):
-                stories[i] = story.copy()  # it is a view of a larger array
-            x, normalization = np.concatenate(stories), _of_rows(some, stories, [len(story) for story in stories])
-            if activations.norm_limit:
-                within = token_norms(x) <= activations.norm_limit
-                over += int(np.sum(~within))
-                x, normalization = x[within], _rows(normalization, within)
-            scatter = add_rows(scatter, x)
-            for name, sae in autoencoders.items():
-                sums[name] = _add(sums[name], sae, x, normalization)
-            token_ids += [item.token_ids for item in items if hasattr(item, "token_ids")]
-            bar.update(len(x))
-    if over > scatter.tokens:
-        raise BadInput(
-            f"{source.name}: {over:,} of {over + scatter.tokens:,} tokens have a larger norm than "
-            f"activations.norm_limit, {activations.norm_limit:g}; evaluate more --tokens"
-        )
-    if not np.trace(scatter.matrix) > 0:
-        raise BadInput(
-            f"{source.name}: the {scatter.tokens:,} activations are all equal, so there is no variance to explain; "
-            "evaluate more --tokens"
-        )
-    return Measured(sums, scatter, token_ids, over)
-
-
-def _pieces(source: Source, n_tokens: int) -> Iterator[list[Item]]:
-    """The items that `first_activations` would read, about `PIECE_TOKENS` tokens at a time."""
-    piece: list[Item] = []
-    in_piece = total = 0
-    for item, here in walk(source, Position(), shuffle_seed=None):
-        if here.epoch or (total and total + len(item) > n_tokens):
-            break
-        if in_piece + len(item) > PIECE_TOKENS and piece:
-            yield piece
-            piece, in_piece = [], 0
-        piece.append(item)
-        in_piece, total = in_piece + len(item), total + len(item)
-    yield piece
-
-
-def _of_rows(sae: TrainedAutoencoder, stories: Sequence[np.ndarray], lengths: Sequence[int]) -> Normalization:
-    """The normalisation of each row, [N, D] or [N, 1]; `lengths[i]` adjacent rows have the one of story i.
-
-    A story without tokens to take one from has the identity.
-    """
-    kind, N = sae.config.activations.normalization, sum(lengths)
-    if kind != "story":
-        mean, scale = sae.normalization
-        return Normalization(np.broadcast_to(mean, (N, sae.width)), np.broadcast_to(scale, (N, 1)))
-    each = [
-        for_story(kind, sae.normalization, x) if len(x) else Normalization(np.float32(0), np.float32(1))
-        for x in stories
-    ]
-    return Normalization(*(np.repeat(np.array(numbers), lengths)[:, None] for numbers in zip(*each, strict=True)))
-
-
-def _rows(normalization: Normalization, rows: slice | np.ndarray) -> Normalization:
-    return Normalization(*(np.asarray(numbers)[rows] for numbers in normalization))
-
-
-def _autoencode(
-    sae: TrainedAutoencoder, x: np.ndarray, normalization: Normalization
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield rows [n, D] of x[N, D], their features [n, F] and their reconstructions [n, D], in the model's own scale.
-
-    Each row has its own normalisation, and neither its story nor its neighbours matter to an autoencoder.
-    """
-    settings = replace(sae.config, activations=replace(sae.config.activations, normalization="none"))
-    normalized = replace(sae, normalization=identity(sae.width), config=settings)
-    for start in range(0, len(x), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        part, of_part = x[rows], _rows(normalization, rows)
-        n = len(part)
-        features = normalized.encode(np.pad(normalize(of_part, part), ((0, ROWS_AT_A_TIME - n), (0, 0))))
-        yield part, np.asarray(features)[:n], denormalize(of_part, np.asarray(normalized.decode(features))[:n])
-
-
-def _add(sums: Sums | None, sae: TrainedAutoencoder, x: np.ndarray, normalization: Normalization) -> Sums | None:
-    """The sums with the rows of x[N, D] too; None once something is not finite."""
-    if sums is None:
-        return None
-    with np.errstate(over="ignore", invalid="ignore"):  # of a member that diverged
-        for part, features, x_hat in _autoencode(sae, x, normalization):
-            if not (np.isfinite(features).all() and np.isfinite(x_hat).all()):
-                return None
-            sums = add_tokens(sums, part, features, x_hat)
-    return sums
-
-
-def reconstruction(sae: TrainedAutoencoder) -> Reconstruct:
-    """An autoencoder as `loss_recovered` uses it: of each story the normalisation is that of training."""
-    exclude = sae.config.activations.exclude_first_tokens
-
-    def reconstruct(x: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        B, T, D = x.shape
-        stories = [story[exclude:length] for story, length in zip(x, lengths, strict=True)]
-        flat = x.reshape(B * T, D)
-        parts = [x_hat for _, _, x_hat in _autoencode(sae, flat, _of_rows(sae, stories, [T] * B))]
-        return np.concatenate(parts).reshape(x.shape)
-
-    return reconstruct
 
 
 def _recover(
@@ -413,74 +273,6 @@ def _finite(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _tables(record: Mapping[str, Any]) -> list[str]:
-    """Lines for the screen."""
-    members = record["members"]
-    header = ["member", "kind", "L0", "FVU", "PCA, F", "PCA, L0", "untrained"]
-    header += ["cosine", "norm ratio", "bias", "dead", "dense"]
-    rows = []
-    for member in members:
-        of = member["baselines"] or {"pca_features": {}, "pca_l0": {}, "untrained": {}}
-        fvus = [each.get("fvu") for each in (member, of["pca_features"], of["pca_l0"], of["untrained"])]
-        more = [member[name] for name in ("cossim", "l2_ratio", "relative_reconstruction_bias")]
-        counts = [member[name] for name in ("dead_features", "dense_features")]
-        rows.append([member["name"], member["kind"], *map(_shown, [member["l0"], *fvus, *more, *counts])])
-    lines = [
-        *table(header, rows),
-        f"of {record['tokens']:,} held-out tokens: a feature is dead if it is never on in these, dense if on in more "
-        f"than {100 * DENSE:g} %",
-    ]
-    scored = [member for member in members if "ce_loss_with_sae" in member]
-    if scored:
-        header = [
-            "member",
-            "CE with it",
-            "recovered",
-            "PCA, F",
-            "PCA, L0",
-            "untrained",
-            "of mean",
-            "KL",
-            "KL recovered",
-        ]
-        rows = []
-        for member in scored:
-            of = member["baselines"]
-            by_zero = [
-                e.get("ce_loss_score_zero_ablation")
-                for e in (member, of["pca_features"], of["pca_l0"], of["untrained"])
-            ]
-            names = ("ce_loss_score_mean_ablation", "kl_div_with_sae", "kl_div_score_zero_ablation")
-            rows.append([member["name"], *map(_shown, [member["ce_loss_with_sae"], *by_zero, *map(member.get, names)])])
-        first = scored[0]
-        ce = [first[f"ce_loss_with{part}"] for part in ("out_sae", "_zero_ablation", "_mean_ablation")]
-        lines += [
-            "",
-            *table(header, rows),
-            "CE: {} nats a token untouched, {} with zeros, {} with the mean in place of activations; recovered is 1 as "
-            "untouched and 0 as with zeros (of mean: as with the mean)".format(*map(_shown, ce)),
-        ]
-    if record["stability"]:
-        header = ["seeds", "mean max cosine", "random", "matched one to one", "random"]
-        shown = ("mean_max_cosine", "null_mean_max_cosine", "matched_cosine", "null_matched_cosine")
-        rows = [[" ".join(pair["members"]), *(_shown(pair[name]) for name in shown)] for pair in record["stability"]]
-        lines += ["", *table(header, rows)]
-    notes = [f"left out      {record['left_out']}"] if record["left_out"] else []
-    for member in members:
-        if member["diverged_at_step"] is not None:
-            notes.append(
-                f"diverged      {member['name']} at step {member['diverged_at_step']}; it is as it was before that step"
-                + (", and its numbers are not finite" if member["fvu"] is None else "")
-            )
-        elif member["fvu"] is None:
-            notes.append(f"not finite    {member['name']}: a feature or a reconstruction; it has no numbers")
-    return lines + ([""] if notes else []) + notes
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured, eigenvalues: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import identity
 from jax_sae.activations.sources import Source, StorySource, open_sources
 from jax_sae.activations.store import write_store
-from jax_sae.analysis import evaluation
+from jax_sae.analysis import evaluation, measure
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.analysis.loss_recovered import loss_recovered, story_by_story
 from jax_sae.analysis.stability import stability
@@ -194,10 +194,10 @@ def test_the_identity_recovers_all_of_the_loss(
 def test_pieces_change_nothing_and_hold_few_tokens(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of one story or of all of them, encoded in whatever numbers of rows; the items are those of training's end."""
     whole = read(run / "evaluation.json")
-    monkeypatch.setattr(evaluation, "PIECE_TOKENS", 150)
-    monkeypatch.setattr(evaluation, "ROWS_AT_A_TIME", 37)
+    monkeypatch.setattr(measure, "PIECE_TOKENS", 150)
+    monkeypatch.setattr(measure, "ROWS_AT_A_TIME", 37)
     source, _ = opened(run)
-    pieces = list(evaluation._pieces(source, 500))
+    pieces = list(measure._pieces(source, 500))
     lengths = [[len(item) for item in piece] for piece in pieces]
     assert len(pieces) > 1 and all(sum(piece) <= 150 or len(piece) == 1 for piece in lengths)
     assert [length for piece in lengths for length in piece] == [len(x) for x in first_activations(source, 500, None)]
