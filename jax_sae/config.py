@@ -6,7 +6,6 @@ Files in `configs/` and flags on the command line only override what stands here
 
 import dataclasses
 import difflib
-import math
 import sys
 import tomllib
 import types
@@ -19,7 +18,9 @@ from typing import Any, Literal
 from jax_sae.errors import BadInput
 
 Normalization = Literal["dataset", "story", "none"]
-Initialization = Literal["torch", "orthogonal"]
+Initialization = Literal["torch", "orthogonal", "transposed"]
+DecoderNorm = Literal["free", "unit"]
+DecoderBias = Literal["zero", "mean", "geometric_median"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -80,7 +81,7 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """One autoencoder of a sweep."""
+    """One autoencoder of a sweep. None stands for what its kind's paper uses, or for [train]'s value."""
 
     features: int
     """Number of features F."""
@@ -88,24 +89,103 @@ class Member:
     """Seed of its initial values."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    kind: str = "relu"
+    """A file of jax_sae/autoencoder/kinds."""
+    l1_coefficient: float | None = None
+    """relu, gated: lambda, which weighs the sum of features times the norms of their directions."""
+    l0_coefficient: float | None = None
+    """jumprelu: lambda, which weighs the number of active features."""
+    target_l0: float | None = None
+    """jumprelu: the number of active features a token, instead of a lambda."""
+    k: int | None = None
+    """topk, batchtopk, matryoshka: active features a token."""
+    auxk_coefficient: float | None = None
+    """topk, batchtopk, matryoshka: weight of what dead features make of the error; 0: none."""
+    bandwidth: float | None = None
+    """jumprelu: width of the window around a threshold in which it has a gradient, as a part of sqrt(D)."""
+    initial_threshold: float | None = None
+    """jumprelu: each threshold at the start, as a part of sqrt(D)."""
+    schedule: Schedule | None = None
+    """Instead of train.schedule."""
+    warmup: float | None = None
+    """Instead of train.warmup."""
+    decay: float | None = None
+    """Instead of train.decay."""
+    penalty_warmup: float | None = None
+    """Instead of train.penalty_warmup."""
+    decoder_norm: DecoderNorm | None = None
+    """unit: directions are kept at norm 1, their gradients projected. free: they are not."""
+    initialization: Initialization | None = None
+    """torch, orthogonal or transposed, as in jax_sae/autoencoder/model.py."""
+    initial_norm: float | None = None
+    """With transposed: norm of each direction at the start."""
+    encoder_bias: float | None = None
+    """With orthogonal: initial b_enc in standard deviations of an activation."""
+    decoder_bias: DecoderBias | None = None
+    """What is added to the initial b_dec: nothing, or the mean or geometric median of the first activations."""
+    dead_after_tokens: int | None = None
+    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling."""
+    resamples: int | None = None
+    """How often, evenly spread over the steps, dead features are set to activations with a large error."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Which autoencoders are trained: every combination of the three lists, or the explicit members."""
+    """Which autoencoders are trained: every combination of the lists that their kind has, or the explicit members.
 
+    An empty list stands for one value, what the kind's paper uses; in TOML a single value needs no brackets. Beside
+    explicit members, a single value is that of every member that does not say otherwise and whose kind has it.
+    """
+
+    kinds: tuple[str, ...] = ("relu",)
+    """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds."""
     features: tuple[int, ...] = (100, 767, 768, 1000)
     """Numbers of features F."""
+    l1_coefficient: tuple[float, ...] = ()
+    """relu (default 0, the plain autoencoder), gated: lambda of the L1 penalty, weighted by the directions' norms."""
+    l0_coefficient: tuple[float, ...] = ()
+    """jumprelu: lambda of the number of active features."""
+    target_l0: tuple[float, ...] = ()
+    """jumprelu: numbers of active features a token to aim at, instead of a lambda."""
+    k: tuple[int, ...] = ()
+    """topk, batchtopk, matryoshka (default 32): active features a token."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial values."""
     learning_rates: tuple[float, ...] = (1e-3,)
     """Peak learning rates."""
-    members: tuple[Member, ...] = ()
-    """Instead of the lists: [[sweep.members]] in TOML, features=768,seed=1,learning_rate=1e-3 as a flag."""
-    initialization: Initialization = "torch"
-    """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, its transpose as W_enc."""
-    encoder_bias: float = 0.0
+    scale_learning_rates: bool = False
+    """Multiply them by 1 / sqrt(F / 2^14), as Gao et al. 2024 do."""
+    auxk_coefficient: tuple[float, ...] = ()
+    """topk, batchtopk, matryoshka (default 1/32): weight of what dead features make of the error; 0: none."""
+    bandwidth: tuple[float, ...] = ()
+    """jumprelu (default 0.001): width of the window in which a threshold has a gradient, as a part of sqrt(D)."""
+    initial_threshold: tuple[float, ...] = ()
+    """jumprelu (default 0.001): each threshold at the start, as a part of sqrt(D)."""
+    schedule: tuple[Schedule, ...] = ()
+    """Instead of train.schedule, for each member."""
+    warmup: tuple[float, ...] = ()
+    """Instead of train.warmup, for each member."""
+    decay: tuple[float, ...] = ()
+    """Instead of train.decay, for each member."""
+    penalty_warmup: tuple[float, ...] = ()
+    """Instead of train.penalty_warmup, for each member."""
+    decoder_norm: tuple[DecoderNorm, ...] = ()
+    """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
+    initialization: tuple[Initialization, ...] = ()
+    """torch: torch.nn.Linear's uniform values (relu's default). orthogonal: a random orthogonal W_dec. transposed (the
+    others' default): random directions of norm initial_norm. With the last two W_enc is W_dec's transpose."""
+    initial_norm: tuple[float, ...] = ()
+    """With transposed: norm of each direction at the start; default 1, for relu 0.1."""
+    encoder_bias: tuple[float, ...] = ()
     """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active."""
+    decoder_bias: tuple[DecoderBias, ...] = ()
+    """What is added to the initial b_dec: zero, or the mean or geometric_median of the first activations."""
+    dead_after_tokens: tuple[int, ...] = ()
+    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default 10 million."""
+    resamples: tuple[int, ...] = ()
+    """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
+    members: tuple[Member, ...] = ()
+    """Instead of the combinations: [[sweep.members]] in TOML, features=768,seed=1,kind=topk,k=16 as a flag."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +206,10 @@ class TrainConfig:
     """Learning rate after the warm-up: constant, or falling to zero at the last step along a cosine or a line."""
     warmup: float = 0.0
     """The part of the steps, from 0 to 1, over which the learning rate rises linearly from zero."""
+    decay: float = 1.0
+    """The part of the steps after the warm-up, from 0 to 1, at their end, over which the learning rate falls."""
+    penalty_warmup: float = 0.05
+    """The part of the steps, from 0 to 1, over which the sparsity penalty (not k) rises linearly from zero."""
     checkpoint_every: int = 5000
     """Steps between checkpoints; there is one at the end too."""
     log_every: int = 10
@@ -202,13 +286,21 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value, where, name + ".")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(arguments[0], item, where, name) for item in value)
+    if origin is tuple:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(arguments[0], item, where, name) for item in values)
+    if hint != (something := without_none(hint)):
+        return None if value is None else _convert(something, value, where, name)
     if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if value in arguments if origin is Literal else type(value) is hint:
         return value
     raise BadInput(f"{where}: {name} is {shortened(value)}; {expected(hint)} was expected")
+
+
+def without_none(hint: Any) -> Any:
+    """X of `X | None`; any other type as it is."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
 
 
 def expected(hint: Any) -> str:
@@ -239,43 +331,42 @@ def option_names() -> list[str]:
     return list(option_types())
 
 
-def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
-    """The explicit members, or every combination of features, seeds and learning rates, in that nesting."""
-    if sweep.members:
-        return sweep.members
-    return tuple(
-        Member(features, seed, learning_rate)
-        for features in sweep.features
-        for seed in sweep.seeds
-        for learning_rate in sweep.learning_rates
-    )
+def positive(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+    """Raise BadInput unless 0 < value <= most."""
+    if not 0 < value <= most:
+        limit = f" and up to {most}" if value > most else ""
+        raise BadInput(f"{name} is {shortened(value)}; a number above 0{limit} was expected")
+
+
+def not_negative(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+    """Raise BadInput unless 0 <= value <= most."""
+    if not 0 <= value <= most:
+        limit = f", up to {most}," if value > most else ""
+        raise BadInput(f"{name} is {shortened(value)}; 0 or more{limit} was expected")
+
+
+def within_float32(name: str, value: float) -> None:
+    """Raise BadInput if float32 would make a positive number zero or infinite."""
+    if value and not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+        raise BadInput(
+            f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
+            f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
+        )
+
+
+def part_of_steps(name: str, value: float) -> None:
+    """Raise BadInput unless 0 <= value <= 1."""
+    if not 0 <= value <= 1:
+        raise BadInput(f"{name} is {value}; a part of the steps, from 0 to 1, was expected")
 
 
 def validate(config: Config) -> None:
-    """Check every value that can be judged without opening a model or a dataset.
+    """Check every value that can be judged without opening a model or a dataset, and is not a member's.
 
     Raises:
         BadInput: naming the setting, its value and what is expected.
     """
-    sweep, train, activations = config.sweep, config.train, config.activations
-
-    def positive(name: str, value: float, most: float = LARGEST_COUNT) -> None:
-        if not 0 < value <= most:
-            limit = f" and up to {most}" if value > most else ""
-            raise BadInput(f"{name} is {shortened(value)}; a number above 0{limit} was expected")
-
-    def not_negative(name: str, value: float, most: float = LARGEST_COUNT) -> None:
-        if not 0 <= value <= most:
-            limit = f", up to {most}," if value > most else ""
-            raise BadInput(f"{name} is {shortened(value)}; 0 or more{limit} was expected")
-
-    def float32(name: str, value: float) -> None:
-        if value and not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
-            raise BadInput(
-                f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
-                f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
-            )
-
+    train, activations = config.train, config.activations
     not_negative("model.layer", config.model.layer)
     positive("activations.block_tokens", activations.block_tokens)
     positive("activations.held_out_tokens", activations.held_out_tokens)
@@ -288,8 +379,8 @@ def validate(config: Config) -> None:
             raise BadInput(
                 f"train.{name} is {getattr(train, name)}; a number from 0 to {LARGEST_BELOW_1:.8f} was expected"
             )
-    if not 0 <= train.warmup <= 1:
-        raise BadInput(f"train.warmup is {train.warmup}; a part of the steps, from 0 to 1, was expected")
+    for name in ("warmup", "decay", "penalty_warmup"):
+        part_of_steps(f"train.{name}", getattr(train, name))
     if train.batching == "tokens" and train.batch_tokens > activations.block_tokens:
         raise BadInput(
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
@@ -313,20 +404,3 @@ def validate(config: Config) -> None:
             "of their story, so train.batching and activations.normalization cannot be 'story'; use 'tokens' and "
             "'dataset', or activations.exclude_first_tokens in place of the limit"
         )
-    not_negative("sweep.encoder_bias", sweep.encoder_bias, math.inf)
-    float32("sweep.encoder_bias", sweep.encoder_bias)
-    if sweep.encoder_bias and sweep.initialization != "orthogonal":
-        raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
-    members = sweep_members(sweep)
-    if not members:
-        raise BadInput(
-            "the sweep has no members: sweep.features, sweep.seeds and sweep.learning_rates each need a value"
-        )
-    for member in members:
-        positive("sweep.features", member.features)
-        not_negative("sweep.seeds", member.seed, LARGEST_SEED)
-        positive("sweep.learning_rates", member.learning_rate, math.inf)
-        float32("sweep.learning_rates", member.learning_rate)
-    for i, member in enumerate(members):
-        if member in members[:i]:
-            raise BadInput(f"the sweep has this member twice: {member}")

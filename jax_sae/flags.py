@@ -6,15 +6,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
-from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar
 
-from jax_sae.config import Config, Member, expected, load_config, option_types
+from jax_sae.config import Config, Member, expected, load_config, option_types, without_none
 from jax_sae.errors import BadInput
 
 Options = TypeVar("Options")
 
-MEMBER = "features=F,seed=S,learning_rate=LR"
+MEMBER = "features=F,kind=KIND,seed=S,learning_rate=LR,..."
 """How a member is written as a flag."""
 
 
@@ -49,7 +48,9 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
             metavar=MEMBER,
             instance_from_str=lambda strings: parse_member(strings[0]),
             is_instance=lambda value: isinstance(value, Member),
-            str_from_instance=lambda m: [f"features={m.features},seed={m.seed},learning_rate={m.learning_rate!r}"],
+            str_from_instance=lambda m: [
+                ",".join(f"{name}={value}" for name, value in dataclasses.asdict(m).items() if value is not None)
+            ],
         )
 
     given = check_flags(argv)
@@ -157,8 +158,7 @@ def _check_values(flag: str, hint: Any, words: Sequence[str]) -> None:
             raise BadInput(f"{flag} is {shortened(words[0])}, but it takes no value; write {flag}, or leave it out")
         return
     many = typing.get_origin(hint) is tuple
-    if many or typing.get_origin(hint) is UnionType:
-        hint = typing.get_args(hint)[0]
+    hint = typing.get_args(hint)[0] if many else without_none(hint)
     wanted = {Path: "a path", Member: MEMBER}.get(hint) or expected(hint)
     if not words and not many:
         raise BadInput(f"{flag} has no value; {wanted} was expected")
@@ -181,19 +181,21 @@ def _fits(hint: Any, word: str) -> bool:
 
 
 def parse_member(text: str) -> Member:
-    """Read `features=768,seed=1,learning_rate=1e-3`; seed and learning rate may be left out.
+    """Read `features=768,seed=1,kind=topk,k=16`, the fields of `Member`; all but features may be left out.
 
     Raises:
         ValueError: if it is not of this form.
     """
-    types = {"features": int, "seed": int, "learning_rate": float}
+    types = {name: without_none(hint) for name, hint in typing.get_type_hints(Member).items()}
     values: dict[str, Any] = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
         key = key.strip()
         if key not in types or key in values:
             raise ValueError(f"{key!r} is not a part of a member, or stands twice")
-        values[key] = types[key](value)
+        if not _fits(types[key], value):
+            raise ValueError(f"{key} is {value!r}; {expected(types[key])} was expected")
+        values[key] = value if typing.get_origin(types[key]) is Literal else types[key](value)
     if "features" not in values:
         raise ValueError("features=F is missing")
     return Member(**values)

@@ -97,7 +97,7 @@ def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         (["--train.steps=3"], "train.steps", 3),
         (["--train.batch_tokens", "3"], "train.batch_tokens", 3),
         (["--train.steps", "3", "--train.steps", "4"], "train.steps", 4),
-        (["--sweep.encoder-bias", "-1e-3"], "sweep.encoder_bias", -1e-3),
+        (["--sweep.encoder-bias", "-1e-3"], "sweep.encoder_bias", (-1e-3,)),
         (["--sweep.learning-rates", "1e-3", "-2"], "sweep.learning_rates", (1e-3, -2.0)),
         (["--sweep.features=3", "--resume"], "sweep.features", (3,)),
         (["--sweep.features"], "sweep.features", ()),

@@ -16,10 +16,10 @@ from jax_sae.config import (
     config_to_dict,
     load_config,
     option_names,
-    sweep_members,
     validate,
 )
 from jax_sae.errors import BadInput
+from jax_sae.sweep.members import complete, sweep_members
 
 BAD = [
     ("[train]\nstep = 3", r"unknown key 'train.step'; did you mean 'train.steps'"),
@@ -36,7 +36,8 @@ BAD = [
     ("[train]\nbeta2 = 1.0", r"train.beta2 is 1.0"),
     ("[sweep]\nfeatures = [8, 0]", r"sweep.features is 0"),
     ("[sweep]\nfeatures = []", r"no members"),
-    ("[sweep]\nfeatures = 8", r"sweep.features is 8; a list"),
+    ("[sweep]\nfeatures = '8'", r"sweep.features is '8'; a whole number"),
+    ("[sweep]\nfeatures = [8, '9']", r"sweep.features is '9'; a whole number"),
     ("[sweep]\nfeatures = [8, 8]", r"this member twice"),
     ("[sweep]\nlearning_rates = [-1e-3]", r"sweep.learning_rates is -0.001"),
     ("[sweep]\nlearning_rates = [nan]", r"sweep.learning_rates is nan"),
@@ -74,7 +75,7 @@ def test_what_does_not_fit_is_named(toml: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "bad.toml"
     path.write_text(toml)
     with pytest.raises(BadInput, match=message) as error:
-        load_config(path)
+        sweep_members(load_config(path).sweep)
     assert "\n" not in str(error.value)
 
 
@@ -99,7 +100,7 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize("rate", [3.4028234e38, float(np.finfo(np.float32).max), 1e-37, np.finfo(np.float32).tiny])
 def test_every_learning_rate_that_float32_keeps_is_valid(rate: float) -> None:
     """Up to the largest and down to the smallest normal one; they become neither infinite nor zero."""
-    validate(Config(sweep=replace(Config().sweep, learning_rates=(float(rate),))))
+    sweep_members(replace(Config().sweep, learning_rates=(float(rate),)))
     assert 0 < np.float32(rate) < np.inf
 
 
@@ -114,8 +115,9 @@ def test_tokens_can_be_excluded_wherever_that_has_a_meaning() -> None:
 def test_product_of_lists_or_explicit_members() -> None:
     """Features outermost; explicit members replace the product."""
     sweep = replace(Config().sweep, features=(3, 4), seeds=(0, 1), learning_rates=(0.1,))
-    assert sweep_members(sweep) == (Member(3, 0, 0.1), Member(3, 1, 0.1), Member(4, 0, 0.1), Member(4, 1, 0.1))
-    assert sweep_members(replace(sweep, members=(Member(9),))) == (Member(9),)
+    expected = Member(3, 0, 0.1), Member(3, 1, 0.1), Member(4, 0, 0.1), Member(4, 1, 0.1)
+    assert sweep_members(sweep) == tuple(map(complete, expected))
+    assert sweep_members(replace(sweep, members=(Member(9),))) == (complete(Member(9)),)
 
 
 def test_as_published_is_the_source_experiment() -> None:
@@ -126,7 +128,7 @@ def test_as_published_is_the_source_experiment() -> None:
     assert (config.train.schedule, config.train.warmup) == ("constant", 0)
     assert (config.train.beta1, config.train.beta2, config.train.steps) == (0.9, 0.999, 100_000)
     assert config.sweep.features == (100, 767, 768, 1000) and config.sweep.learning_rates == (1e-5,)
-    assert config.sweep.initialization == "torch" and config.train.checkpoint_every == 5000
+    assert config.sweep.initialization == ("torch",) and config.train.checkpoint_every == 5000
 
 
 def test_every_config_file_is_valid() -> None:
@@ -134,4 +136,4 @@ def test_every_config_file_is_valid() -> None:
     paths = sorted((REPOSITORY / "configs").glob("*.toml"))
     assert [path.stem for path in paths] == ["demo", "tinystories_33m", "tinystories_33m_as_published"]
     for path in paths:
-        load_config(path)
+        sweep_members(load_config(path).sweep)

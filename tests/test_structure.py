@@ -48,9 +48,9 @@ def test_imports_run_downwards(path: Path) -> None:
 
 
 def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
-    """Orbax in one file; one vmap for training and one for evaluation; torch nowhere; few places that compile."""
+    """Orbax in one file; one vmap; torch nowhere; few places that compile."""
     assert files_with("import orbax") == {"sweep/checkpoints.py"}
-    assert files_with("jax.vmap") == {"sweep/update.py", "sweep/held_out.py"}
+    assert files_with("jax.vmap") == {"sweep/update.py"}
     assert not files_with("import torch")
     assert files_with("jax.jit") == {
         "analysis/loss_recovered.py",

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -28,13 +28,13 @@ from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
-from jax_sae.config import Config, config_from_dict, sweep_members
+from jax_sae.config import Config, DecoderBias, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
 from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
-from jax_sae.sweep.members import member_names
+from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.sweep.progress import device, versions
 from jax_sae.sweep.report import say, write_json
 from jax_sae.sweep.update import init_member
@@ -165,12 +165,17 @@ def _load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAu
 
 
 def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) -> dict[str, TrainedAutoencoder]:
-    """Every member with its own random initial values, by `untrained`'s names."""
+    """Every member with its own random initial values, by `untrained`'s names.
+
+    What it remembers of training, such as a threshold, it keeps, and where its b_dec began at a centre of the
+    activations, it is 0 here.
+    """
+    no_centre = dict.fromkeys(get_args(DecoderBias), 0.0)
     return {
         untrained(name): replace(
-            sae, name=untrained(name), params=init_member(member, sae.width, config.sweep, config.train).params
+            sae, name=untrained(name), params=init_member(sae.member, sae.width, config.train, no_centre).params
         )
-        for (name, sae), member in zip(trained.items(), sweep_members(config.sweep), strict=True)
+        for name, sae in trained.items()
     }
 
 

@@ -3,7 +3,8 @@
     checkpoints/<step>/state/    arrays, in Orbax's own format:
         members/<name>/params/W_enc, b_enc, W_dec, b_dec      at the member's own number of features
         members/<name>/optimizer/<path in the Optax state>
-        members/<name>/losses                                 loss per element of every step so far
+        members/<name>/memory/...                             what some kinds remember besides: threshold, ...
+        members/<name>/metrics/loss_per_element, ...          of every step so far
         normalization/mean, scale
     checkpoints/<step>/run/      JSON: step, tokens, position in the data, config, digests of the inputs, versions
     checkpoints/<step>/digests/  JSON: sha256 of each array and of run/, verified whenever they are read

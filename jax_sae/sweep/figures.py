@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.config import Member
+from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
 
@@ -32,6 +33,64 @@ def member_colours(members: Sequence[Member], width: int) -> list[str]:
     return [colour or matplotlib.colors.to_hex(cividis(next(further))) for colour in colours]
 
 
+PANELS = (
+    ("reconstruction loss per element", "loss_per_element"),
+    ("all else that is minimised, per element", "penalty_per_element"),
+    ("proportion of active features", "l0"),
+)
+
+
+def draw_training(
+    directory: Path,
+    names: Sequence[str],
+    colours: Sequence[str],
+    metrics: np.ndarray,
+    features: Sequence[int],
+    title: str,
+) -> None:
+    """Draw `training.png`: reconstruction loss, penalty and proportion of active features over steps, logarithmic.
+
+    Args:
+        directory: where to write.
+        names: of the members.
+        colours: of the members.
+        metrics: [steps, M, METRICS] of every step; NaN from the step on at which a member diverged.
+        features: F of the members.
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    directory.mkdir(parents=True, exist_ok=True)
+    steps, curves, width = _means(metrics)
+    figure = Figure(figsize=(15, max(4.5, 0.2 * len(names))), layout="constrained")
+    panels: Any = figure.subplots(1, len(PANELS))
+    for axes, (label, metric) in zip(panels, PANELS, strict=True):
+        values = curves[..., METRICS.index(metric)]
+        if metric == "l0":
+            values = values / np.asarray(features)
+        shown = np.where(values > 0, values, np.nan)  # a logarithm shows no zero
+        lines = [axes.plot(steps, shown[:, i], color=colours[i], linewidth=1.2)[0] for i in range(len(names))]
+        if np.isfinite(shown).any():
+            axes.set_yscale("log")
+        else:
+            axes.text(0.5, 0.5, "0 for all members", ha="center", transform=axes.transAxes)
+        axes.set_xlim(0, len(metrics))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.legend(lines, names, loc="outside right center", frameon=False, fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(directory / "training.png", dpi=150)
+
+
+def _means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of [steps, ...] at most about CURVE_POINTS means over adjacent steps: at which steps, the means, of how many."""
+    width = max(1, len(values) // CURVE_POINTS)
+    n = len(values) // width
+    return (np.arange(n) + 0.5) * width, values[: n * width].reshape(n, width, *values.shape[1:]).mean(1), width
+
+
 def draw_losses(
     directory: Path,
     names: Sequence[str],
@@ -53,10 +112,7 @@ def draw_losses(
     from matplotlib.figure import Figure
 
     directory.mkdir(parents=True, exist_ok=True)
-    width = max(1, len(losses) // CURVE_POINTS)
-    n = len(losses) // width
-    steps = (np.arange(n) + 0.5) * width
-    curves = losses[: n * width].reshape(n, width, -1).mean(1)
+    steps, curves, width = _means(losses)
     first = curves[0][np.isfinite(curves[0])]
     for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
         entries = len(names) + len({floor for floor in floors if floor > 0}) + 1

@@ -1,6 +1,7 @@
 """Held-out activations: how good the members are there, and how good they could be."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ from jax_sae.activations.norms import within_norm_limit
 from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
-from jax_sae.autoencoder.model import Params, reconstruct
+from jax_sae.autoencoder.model import Autoencoder, decode, encode
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
+from jax_sae.sweep.members import Form
 from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096
@@ -79,25 +81,34 @@ def harvest_held_out(source: Source, fitted: Normalization, activations: Activat
     return HeldOut("story", x, rows, eigenvalues, scaled, n_over)
 
 
-@jax.jit
-def _squared_errors(params: Params, x: jax.Array, normalization: Normalization) -> jax.Array:
-    """|x - x_hat|^2 of each member and row, [M, B], in the language model's own scale."""
+@partial(jax.jit, static_argnames="model")
+def _errors_and_l0(
+    model: Autoencoder, group: MemberState, x: jax.Array, normalization: Normalization
+) -> tuple[jax.Array, jax.Array]:
+    """|x - x_hat|^2, in the language model's own scale, and the number of active features, [M, B] each."""
 
-    def of_member(params: Params) -> jax.Array:
-        x_hat = reconstruct(params, normalize(normalization, x))
-        return jnp.sum(jnp.square(x - denormalize(normalization, x_hat)), -1)
+    def of_member(member: MemberState) -> tuple[jax.Array, jax.Array]:
+        features = encode(model, member.params, {**member.settings, **member.memory}, normalize(normalization, x))
+        x_hat = denormalize(normalization, decode(model, member.params, features))
+        return jnp.sum(jnp.square(x - x_hat), -1), jnp.sum(features > 0, -1)
 
-    return jax.vmap(of_member)(params)
+    return jax.lax.map(of_member, group)  # one after another: their features may be many
 
 
-def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
-    """FVU of each member of a group over all held-out tokens, errors summed in float64."""
+def held_out_fvu_and_l0(held_out: HeldOut, group: MemberState, form: Form) -> list[tuple[float, float]]:
+    """FVU and L0 of each member of a group over all held-out tokens, errors summed in float64."""
+    model = form.model(held_out.x.shape[1], "float32")
     total = float(held_out.eigenvalues.sum())
-    errors = []
+    errors, active = [], []
     for start in range(0, len(held_out.x), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         normalization = held_out.normalization
         if held_out.kind == "story":
             normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
-        errors.append(np.asarray(_squared_errors(group.params, held_out.x[rows], normalization), np.float64))
-    return [fraction_of_variance_unexplained(of_member, total) for of_member in np.concatenate(errors, axis=1)]
+        error, on = _errors_and_l0(model, group, held_out.x[rows], normalization)
+        errors.append(np.asarray(error, np.float64))
+        active.append(np.asarray(on))
+    return [
+        (fraction_of_variance_unexplained(error, total), float(on.mean()))
+        for error, on in zip(np.concatenate(errors, axis=1), np.concatenate(active, axis=1), strict=True)
+    ]

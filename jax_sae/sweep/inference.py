@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,20 +11,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
-from jax_sae.autoencoder.model import Params, decode, encode
-from jax_sae.config import Config, config_from_dict
+from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
+from jax_sae.config import Config, Member, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
+from jax_sae.sweep.members import Group, complete
+from jax_sae.sweep.optimizer import traced_settings
 
 
-@jax.jit
-def _encode(params: Params, normalization: Normalization, x: jax.Array) -> jax.Array:
-    return encode(params, normalize(normalization, x))
+@partial(jax.jit, static_argnames="model")
+def _encode(
+    model: Autoencoder, params: Params, values: Values, normalization: Normalization, x: jax.Array
+) -> jax.Array:
+    return encode(model, params, values, normalize(normalization, x))
 
 
-@jax.jit
-def _decode(params: Params, normalization: Normalization, features: jax.Array) -> jax.Array:
-    return denormalize(normalization, decode(params, features))
+@partial(jax.jit, static_argnames="model")
+def _decode(model: Autoencoder, params: Params, normalization: Normalization, features: jax.Array) -> jax.Array:
+    return denormalize(normalization, decode(model, params, features))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +37,12 @@ class TrainedAutoencoder:
 
     name: str
     step: int
+    member: Member
+    """Its settings, its kind first of all."""
     params: Params
-    """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations."""
+    """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations. A kind may have more."""
+    memory: dict[str, jax.Array]
+    """What its kind remembers from training: of batchtopk and matryoshka the `threshold`."""
     normalization: Normalization
     config: Config = field(repr=False)
     """Of its run."""
@@ -58,7 +67,8 @@ class TrainedAutoencoder:
             BadInput: if the last axis is not D, or per story, if x is not one story with tokens after the first.
         """
         x = self._checked(x)
-        return _encode(self.params, self._normalization_of(x), x)
+        values = {**traced_settings(self.member, self.config.train), **self.memory}
+        return _encode(self._model, self.params, values, self._normalization_of(x), x)
 
     def decode(self, features: ArrayLike, story: ArrayLike | None = None) -> jax.Array:
         """features [..., F] -> x_hat[..., D] float32, in the language model's own scale.
@@ -78,12 +88,16 @@ class TrainedAutoencoder:
                 "decode(features, story=x), or sae(x) for both steps at once"
             )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
-        return _decode(self.params, normalization, features)
+        return _decode(self._model, self.params, normalization, features)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """x[..., D] -> its reconstruction, decode(encode(x))."""
         per_story = self.config.activations.normalization == "story"
         return self.decode(self.encode(x), story=x if per_story else None)
+
+    @property
+    def _model(self) -> Autoencoder:
+        return Group((self.member,), (self.name,)).form.model(self.width, "float32")
 
     def _checked(self, x: ArrayLike) -> jax.Array:
         x = jnp.asarray(x, jnp.float32)
@@ -132,17 +146,19 @@ def load_autoencoder(
         found = _choose(facts["members"], features, name, run)
 
         def only_that_member(tree: Tree) -> Tree:
+            its = tree["members"][found]
             return {
-                "members": {found: {"params": tree["members"][found]["params"]}},
+                "members": {found: {part: its[part] for part in ("params", "memory") if part in its}},
                 "normalization": tree["normalization"],
             }
 
         state = checkpoints.read_state(step, only_that_member)
     if (diverged := facts["diverged_at_step"].get(found)) is not None:
         warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
-    params = jax.tree.map(jnp.asarray, state["members"][found]["params"])
+    its = jax.tree.map(jnp.asarray, {"memory": {}, **state["members"][found]})
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
-    return TrainedAutoencoder(found, step, params, Normalization(**state["normalization"]), config)
+    member, normalization = complete(Member(**facts["members"][found])), Normalization(**state["normalization"])
+    return TrainedAutoencoder(found, step, member, its["params"], its["memory"], normalization, config)
 
 
 def _choose(members: Tree, features: int | None, name: str | None, run: str | Path) -> str:

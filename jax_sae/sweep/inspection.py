@@ -77,8 +77,9 @@ def _members(run: Path, facts: Tree) -> list[str]:
         loss = losses.get(name, {}).get("loss_per_element")
         diverged = facts["diverged_at_step"].get(name)
         shown = f"diverged at step {diverged}" if diverged else "-" if loss is None else f"{loss:.4g}"
-        rows.append([name, str(member["features"]), str(member["seed"]), f"{member['learning_rate']:g}", shown])
-    return table(["member", "features", "seed", "learning rate", f"loss/element at step {at:,}"], rows)
+        kind = member.get("kind", "relu")
+        rows.append([name, kind, str(member["features"]), str(member["seed"]), f"{member['learning_rate']:g}", shown])
+    return table(["member", "kind", "features", "seed", "learning rate", f"loss/element at step {at:,}"], rows)
 
 
 def _megabytes(run: Path, step: int) -> str:

@@ -1,34 +1,257 @@
-"""Config -> named members -> groups whose members are stacked and vmapped."""
+"""Config -> named members, complete and checked -> groups whose members are stacked and vmapped."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import Any
 
-from jax_sae.config import Member
+from jax_sae.autoencoder.kinds import kind_named, kind_names
+from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.config import (
+    LARGEST_SEED,
+    Member,
+    Precision,
+    SweepConfig,
+    not_negative,
+    part_of_steps,
+    positive,
+    within_float32,
+)
+from jax_sae.errors import BadInput
 
 WIDEST_PADDING = 1.05
 """A member joins a group if that widens it by at most this factor: its padded features cost arithmetic."""
 
+SETTINGS = tuple(field.name for field in fields(Member))
+LISTS = {"kind": "kinds", "seed": "seeds", "learning_rate": "learning_rates"}
+"""Settings of a member whose list in [sweep] has another name."""
+GENERAL = {
+    "decoder_norm": "free",
+    "initialization": "transposed",
+    "initial_norm": 1.0,
+    "encoder_bias": 0.0,
+    "decoder_bias": "zero",
+    "dead_after_tokens": 10_000_000,
+    "resamples": 0,
+}
+"""Settings that every kind has, with the default of those kinds that do not say otherwise."""
+OF_TRAIN = ("schedule", "warmup", "decay", "penalty_warmup")
+"""Settings that are those of [train] where a member does not say otherwise."""
+LEARNING_RATE_WIDTH = 2**14
+"""F at which `scale_learning_rates` changes nothing."""
+LABELS = {"learning_rate": "lr", "l1_coefficient": "lambda", "l0_coefficient": "lambda", "target_l0": "target"}
+"""How settings are called in names of members, where not by their own name."""
+
+
+def of_some_kinds() -> dict[str, list[str]]:
+    """Each setting that not every kind has, and the kinds that have it."""
+    kinds_with: dict[str, list[str]] = {}
+    for kind in kind_names():
+        for setting in kind_named(kind).settings:
+            kinds_with.setdefault(setting, []).append(kind)
+    return {setting: kinds for setting, kinds in kinds_with.items() if setting not in GENERAL}
+
+
+def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
+    """The explicit members, or every combination of the lists that a kind has: complete and checked.
+
+    Explicit members have what the lists say where they say nothing, of those that are given apart from features, seeds,
+    learning rates and kinds. The lists are nested as the fields of `Member` stand, kinds and features outermost, but seeds and learning rates
+    innermost. What is None is filled in with the kind's default; it stays None where the kind has no such setting, or
+    where [train] says it.
+
+    Raises:
+        BadInput: if there is none, one stands there twice, or a value does not fit, or not its kind.
+    """
+    members = [complete(member) for member in _explicit(sweep) or combinations(sweep)]
+    if not members:
+        raise BadInput(
+            "the sweep has no members: sweep.kinds, sweep.features, sweep.seeds and sweep.learning_rates each need a "
+            "value"
+        )
+    for member in members:
+        check(member)
+    if sweep.scale_learning_rates:
+        members = [
+            replace(member, learning_rate=member.learning_rate / math.sqrt(member.features / LEARNING_RATE_WIDTH))
+            for member in members
+        ]
+    for i, member in enumerate(members):
+        if member in members[:i]:
+            raise BadInput(f"the sweep has this member twice: {describe_member(member)}")
+    return tuple(members)
+
+
+def _explicit(sweep: SweepConfig) -> list[Member]:
+    """The explicit members, with the single values of the lists that they have and do not say.
+
+    Raises:
+        BadInput: if a list has several values.
+    """
+    only, members = of_some_kinds(), list(sweep.members)
+    for name in SETTINGS[4:] if members else ():
+        values = getattr(sweep, name)
+        if len(values) > 1:
+            raise BadInput(
+                f"{_option(name)} has {len(values)} values, but explicit members are not combined with lists; give one "
+                "value, for all members that do not say otherwise, or say it in sweep.members"
+            )
+        for i, member in enumerate(members):
+            if values and getattr(member, name) is None and member.kind in only.get(name, [member.kind]):
+                members[i] = replace(member, **{name: values[0]})
+    return members
+
+
+def combinations(sweep: SweepConfig) -> list[Member]:
+    """Every combination of the lists that a kind has.
+
+    Raises:
+        BadInput: if a list is given that none of the kinds has.
+    """
+    lists = {name: getattr(sweep, LISTS.get(name, name)) for name in SETTINGS}
+    only = of_some_kinds()
+    for name, kinds in only.items():
+        if lists[name] and not set(kinds) & set(sweep.kinds):
+            raise _of_another_kind(name, lists[name][0], " or ".join(map(repr, sweep.kinds)), kinds)
+    order = ["features", *(n for n in SETTINGS[4:] if lists[n]), "seed", "learning_rate"]
+    found = []
+    for kind in sweep.kinds:
+        kind_named(kind)
+        names = [name for name in order if kind in only.get(name, [kind])]
+        for values in product(*(lists[name] for name in names)):
+            found.append(Member(kind=kind, **dict(zip(names, values, strict=True))))
+    return found
+
+
+def complete(member: Member) -> Member:
+    """The member with its kind's defaults in place of None.
+
+    Raises:
+        BadInput: if it has a setting that its kind does not have.
+    """
+    kind = kind_named(member.kind)
+    for name, kinds in of_some_kinds().items():
+        if getattr(member, name) is not None and member.kind not in kinds:
+            raise _of_another_kind(name, getattr(member, name), repr(member.kind), kinds)
+    defaults = GENERAL | dict(kind.settings)
+    return replace(member, **{name: value for name, value in defaults.items() if getattr(member, name) is None})
+
+
+def _of_another_kind(name: str, value: Any, kind: str, kinds: Sequence[str]) -> BadInput:
+    return BadInput(f"{_option(name)} is {value!r}, but kind {kind} does not have it; {', '.join(kinds)} have")
+
+
+def _option(name: str) -> str:
+    return f"sweep.{LISTS.get(name, name)}"
+
+
+def check(member: Member) -> None:
+    """Raise BadInput unless a complete member can be trained."""
+    positive(_option("features"), member.features, 2**31 - 1)
+    not_negative(_option("seed"), member.seed, LARGEST_SEED)
+    positive(_option("learning_rate"), member.learning_rate, math.inf)
+    for name in ("l1_coefficient", "l0_coefficient", "auxk_coefficient", "encoder_bias"):
+        not_negative(_option(name), getattr(member, name) or 0.0, math.inf)
+    for name in ("target_l0", "k", "bandwidth", "initial_threshold", "initial_norm"):
+        if getattr(member, name) is not None:
+            positive(_option(name), getattr(member, name))
+    for name in SETTINGS:
+        if isinstance(value := getattr(member, name), float):
+            within_float32(_option(name), value)
+    for name in ("warmup", "decay", "penalty_warmup"):
+        part_of_steps(_option(name), getattr(member, name) or 0.0)
+    positive(_option("dead_after_tokens"), member.dead_after_tokens, 2**31 - 1)
+    not_negative(_option("resamples"), member.resamples)
+    for name in ("k", "target_l0"):
+        if (value := getattr(member, name)) is not None and value > member.features:
+            raise BadInput(
+                f"{_option(name)} is {value:g}, but the member has {member.features} features; give at most that"
+            )
+    if member.encoder_bias and member.initialization != "orthogonal":
+        raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
+    if member.decoder_norm == "unit" and member.initialization == "transposed" and member.initial_norm != 1:
+        raise BadInput(
+            f"sweep.initial_norm is {member.initial_norm:g}, but sweep.decoder_norm = 'unit' makes it 1; drop one"
+        )
+    needed = [name for name, default in kind_named(member.kind).settings.items() if default is None]
+    given = [name for name in needed if getattr(member, name) is not None]
+    if needed and len(given) != 1:
+        found = " and ".join(f"{_option(name)} {getattr(member, name):g}" for name in given) or "neither"
+        raise BadInput(
+            f"kind {member.kind!r} needs {' or '.join(map(_option, needed))}"
+            + (f", one of them, not {found}" if len(needed) > 1 else "")
+        )
+
+
+def settings_of(member: Member) -> dict[str, Any]:
+    """The settings that a complete member has, by name; those of [train] only if it says otherwise."""
+    return {name: value for name, value in asdict(member).items() if value is not None}
+
+
+def describe_member(member: Member) -> str:
+    """On one line: what a complete member is, apart from what its kind, or every kind, does by default."""
+    defaults: Mapping[str, Any] = {
+        "kind": "relu",
+        **GENERAL,
+        **kind_named(member.kind).settings,
+    }
+    shown = {name: value for name, value in settings_of(member).items() if value != defaults.get(name) or name == "k"}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}"
+        if isinstance(value, (int, float))
+        else f"{name.replace('_', ' ')} {value}"
+        for name, value in shown.items()
+    )
+
 
 def member_names(members: Sequence[Member]) -> list[str]:
-    """One name a member, unique: F768, with -seed1 and -lr0.001 where these tell members apart."""
-    same_width = Counter(member.features for member in members)
+    """One name a member, unique: F768, with topk- before it in a sweep of several kinds, and what tells apart behind.
+
+    Such as F768-seed1, F768-lr0.001, topk-F768-k32.
+    """
+    several_kinds = len({member.kind for member in members}) > 1
     names = []
     for member in members:
-        name = f"F{member.features}"
-        if same_width[member.features] > 1:
-            others = [other for other in members if other.features == member.features]
-            if len({other.seed for other in others}) > 1:
-                name += f"-seed{member.seed}"
-            if len({other.learning_rate for other in others}) > 1:
-                name += f"-lr{member.learning_rate!r}"
+        alike = [other for other in members if (other.kind, other.features) == (member.kind, member.features)]
+        name = f"{member.kind}-" * several_kinds + f"F{member.features}"
+        for setting in [*SETTINGS[4:], "seed", "learning_rate"]:
+            value = getattr(member, setting)
+            if value is not None and len({getattr(other, setting) for other in alike}) > 1:
+                name += f"-{LABELS.get(setting, setting)}{value}"
         names.append(name)
     return names
 
 
 @dataclass(frozen=True)
+class Form:
+    """What members share that are computed together, each operation on all of them."""
+
+    kind: str
+    unit_decoder: bool
+    resamples: int
+    penalised: bool
+    """Whether any of them has a penalty."""
+    features: int
+    """F of the stacked arrays."""
+    most_k: int
+    """The largest k, 0 where there is none."""
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it is counted since when each feature has not fired."""
+        return self.resamples > 0 or "auxk_coefficient" in kind_named(self.kind).settings
+
+    def model(self, width: int, precision: Precision) -> Autoencoder:
+        """The Flax module of the members."""
+        return kind_named(self.kind)(
+            width, self.features, precision=precision, most_k=self.most_k, penalised=self.penalised
+        )
+
+
+@dataclass(frozen=True)
 class Group:
-    """Members of nearly equal width, stacked along a leading axis M and padded to the widest."""
+    """Members of one kind and nearly equal width, stacked along a leading axis M and padded to the widest."""
 
     members: tuple[Member, ...]
     names: tuple[str, ...]
@@ -38,13 +261,39 @@ class Group:
         """F of the stacked arrays."""
         return max(member.features for member in self.members)
 
+    @property
+    def form(self) -> Form:
+        """What its members share."""
+        first = self.members[0]
+        return Form(
+            first.kind,
+            first.decoder_norm == "unit",
+            first.resamples,
+            any(getattr(member, name) for member in self.members for name in kind_named(first.kind).penalties),
+            self.features,
+            max(member.k or 0 for member in self.members),
+        )
+
 
 def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
-    """Sort members into groups, narrowest first; F = 100, 767, 768, 1000 gives (100), (767, 768), (1000)."""
+    """Sort members into groups, by kind, narrowest first; F = 100, 767, 768, 1000 gives (100), (767, 768), (1000)."""
+    kinds = list(dict.fromkeys(member.kind for member in members))
+    in_order = sorted(
+        zip(members, member_names(members), strict=True), key=lambda pair: (kinds.index(pair[0].kind), pair[0].features)
+    )
     groups: list[list[tuple[Member, str]]] = []
-    for member, name in sorted(zip(members, member_names(members), strict=True), key=lambda pair: pair[0].features):
-        if groups and member.features <= WIDEST_PADDING * groups[-1][0][0].features:
-            groups[-1].append((member, name))
+    for member, name in in_order:
+        for group in groups:
+            first = group[0][0]
+            widest = WIDEST_PADDING * first.features if kind_named(member.kind).pads else first.features
+            if member.features <= widest and _together(member) == _together(first):
+                group.append((member, name))
+                break
         else:
             groups.append([(member, name)])
     return tuple(Group(tuple(m for m, _ in group), tuple(n for _, n in group)) for group in groups)
+
+
+def _together(member: Member) -> tuple[Any, ...]:
+    """What has to be equal in members of a group, apart from their widths."""
+    return member.kind, member.decoder_norm, member.resamples

@@ -1,30 +1,62 @@
-"""A member's learning rate and the sweep's settings -> its Optax transformation."""
+"""A member's learning rate, its schedule and the warm-up of its penalty; Adam."""
+
+import typing
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jax_sae.config import TrainConfig
+from jax_sae.autoencoder.model import Values
+from jax_sae.config import Member, Schedule, TrainConfig
+from jax_sae.sweep.members import OF_TRAIN, settings_of
+
+SCHEDULES: tuple[str, ...] = typing.get_args(Schedule)
 
 
-def relative_schedule(train: TrainConfig) -> optax.Schedule:
-    """The learning rate at each step (counted from 0) as a fraction of the member's peak.
+def traced_settings(member: Member, train: TrainConfig) -> dict[str, jax.Array]:
+    """The settings that a step of a complete member needs, as scalars that may be traced and differ in a group.
 
-    (step + 1) / (W + 1) during the warm-up of W = warmup * steps, rounded, steps; then 1, or falling to 0 at the end of
+    Floats are float32, whole numbers int32 (the seed uint32). Parts of the steps become `warmup_steps`, `decay_steps`
+    and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`. What the kind does not have is 0.
+    """
+    of_train = {name: getattr(train, name) for name in OF_TRAIN}
+    given = of_train | settings_of(member)
+    warmup_steps = round(given["warmup"] * train.steps)
+    whole = {
+        "features": member.features,
+        "k": member.k or 0,
+        "dead_after_tokens": member.dead_after_tokens,
+        "schedule": SCHEDULES.index(given["schedule"]),
+        "warmup_steps": warmup_steps,
+        "decay_steps": round(given["decay"] * (train.steps - warmup_steps)),
+        "penalty_warmup_steps": round(given["penalty_warmup"] * train.steps),
+    }
+    numbers = ("learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient")
+    numbers += ("bandwidth", "initial_threshold")
+    return {
+        **{name: jnp.int32(value) for name, value in whole.items()},
+        **{name: jnp.float32(getattr(member, name) or 0.0) for name in numbers},
+        "seed": jnp.uint32(member.seed),
+    }
+
+
+def relative_learning_rate(step: jax.Array, settings: Values, steps: int) -> jax.Array:
+    """The learning rate at a step, counted from 0, as a part of the member's peak.
+
+    (step + 1) / (W + 1) during the warm-up of W steps; then 1, and in the last `decay_steps` falling to 0 at the end of
     the run: cosine (1 + cos(pi t)) / 2 or linear 1 - t, t from 0 to 1.
     """
-    warmup_steps = round(train.warmup * train.steps)
-    remaining = max(1, train.steps - warmup_steps)
-    after = {
-        "constant": optax.constant_schedule(1.0),
-        "cosine": optax.cosine_decay_schedule(1.0, remaining),
-        "linear": optax.linear_schedule(1.0, 0.0, remaining),
-    }[train.schedule]
-    if not warmup_steps:
-        return after
-    return optax.join_schedules(
-        [optax.linear_schedule(1 / (warmup_steps + 1), 1.0, warmup_steps), after], [warmup_steps]
-    )
+    W, decay = settings["warmup_steps"], settings["decay_steps"]
+    t = jnp.clip((step - (steps - decay)) / jnp.maximum(decay, 1), 0, 1)
+    falling = jnp.stack([jnp.ones_like(t), (1 + jnp.cos(jnp.pi * t)) / 2, 1 - t])
+    after = jnp.take_along_axis(falling, settings["schedule"][None], 0)[0]
+    return jnp.where(step < W, (step + 1) / (W + 1), after)
+
+
+def penalty_ramp(step: jax.Array, settings: Values) -> jax.Array:
+    """The part of the penalty that counts at a step, counted from 0: (step + 1) / (W + 1) in W steps, then 1."""
+    W = settings["penalty_warmup_steps"]
+    return jnp.minimum((step + 1) / (W + 1), 1)
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.GradientTransformation:
@@ -53,14 +85,13 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.Gr
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(learning_rate: jax.Array, train: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(settings: Values, train: TrainConfig) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) with the member's own, traced, learning rate.
 
-    It is made inside the vmapped update, so that learning rates may differ between the members of a group.
+    It is made inside the vmapped update, so that learning rates and schedules may differ between members of a group.
     """
-    relative = relative_schedule(train)
 
     def schedule(step: jax.Array) -> jax.Array:
-        return learning_rate * relative(step)
+        return settings["learning_rate"] * relative_learning_rate(step, settings, train.steps)
 
     return optax.chain(scale_by_adam(train.beta1, train.beta2), optax.scale_by_learning_rate(schedule))

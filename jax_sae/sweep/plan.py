@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 
 from jax_sae.activations.sources import Source
+from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
 from jax_sae.sweep.progress import Setup
-from jax_sae.sweep.update import MemberState, padded_shape, rows_at_a_time
+from jax_sae.sweep.update import METRICS, MemberState, padded_shape, rows_at_a_time
 
 PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000
 """What Python, JAX, its compiler and the other libraries take on a CPU; and those that read text and tokenise it."""
@@ -21,9 +22,16 @@ def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
     """Lines that say what steps `done` + 1 to the last will need.
 
     Raises:
-        BadInput: if memory or disk cannot hold what is needed, or the device has no such precision.
+        BadInput: if memory or disk cannot hold what is needed, the device has no such precision, or features are to be
+            resampled more often than there are steps between the first and the last.
     """
     _refuse_missing_precision(setup.config)
+    for member in setup.members():
+        if member.resamples >= setup.config.train.steps:
+            raise BadInput(
+                f"sweep.resamples is {member.resamples}, but train.steps is {setup.config.train.steps}; features are "
+                "resampled between steps, so give a smaller number"
+            )
     return [_tokens(setup, source, done), _memory(setup), _disk(setup, out, done)]
 
 
@@ -58,17 +66,20 @@ def _memory(setup: Setup) -> str:
     ]
     state = sum(n * n_bytes(shape) for n, shape in padded)
     gradients = sum(n * n_bytes(shape.params) for n, shape in padded)
-    rows = rows_at_a_time(config.train.batch_tokens if config.train.batching == "tokens" else 2048)
-    at_once = [1 if jax.default_backend() == "cpu" else len(group.names) for group in setup.groups]
-    step = sum(n * rows * (3 * group.features + 3 * D) * 4 for n, group in zip(at_once, setup.groups, strict=True))
+    B = config.train.batch_tokens if config.train.batching == "tokens" else 2048
+    step = 0
+    for group in setup.groups:
+        at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
+        couples_tokens = kind_named(group.form.kind).couples_tokens
+        step += at_once * rows_at_a_time(B, couples_tokens) * (3 * group.features + 3 * D) * 4
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
     held_out = 2 * config.activations.held_out_tokens * D * 4
-    losses = 4 * config.train.steps * len(setup.names())
+    metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())
     needed = 2 * state + gradients + step  # twice: a copy is taken to be saved
     for what, bytes_of_it, there, advice in (
         ("the sweep", needed, memory_of_device(), "give fewer or narrower members"),
         ("a block", block, memory_of_device(), "lower activations.block_tokens"),
-        ("the losses of all steps", losses, memory_of_machine(), "lower train.steps"),
+        ("the metrics of all steps", metrics, memory_of_machine(), "lower train.steps"),
     ):
         if bytes_of_it > there:
             raise BadInput(f"{what} would take {size(bytes_of_it)} of memory, but there are {size(there)}; {advice}")
@@ -89,7 +100,8 @@ def _disk(setup: Setup, out: Path, done: int) -> str:
     sum_of_steps = every * n * (first_multiple + last_multiple) // 2
     if last % every and done < last:
         n, sum_of_steps = n + 1, sum_of_steps + last
-    needed = n * (member_bytes + SPACE_TO_SPARE) + 4 * n_members * sum_of_steps  # the losses of every step so far
+    metrics = 4 * len(METRICS) * n_members * sum_of_steps  # of every step so far
+    needed = n * (member_bytes + SPACE_TO_SPARE) + metrics
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed > free:

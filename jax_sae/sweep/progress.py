@@ -13,8 +13,18 @@ from jax_sae.activations.normalize import Normalization
 from jax_sae.config import Config, Member, config_to_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
-from jax_sae.sweep.members import Group
-from jax_sae.sweep.update import MemberState, SweepState, member_shapes, padded_shape, snapshot, stack, unstack
+from jax_sae.sweep.members import Group, settings_of
+from jax_sae.sweep.optimizer import traced_settings
+from jax_sae.sweep.update import (
+    METRICS,
+    MemberState,
+    SweepState,
+    member_shapes,
+    padded_shape,
+    snapshot,
+    stack,
+    unstack,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -52,8 +62,7 @@ class Setup:
 
     def shapes(self) -> list[list[MemberState]]:
         """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""
-        config = self.config
-        return [member_shapes(group, self.width, config.sweep, config.train) for group in self.groups]
+        return [member_shapes(group, self.width, self.config.train) for group in self.groups]
 
     def names(self) -> list[str]:
         """The members' names, in the groups' order."""
@@ -74,12 +83,17 @@ class Progress:
     read: Position
     """The end of the block in use, which counts all stories that were read so far."""
     state: SweepState
-    losses: np.ndarray
-    """[steps of the run, members] float32: loss per element of every step so far, members in the groups' order.
+    metrics: np.ndarray
+    """[steps of the run, members, METRICS] float32, of every step so far, members in the groups' order.
 
     Of a member that diverged, NaN from the step on that was not taken; that is the only record of it.
     """
     normalization: Normalization
+
+    @property
+    def losses(self) -> np.ndarray:
+        """[steps of the run, members] float32: loss per element."""
+        return self.metrics[..., METRICS.index("loss_per_element")]
 
     def diverged_at(self) -> list[int | None]:
         """Of each member, the step at which its loss or its gradient was not finite; None if it never was."""
@@ -99,8 +113,13 @@ def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
         members: Tree = {}
         for group, stacked, like in zip(setup.groups, jax.tree.map(np.asarray, state), setup.shapes(), strict=True):
             for name, member in zip(group.names, unstack(stacked, like), strict=True):
-                losses = progress.losses[: progress.step, len(members)]
-                members[name] = {"params": member.params, "optimizer": to_flat(member.opt_state), "losses": losses}
+                metrics = progress.metrics[: progress.step, len(members)]
+                members[name] = {
+                    "params": member.params,
+                    "optimizer": to_flat(member.opt_state),
+                    "metrics": {metric: metrics[:, i] for i, metric in enumerate(METRICS)},
+                    **({"memory": member.memory} if member.memory else {}),
+                }
         normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
         diverged = zip(setup.names(), progress.diverged_at(), strict=True)
         run = {
@@ -109,7 +128,7 @@ def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
             "position": asdict(progress.position),
             "read": asdict(progress.read),
             "config": config_to_dict(setup.config),
-            "members": {name: asdict(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
+            "members": {name: settings_of(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
             "diverged_at_step": {name: step for name, step in diverged if step is not None},
             "inputs": setup.inputs,
             "device": device(),
@@ -152,30 +171,36 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
     changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
     if changes:
         lines.append(f"note          not the same bits as an uninterrupted run are promised: {', '.join(changes)}")
-    losses = np.zeros((setup.config.train.steps, len(tree["members"])), np.float32)
+    metrics = np.zeros((setup.config.train.steps, len(tree["members"]), len(METRICS)), np.float32)
     state, column = [], 0
     for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
         members = []
         for name, shape, member in zip(group.names, shapes, group.members, strict=True):
             saved = tree["members"][name]
-            losses[:step, column] = saved["losses"]
-            column += 1
+            metrics[:step, column] = np.stack([saved["metrics"][metric] for metric in METRICS], -1)
             members.append(
                 shape._replace(
                     params=saved["params"],
                     opt_state=from_flat(shape.opt_state, saved["optimizer"]),
-                    learning_rate=jnp.float32(member.learning_rate),
-                    diverged=jnp.bool(not np.isfinite(saved["losses"]).all()),
+                    settings=traced_settings(member, setup.config.train),
+                    memory=saved.get("memory", {}),
+                    diverged=jnp.bool(not np.isfinite(metrics[:step, column]).all()),
                 )
             )
+            column += 1
         state.append(stack(members, padded_shape(shapes)))
     normalization = Normalization(**tree["normalization"])
     position, read = Position(**run["position"]), Position(**run["read"])
-    return Progress(step, run["tokens"], position, read, jax.device_put(tuple(state)), losses, normalization), lines
+    return Progress(step, run["tokens"], position, read, jax.device_put(tuple(state)), metrics, normalization), lines
 
 
 def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
     """Raise BadInput if the run cannot go on with this setup."""
+    if any("metrics" not in member for member in tree["members"].values()):
+        raise BadInput(
+            f"{out} is a run of jax_sae {run['versions']['jax_sae']}, whose checkpoints lack what a resume needs now; "
+            "its members can be used and evaluated; go on with that version, or start a new run"
+        )
     width, steps = tree["normalization"]["mean"].shape[-1], setup.config.train.steps
     if width != setup.width:
         raise BadInput(

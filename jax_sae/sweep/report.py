@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jax_sae.config import Config, Member, config_to_dict, sweep_members
+from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
-from jax_sae.sweep.figures import draw_losses, member_colours
-from jax_sae.sweep.held_out import HeldOut, held_out_fvu
-from jax_sae.sweep.optimizer import relative_schedule
+from jax_sae.sweep.figures import draw_losses, draw_training, member_colours
+from jax_sae.sweep.held_out import HeldOut, held_out_fvu_and_l0
+from jax_sae.sweep.members import describe_member, settings_of, sweep_members
+from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.progress import Clock, Progress, Setup, device, versions
+from jax_sae.sweep.update import METRICS
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,7 +44,9 @@ class Log:
         self._every = train.log_every
         self._names, self._members = setup.names(), setup.members()
         self._diverged = progress.diverged_at()
-        self._relative = relative_schedule(train)
+        settings = [traced_settings(member, train) for member in self._members]
+        self._settings = {name: np.stack([each[name] for each in settings]) for name in settings[0]}
+        self._steps = train.steps
         self._bar = tqdm(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
@@ -61,7 +64,7 @@ class Log:
         self._bar.close()
 
     def write(self, progress: Progress, tokens: np.ndarray, tokens_per_second: float) -> None:
-        """Advance the bar; for every `log_every`-th step write a line, with losses averaged since the line before.
+        """Advance the bar; for every `log_every`-th step write a line, with metrics averaged since the line before.
 
         A member that has diverged is named once.
 
@@ -82,7 +85,7 @@ class Log:
                         f"warning       {self._names[i]} diverged at step {at} ({describe_member(self._members[i])}); "
                         "it stays as it was before that step, and the others go on"
                     )
-        losses = self._mean_losses(progress, step)
+        losses = self._means(progress, step)[:, METRICS.index("loss_per_element")]
         shown = " ".join(f"{name} {loss:.2g}" for name, loss in list(zip(self._names, losses, strict=True))[:6])
         more = f" and {len(losses) - 6} more" if len(losses) > 6 else ""
         self._bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s, losses {shown}{more}", refresh=False)
@@ -94,15 +97,19 @@ class Log:
         self._file.flush()
 
     def _line(self, progress: Progress, step: int) -> dict[str, Any]:
-        relative = float(self._relative(step - 1))
-        losses = self._mean_losses(progress, step)
+        relative = np.asarray(relative_learning_rate(step - 1, self._settings, self._steps), np.float64)
         return {
-            name: {"loss_per_element": finite_or_none(loss), "learning_rate": member.learning_rate * relative}
-            for name, loss, member in zip(self._names, losses, self._members, strict=True)
+            name: {
+                **{metric: finite_or_none(mean) for metric, mean in zip(METRICS, means, strict=True)},
+                "learning_rate": member.learning_rate * part,
+            }
+            for name, means, member, part in zip(
+                self._names, self._means(progress, step), self._members, relative.tolist(), strict=True
+            )
         }
 
-    def _mean_losses(self, progress: Progress, step: int) -> np.ndarray:
-        return progress.losses[max(0, step - self._every) : step].mean(0, dtype=np.float64)
+    def _means(self, progress: Progress, step: int) -> np.ndarray:
+        return progress.metrics[max(0, step - self._every) : step].mean(0, dtype=np.float64)
 
 
 def _cut(path: Path, step: int) -> None:
@@ -119,11 +126,6 @@ def _cut(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text("".join(line + "\n" for line in kept))
     os.replace(temporary, path)
-
-
-def describe_member(member: Member) -> str:
-    """The settings of a member on one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(member).items())
 
 
 def refuse_if_all_diverged(progress: Progress, setup: Setup) -> None:
@@ -161,13 +163,17 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
     summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
     width = held_out.x.shape[1]
-    draw_losses(
+    ordered = [members[i] for i in in_order]
+    curves = [names[i] for i in in_order], member_colours(ordered, width)
+    floors = [held_out.loss_floor(member.features) for member in ordered]
+    title = f"{out.name}: reconstruction of activations of width {width}"
+    draw_losses(out / "figures", *curves, progress.losses[:, in_order], floors, title)
+    draw_training(
         out / "figures",
-        [names[i] for i in in_order],
-        member_colours([members[i] for i in in_order], width),
-        progress.losses[:, in_order],
-        [held_out.loss_floor(members[i].features) for i in in_order],
-        f"{out.name}: reconstruction of activations of width {width}",
+        *curves,
+        progress.metrics[:, in_order],
+        [member.features for member in ordered],
+        f"{out.name}: training",
     )
     write_json(out / "summary.json", summary)
     good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
@@ -189,7 +195,7 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
             *lines,
             f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
-            f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png",
+            f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png, {out}/figures/training.png",
             f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)",
         ]
     )
@@ -197,22 +203,28 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
 
 def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:
     """The contents of `summary.json`, with the members in the groups' order."""
-    fvus = [fvu for group in progress.state for fvu in held_out_fvu(held_out, group)]
-    last = progress.losses[-max(1, setup.config.train.steps // 100) :].mean(0, dtype=np.float64)
+    measured = [
+        each
+        for group, state in zip(setup.groups, progress.state, strict=True)
+        for each in held_out_fvu_and_l0(held_out, state, group.form)
+    ]
+    last = progress.metrics[-max(1, setup.config.train.steps // 100) :].mean(0, dtype=np.float64)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
-        floor = held_out.fvu_floor(member.features)
+        floor, (fvu, l0) = held_out.fvu_floor(member.features), measured[i]
         found.append(
             {
                 "name": name,
-                **asdict(member),
+                **settings_of(member),
                 "steps": progress.step if at is None else at - 1,
                 "diverged_at_step": at,
                 "tokens": progress.tokens,
-                "loss_per_element": finite_or_none(last[i]),
-                "fvu": finite_or_none(fvus[i]),
+                "loss_per_element": finite_or_none(last[i, METRICS.index("loss_per_element")]),
+                "penalty_per_element": finite_or_none(last[i, METRICS.index("penalty_per_element")]),
+                "l0": l0,
+                "fvu": finite_or_none(fvu),
                 "pca_floor_fvu": floor,
-                "fvu_over_floor": finite_or_none(fvus[i] / floor) if floor > 0 else None,
+                "fvu_over_floor": finite_or_none(fvu / floor) if floor > 0 else None,
             }
         )
     read, train = progress.read, setup.config.train
@@ -238,7 +250,17 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
 
     A member that diverged has the FVU of its last finite state.
     """
-    header = ["member", "features", "seed", "learning rate", "loss/element", "held-out FVU", "PCA floor", "FVU/floor"]
+    header = [
+        "member",
+        "features",
+        "seed",
+        "learning rate",
+        "loss/element",
+        "L0",
+        "held-out FVU",
+        "PCA floor",
+        "FVU/floor",
+    ]
     rows = [
         [
             member["name"],
@@ -248,6 +270,7 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
             f"diverged at step {member['diverged_at_step']}"
             if member["diverged_at_step"]
             else _number(member["loss_per_element"]),
+            f"{member['l0']:.1f}",
             _number(member["fvu"]),
             _number(member["pca_floor_fvu"]),
             "-" if member["fvu_over_floor"] is None else _ratio(member["fvu_over_floor"]),

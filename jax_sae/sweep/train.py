@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,19 +13,20 @@ import numpy as np
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
-from jax_sae.activations.normalize import estimate_dataset, identity
+from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize
 from jax_sae.activations.norms import norm_lines, norm_statistics
 from jax_sae.activations.sources import Source, open_sources
-from jax_sae.config import Config, sweep_members
+from jax_sae.autoencoder.centres import geometric_median
+from jax_sae.config import Config, DecoderBias
 from jax_sae.errors import BadInput
 from jax_sae.sweep import report
 from jax_sae.sweep.checkpoints import Checkpoints
 from jax_sae.sweep.held_out import harvest_held_out
 from jax_sae.sweep.lock import locked
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.members import make_groups, sweep_members
 from jax_sae.sweep.plan import is_checkpoint, plan
 from jax_sae.sweep.progress import Clock, Progress, Setup, restore, save
-from jax_sae.sweep.update import init_sweep, snapshot, update_many
+from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384
 """Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
@@ -53,8 +54,9 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
+    groups = make_groups(sweep_members(config.sweep))
     source, held_out_source, lines = open_sources(config)
-    setup = Setup(config, make_groups(sweep_members(config.sweep)), source.width, inputs(source, held_out_source))
+    setup = Setup(config, groups, source.width, inputs(source, held_out_source))
     report.say(lines + report.describe(setup))
     progress: Progress | None = None
     with ExitStack() as stack:
@@ -92,7 +94,7 @@ def advance(
     with Checkpoints(out / "checkpoints") as checkpoints, report.Log(out / "metrics.jsonl", setup, progress) as log:
         saved = progress.step
         try:
-            for progress, tokens in dispatches(progress, source, setup.config, clock, stop_requested):  # noqa: B020
+            for progress, tokens in dispatches(progress, source, setup, clock, stop_requested):  # noqa: B020
                 log.write(progress, tokens, clock.train_tokens / clock.train_seconds)
                 checkpoints.raise_failure()
                 report.refuse_if_all_diverged(progress, setup)
@@ -135,13 +137,25 @@ def begin(setup: Setup, source: Source) -> Progress:
     report.say(norm_lines(norm_statistics(sample, config.activations)))
     kind = config.activations.normalization
     normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
-    losses = np.zeros((config.train.steps, len(setup.names())), np.float32)
-    state = init_sweep(setup.groups, setup.width, config.sweep, config.train)
-    return Progress(0, 0, Position(), Position(), state, losses, normalization)
+    metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)
+    centres = find_centres(setup, [normalize(for_story(kind, normalization, x), x) for x in sample])
+    state = init_sweep(setup.groups, setup.width, config.train, centres)
+    return Progress(0, 0, Position(), Position(), state, metrics, normalization)
+
+
+def find_centres(setup: Setup, sample: Sequence[np.ndarray]) -> Centres:
+    """What the members begin their decoder's bias with, of normalised activations [T, D] each."""
+    wanted = {member.decoder_bias for member in setup.members()}
+    centres: dict[DecoderBias, np.ndarray | float] = {"zero": 0.0}
+    if "mean" in wanted:
+        centres["mean"] = np.concatenate(sample).mean(0, dtype=np.float64).astype(np.float32)
+    if "geometric_median" in wanted:
+        centres["geometric_median"] = geometric_median(np.concatenate(sample)).astype(np.float32)
+    return centres
 
 
 def dispatches(
-    progress: Progress, source: Source, config: Config, clock: Clock, stop_requested: Callable[[int], bool]
+    progress: Progress, source: Source, setup: Setup, clock: Clock, stop_requested: Callable[[int], bool]
 ) -> Iterator[tuple[Progress, np.ndarray]]:
     """Train to the last step; after each dispatch, yield the progress, and the tokens used after each of its steps.
 
@@ -152,6 +166,7 @@ def dispatches(
         Stopped: if a stop is requested while activations are made.
     """
     seconds_a_step = math.inf  # not known yet: a short one first
+    config, forms = setup.config, tuple(group.form for group in setup.groups)
     source = Interruptible(source, lambda: stop_requested(progress.step))
     runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
     while progress.step < config.train.steps:
@@ -164,11 +179,13 @@ def dispatches(
         while first < len(run.after) and progress.step < config.train.steps:
             start = time.perf_counter()
             last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
-            state, losses = update_many(progress.state, x, weights, first, last, train=config.train)
+            state, metrics = update_many(
+                progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train
+            )
             step = progress.step + last - first
             tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
             clock.train_tokens += int(tokens[-1]) - progress.tokens
-            progress.losses[progress.step : step] = losses[first:last]
+            progress.metrics[progress.step : step] = metrics[first:last]
             progress = replace(
                 progress,
                 step=step,

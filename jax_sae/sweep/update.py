@@ -1,17 +1,30 @@
 """One optimiser step: of a member, of a group (the only vmap), of the sweep; and many steps in one dispatch."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jax_sae.autoencoder.loss import loss_per_element, squared_error
-from jax_sae.autoencoder.model import Autoencoder, Params, init_params, reconstruct
-from jax_sae.config import Member, Precision, SweepConfig, TrainConfig
-from jax_sae.sweep.members import Group
-from jax_sae.sweep.optimizer import make_optimizer
+from jax_sae.autoencoder.loss import Terms, loss_per_element
+from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
+from jax_sae.config import DecoderBias, Member, TrainConfig
+from jax_sae.sweep.members import Form, Group
+from jax_sae.sweep.optimizer import make_optimizer, penalty_ramp, traced_settings
+from jax_sae.sweep.resampling import resample, resampling_steps
+
+METRICS = ("loss_per_element", "penalty_per_element", "l0")
+"""What is told of each step: the squared error and all else that is minimised, both per token and per element of x, in
+(normalised units)^2, before the step; and the mean number of active features a token."""
+
+INITIAL = ("initialization", "encoder_bias", "initial_norm", "initial_threshold")
+"""Settings of which only the initial values depend: attributes of a kind's module."""
+
+Centres = Mapping[DecoderBias, np.ndarray | float]
+"""By its name, what is added to an initial b_dec: [D], in normalised units."""
 
 
 class MemberState(NamedTuple):
@@ -19,7 +32,10 @@ class MemberState(NamedTuple):
 
     params: Params
     opt_state: Any
-    learning_rate: jax.Array
+    settings: dict[str, jax.Array]
+    """As `traced_settings` gives them; they do not change."""
+    memory: dict[str, jax.Array]
+    """What its kind remembers, and `tokens_since_fired` [F] int32 where dead features matter."""
     diverged: jax.Array
     """[] bool: a loss or a gradient was not finite, and the member stays as it was before that step."""
 
@@ -28,12 +44,20 @@ SweepState = tuple[MemberState, ...]
 """A stacked state for each group."""
 
 
-def init_member(member: Member, width: int, sweep: SweepConfig, train: TrainConfig) -> MemberState:
-    """The state of a member at step 0, at its own number of features."""
-    model = Autoencoder(width, member.features, sweep.initialization, sweep.encoder_bias)
+def init_member(member: Member, width: int, train: TrainConfig, centres: Centres) -> MemberState:
+    """The state of a complete member at step 0, at its own number of features."""
+    form = Group((member,), ("",)).form
+    start = {name: getattr(member, name) for name in INITIAL if getattr(member, name) is not None}
+    model = form.model(width, train.precision).clone(**start)
     params = init_params(model, member.seed)
-    learning_rate = jnp.float32(member.learning_rate)
-    return MemberState(params, make_optimizer(learning_rate, train).init(params), learning_rate, jnp.bool(False))
+    params["b_dec"] = params["b_dec"] + centres[member.decoder_bias or "zero"]
+    if form.unit_decoder:
+        params["W_dec"] = unit_rows(params["W_dec"])
+    memory = model.initial_memory()
+    if form.counts_tokens:
+        memory["tokens_since_fired"] = jnp.zeros(member.features, jnp.int32)
+    settings = traced_settings(member, train)
+    return MemberState(params, make_optimizer(settings, train).init(params), settings, memory, jnp.bool(False))
 
 
 def stack(states: list[MemberState], padded: MemberState) -> MemberState:
@@ -59,95 +83,183 @@ def unstack(stacked: MemberState, shapes: list[MemberState]) -> list[MemberState
     return [jax.tree.map(partial(trim, i), shape, stacked) for i, shape in enumerate(shapes)]
 
 
-def member_shapes(group: Group, width: int, sweep: SweepConfig, train: TrainConfig) -> list[MemberState]:
+def member_shapes(group: Group, width: int, train: TrainConfig) -> list[MemberState]:
     """Shapes and dtypes of each member's state, at its own number of features; computes nothing."""
-    return [jax.eval_shape(partial(init_member, member, width, sweep, train)) for member in group.members]
+    zero: Centres = dict.fromkeys(get_args(DecoderBias), 0.0)
+    return [jax.eval_shape(partial(init_member, member, width, train, zero)) for member in group.members]
 
 
 def padded_shape(shapes: list[MemberState]) -> MemberState:
     """The shapes of the widest member."""
-    return max(shapes, key=lambda shape: shape.params["b_enc"].shape)
+    return max(shapes, key=lambda shape: shape.params["W_enc"].shape)
 
 
-def init_sweep(groups: tuple[Group, ...], width: int, sweep: SweepConfig, train: TrainConfig) -> SweepState:
+def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centres: Centres) -> SweepState:
     """The state of every member at step 0; a member's initial values do not depend on the others."""
     return tuple(
         stack(
-            [init_member(member, width, sweep, train) for member in group.members],
-            padded_shape(member_shapes(group, width, sweep, train)),
+            [init_member(member, width, train, centres) for member in group.members],
+            padded_shape(member_shapes(group, width, train)),
         )
         for group in groups
     )
 
 
 def update_member(
-    state: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+    state: MemberState,
+    x: jax.Array,
+    weights: jax.Array,
+    step: jax.Array,
+    any_dead: jax.Array,
+    *,
+    form: Form,
+    train: TrainConfig,
 ) -> tuple[MemberState, jax.Array]:
-    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its loss per element before it.
+    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its METRICS [3].
 
-    A step whose squared error or squared gradient norm is not finite is not taken, nor is any after it: the member
-    keeps its last finite state, and its loss is NaN from there on. No member sees another's numbers.
+    A step whose loss or squared gradient norm is not finite is not taken, nor is any after it: the member keeps its
+    last finite state, and its metrics are NaN from there on. No member sees another's numbers.
+
+    Args:
+        state: of the member.
+        x: [B, D].
+        weights: [B].
+        step: [] int32, steps before this one.
+        any_dead: [] bool, whether AuxK is worth computing.
+        form: what the member shares with those that are computed together.
+        train: settings of the run.
     """
-    error, gradient = error_and_gradient(state.params, x, weights, train.precision)
-    updates, opt_state = make_optimizer(state.learning_rate, train).update(gradient, state.opt_state, state.params)
+    model = form.model(x.shape[-1], train.precision)
+    dead = dead_features(state)
+    ramp = penalty_ramp(step, state.settings)
+    values = {**state.settings, **state.memory, "ramp": ramp, "dead": dead, "any_dead": any_dead}
+    terms, gradient = terms_and_gradient(model, state.params, values, x, weights)
+    if form.unit_decoder:
+        gradient["W_dec"] = along_the_sphere(gradient["W_dec"], state.params["W_dec"])
+    updates, opt_state = make_optimizer(state.settings, train).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    diverged = state.diverged | ~jnp.isfinite(error + optax.tree.norm(gradient, squared=True))
-    after = state._replace(params=params, opt_state=opt_state)
+    if form.unit_decoder:
+        params["W_dec"] = unit_rows(params["W_dec"])
+    tokens = jnp.sum(weights)
+    memory = model.remember(state.memory, terms)
+    if form.counts_tokens:
+        memory["tokens_since_fired"] = count_tokens(state.memory["tokens_since_fired"], terms.fired, tokens)
+    after = state._replace(params=params, opt_state=opt_state, memory=memory)
+    if form.resamples:
+        after = resample_at_its_steps(after, x, weights, step, form=form, train=train)
+    total = terms.squared_error + terms.penalty
+    diverged = state.diverged | ~jnp.isfinite(total + optax.tree.norm(gradient, squared=True))
     after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
-    per_element = jnp.where(diverged, jnp.nan, loss_per_element(error, weights, x.shape[-1]))
-    return after._replace(diverged=diverged), per_element
+    metrics = jnp.stack(
+        [
+            loss_per_element(terms.squared_error, weights, x.shape[-1]),
+            loss_per_element(terms.penalty, weights, x.shape[-1]),
+            jnp.sum(terms.fired) / jnp.maximum(tokens, 1),
+        ]
+    )
+    return after._replace(diverged=diverged), jnp.where(diverged, jnp.nan, metrics)
 
 
-def error_and_gradient(
-    params: Params, x: jax.Array, weights: jax.Array, precision: Precision
-) -> tuple[jax.Array, Params]:
-    """The squared error of a member on a batch x[B, D] with weights[B], and its gradient; summed a part at a time."""
+def terms_and_gradient(
+    model: Autoencoder, params: Params, values: Values, x: jax.Array, weights: jax.Array
+) -> tuple[Terms, Params]:
+    """The terms of a member's loss on a batch x[B, D] with weights[B], and its gradient.
 
-    def error(params: Params, x: jax.Array, weights: jax.Array) -> jax.Array:
-        return squared_error(x, reconstruct(params, x, precision), weights)
+    Summed a part of the batch at a time, unless the kind couples tokens.
+    """
 
-    rows = rows_at_a_time(len(x))
+    def total(params: Params, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, Terms]:
+        terms = loss(model, params, values, x, weights)
+        return terms.squared_error + terms.penalty, terms
+
+    def of_rows(*rows: jax.Array) -> tuple[Terms, Params]:
+        (_, terms), gradient = jax.value_and_grad(total, has_aux=True)(params, *rows)
+        return terms, gradient
+
+    rows = rows_at_a_time(len(x), model.couples_tokens)
     if rows == len(x):
-        return jax.value_and_grad(error)(params, x, weights)
+        return of_rows(x, weights)
 
-    def add_part(i: jax.Array, sums: tuple[jax.Array, Params]) -> tuple[jax.Array, Params]:
+    def add_part(i: jax.Array, sums: tuple[Terms, Params]) -> tuple[Terms, Params]:
         part = (jax.lax.dynamic_slice_in_dim(each, i * rows, rows) for each in (x, weights))
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(error)(params, *part))
+        return jax.tree.map(jnp.add, sums, of_rows(*part))
 
-    return jax.lax.fori_loop(0, len(x) // rows, add_part, (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
+    shapes = jax.eval_shape(of_rows, x[:rows], weights[:rows])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, len(x) // rows, add_part, zeros)
 
 
-def rows_at_a_time(batch_tokens: int) -> int:
+def rows_at_a_time(batch_tokens: int, couples_tokens: bool = False) -> int:
     """Rows of a batch whose activations are held at once.
 
     On a CPU the largest divisor of B from 256 to 1024, so that the passes between the products stay in the caches
-    (docs/performance.md); where there is none, and on other devices, which want large products, all of them.
+    (docs/performance.md); where there is none, on other devices, which want large products, and for kinds whose loss is
+    no sum over tokens, all of them.
     """
-    if batch_tokens <= 1024 or jax.default_backend() != "cpu":
+    if couples_tokens or batch_tokens <= 1024 or jax.default_backend() != "cpu":
         return batch_tokens
     return max((rows for rows in range(256, 1025) if batch_tokens % rows == 0), default=batch_tokens)
 
 
+def dead_features(state: MemberState) -> jax.Array:
+    """Features [F] that have not fired for `dead_after_tokens` tokens; none of padding, or where it is not counted."""
+    F = state.params["W_enc"].shape[-1]
+    if "tokens_since_fired" not in state.memory:
+        return jnp.zeros(F, bool)
+    is_own = jnp.arange(F) < state.settings["features"]
+    return is_own & (state.memory["tokens_since_fired"] >= state.settings["dead_after_tokens"])
+
+
+def count_tokens(since_fired: jax.Array, fired: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`tokens_since_fired` after a batch with so many tokens, on `fired`[F] of which each fired; at most 2^31 - 1."""
+    new = tokens.astype(jnp.int32)
+    return jnp.where(fired > 0, 0, jnp.minimum(since_fired, np.iinfo(np.int32).max - new) + new)
+
+
+def resample_at_its_steps(
+    state: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: TrainConfig
+) -> MemberState:
+    """The state with dead features resampled, after those steps that `resampling_steps` says; else as it is."""
+    model = form.model(x.shape[-1], train.precision)
+
+    def resampled(state: MemberState) -> MemberState:
+        dead = dead_features(state)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.settings["seed"]), step)
+        values = {**state.settings, **state.memory}
+        adam, *rest = state.opt_state
+        params, adam = resample(model, state.params, adam, values, dead, x, weights, key)
+        since_fired = jnp.where(dead, 0, state.memory["tokens_since_fired"])
+        memory = {**state.memory, "tokens_since_fired": since_fired}
+        return state._replace(params=params, opt_state=(adam, *rest), memory=memory)
+
+    is_due = jnp.any(resampling_steps(form.resamples, train.steps) == step + 1)
+    return jax.lax.cond(is_due, resampled, lambda state: state, state)
+
+
 def update_sweep(
-    state: SweepState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+    state: SweepState, x: jax.Array, weights: jax.Array, step: jax.Array, *, forms: tuple[Form, ...], train: TrainConfig
 ) -> tuple[SweepState, jax.Array]:
-    """One step of every member of every group on the same batch; also losses per element [M], in groups' order."""
-    states, losses = zip(*[update_group(group, x, weights, train=train) for group in state], strict=True)
-    return tuple(states), jnp.concatenate(losses)
+    """One step of every member of every group on the same batch; also METRICS [M, 3], in groups' order."""
+    results = [
+        update_group(group, x, weights, step, form=form, train=train) for group, form in zip(state, forms, strict=True)
+    ]
+    states, metrics = zip(*results, strict=True)
+    return tuple(states), jnp.concatenate(metrics)
 
 
 def update_group(
-    group: MemberState, x: jax.Array, weights: jax.Array, *, train: TrainConfig
+    group: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: TrainConfig
 ) -> tuple[MemberState, jax.Array]:
-    """One step of every member of a group on the same batch; also losses per element [M].
+    """One step of every member of a group on the same batch; also METRICS [M, 3].
 
     The members of a group are computed at once; on a CPU one after another, so that what one of them needs stays in the
     caches (docs/performance.md). The values are the same.
     """
-    update = partial(update_member, train=train)
+    update = partial(update_member, form=form, train=train)
     if jax.default_backend() != "cpu":
-        return jax.vmap(update, in_axes=(0, None, None))(group, x, weights)
-    return jax.lax.map(lambda member: update(member, x, weights), group)
+        any_dead = jnp.any(jax.vmap(dead_features)(group))
+        return jax.vmap(update, in_axes=(0, None, None, None, None))(group, x, weights, step, any_dead)
+    return jax.lax.map(lambda member: update(member, x, weights, step, jnp.any(dead_features(member))), group)
 
 
 @jax.jit
@@ -156,9 +268,17 @@ def snapshot(state: SweepState) -> SweepState:
     return jax.tree.map(jnp.copy, state)
 
 
-@partial(jax.jit, static_argnames="train", donate_argnames="state")
+@partial(jax.jit, static_argnames=("forms", "train"), donate_argnames="state")
 def update_many(
-    state: SweepState, x: jax.Array, weights: jax.Array, first: jax.Array, last: jax.Array, *, train: TrainConfig
+    state: SweepState,
+    x: jax.Array,
+    weights: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    step: jax.Array,
+    *,
+    forms: tuple[Form, ...],
+    train: TrainConfig,
 ) -> tuple[SweepState, jax.Array]:
     """A step on each of the batches first, ..., last - 1 of a run, in one dispatch.
 
@@ -171,16 +291,19 @@ def update_many(
         weights: [batches, B].
         first: number of the first batch to use.
         last: number after the last.
+        step: steps before the first of them.
+        forms: of the groups.
         train: settings of the run.
 
     Returns:
-        The state after them, and losses per element [batches, M], 0 outside first to last.
+        The state after them, and METRICS [batches, M, 3], 0 outside first to last.
     """
-    n_members = sum(group.learning_rate.shape[0] for group in state)
+    n_members = sum(group.diverged.shape[0] for group in state)
 
     def body(i: jax.Array, carry: tuple[SweepState, jax.Array]) -> tuple[SweepState, jax.Array]:
-        state, losses = carry
-        state, loss = update_sweep(state, x[i], weights[i], train=train)
-        return state, losses.at[i].set(loss)
+        state, metrics = carry
+        state, of_step = update_sweep(state, x[i], weights[i], step + i - first, forms=forms, train=train)
+        return state, metrics.at[i].set(of_step)
 
-    return jax.lax.fori_loop(first, last, body, (state, jnp.zeros((x.shape[0], n_members), jnp.float32)))
+    none = jnp.zeros((x.shape[0], n_members, len(METRICS)), jnp.float32)
+    return jax.lax.fori_loop(first, last, body, (state, none))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from running import initial
 
 from jax_sae.activations.normalize import (
     Normalization,
@@ -15,10 +16,10 @@ from jax_sae.activations.normalize import (
     identity,
     normalize,
 )
-from jax_sae.autoencoder.model import Autoencoder
-from jax_sae.config import Member, SweepConfig, TrainConfig
+from jax_sae.autoencoder.kinds.relu import ReLU
+from jax_sae.autoencoder.model import decode, encode
+from jax_sae.config import Member, TrainConfig
 from jax_sae.errors import BadInput
-from jax_sae.sweep.update import init_member
 
 X = np.random.default_rng(0).normal(3.0, 5.0, (200, 6)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)
 FAR_AWAY = (1e4 + np.random.default_rng(1).normal(0, np.linspace(0.02, 0.1, 6), (300, 6))).astype(np.float32)
@@ -81,13 +82,13 @@ def test_story_normalisation_is_the_source_experiments() -> None:
 def test_folded_parameters_do_the_same_on_raw_activations() -> None:
     """Same features, and the reconstruction in the model's own scale."""
     normalization = estimate_dataset(X)
-    params = init_member(Member(11), 6, SweepConfig(), TrainConfig()).params
-    model = Autoencoder(6, 11)
+    params = initial(Member(11), 6, TrainConfig()).params
+    model = ReLU(6, 11)
     folded = fold(normalization, params)
-    features = model.apply({"params": params}, normalize(normalization, X), method="encode")
-    np.testing.assert_allclose(model.apply({"params": folded}, X, method="encode"), features, atol=1e-5)
-    expected = denormalize(normalization, model.apply({"params": params}, normalize(normalization, X)))
-    np.testing.assert_allclose(model.apply({"params": folded}, X), expected, atol=1e-4)
+    features = encode(model, params, {}, normalize(normalization, X))
+    np.testing.assert_allclose(encode(model, folded, {}, X), features, atol=1e-5)
+    expected = denormalize(normalization, decode(model, params, features))
+    np.testing.assert_allclose(decode(model, folded, features), expected, atol=1e-4)
     assert isinstance(folded["W_enc"], jax.Array)
 
 

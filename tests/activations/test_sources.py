@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from datasets import Dataset
-from running import REPOSITORY
+from running import NO_CENTRES, REPOSITORY
 from safetensors.numpy import load_file, save_file
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import estimate_dataset
 from jax_sae.activations.sources import StorySource, open_sources
 from jax_sae.activations.store import write_store
-from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, SweepConfig, TextConfig, TrainConfig
+from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, TextConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.text import Stories, open_split
 from jax_sae.language_model.torch_file import open_torch_file
-from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.members import complete, make_groups
 from jax_sae.sweep.update import init_sweep
 
 MODEL = REPOSITORY / "jax_sae" / "demo" / "model"
@@ -80,8 +80,9 @@ def test_first_tokens_of_giant_norm_change_nothing_once_they_are_excluded(lm: La
         source = source_of(lm, TEXTS, exclude, params)
         fitted = estimate_dataset(np.concatenate(first_activations(source, 500, shuffle_seed=0)))
         activations = ActivationsConfig(held_out_tokens=400, exclude_first_tokens=exclude)
-        group = init_sweep(make_groups((Member(9),)), source.width, SweepConfig(), TrainConfig())[0]
-        [fvu] = held_out_fvu(harvest_held_out(source, fitted, activations), group)
+        groups = make_groups((complete(Member(9)),))
+        group = init_sweep(groups, source.width, TrainConfig(), NO_CENTRES)[0]
+        [(fvu, _)] = held_out_fvu_and_l0(harvest_held_out(source, fitted, activations), group, groups[0].form)
         return fitted.mean.tobytes(), float(fitted.scale), fvu
 
     assert estimate_and_fvu(1, params) == estimate_and_fvu(1, lm.params)

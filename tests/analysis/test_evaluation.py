@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import REPOSITORY, never
+from running import REPOSITORY, initial, never
 
 import jax_sae
 from jax_sae.activations.batches import first_activations
@@ -22,12 +22,11 @@ from jax_sae.analysis.loss_recovered import loss_recovered, story_by_story
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import add_tokens, density_histogram, metrics, no_tokens
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
-from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, sweep_members
+from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import load_language_model
 from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
 from jax_sae.sweep.train import train
-from jax_sae.sweep.update import init_member
 
 ACTIVATIONS = {
     "dataset": ActivationsConfig(block_tokens=448, held_out_tokens=500),
@@ -39,7 +38,9 @@ ACTIVATIONS = {
 
 def small(config: Config, activations: ActivationsConfig, *members: Member) -> Config:
     """The demo's language model and stories, and these members."""
-    of_members = SweepConfig(members=members or (Member(8), Member(64)), initialization="orthogonal", encoder_bias=1.0)
+    of_members = SweepConfig(
+        members=members or (Member(8), Member(64)), initialization=("orthogonal",), encoder_bias=(1.0,)
+    )
     return replace(config, activations=activations, sweep=of_members)
 
 
@@ -108,9 +109,8 @@ def test_every_metric_is_that_of_all_tokens_at_once(run: Path) -> None:
     source, _ = opened(run)
     for member in read(run / "evaluation.json")["members"]:
         sae = load_autoencoder(run, name=member["name"])
-        [settings] = [each for each in sweep_members(sae.config.sweep) if each.features == member["features"]]
-        initial = init_member(settings, sae.width, sae.config.sweep, sae.config.train).params
-        for found, of in ((member, sae), (member["baselines"]["untrained"], replace(sae, params=initial))):
+        start = initial(sae.member, sae.width, sae.config.train).params
+        for found, of in ((member, sae), (member["baselines"]["untrained"], replace(sae, params=start))):
             x, features, x_hat = rows_of(of, source)
             sums = add_tokens(no_tokens(sae.width, sae.features), x, features, x_hat)
             for name, value in asdict(metrics(sums)).items():

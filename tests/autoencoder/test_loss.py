@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import initial
 
+from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
-from jax_sae.autoencoder.model import Params, reconstruct
-from jax_sae.config import Member, SweepConfig, TrainConfig
-from jax_sae.sweep.update import init_member, update_member
+from jax_sae.autoencoder.model import Params, decode, encode
+from jax_sae.config import Member, TrainConfig
+from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.update import update_member
 
 D, F, PADDED_F, B, TOKENS = 7, 11, 3, 40, 33
 WEIGHTS = (np.arange(B) < TOKENS).astype(np.float32)
@@ -36,7 +39,8 @@ def loss_and_gradient(params: Params, x: np.ndarray, weights: np.ndarray) -> tup
     """The squared error, the loss per element, and the gradient of the former."""
 
     def loss(params: Params) -> jax.Array:
-        return squared_error(x, reconstruct(params, x), weights)
+        model = ReLU(*params["W_enc"].shape)
+        return squared_error(x, decode(model, params, encode(model, params, {}, x)), weights)
 
     error, gradient = jax.value_and_grad(loss)(params)
     return error, loss_per_element(error, weights, x.shape[1]), gradient
@@ -126,17 +130,18 @@ def test_steps_of_training_are_adams(initialization: str) -> None:
     """
     lr, beta1, beta2, epsilon = 1e-2, 0.8, 0.95, 1e-8
     train = TrainConfig(steps=5, warmup=0.2, schedule="linear", beta1=beta1, beta2=beta2)
-    sweep = SweepConfig(initialization=initialization, encoder_bias=0.5)  # type: ignore[arg-type]
-    state = init_member(Member(F, seed=3, learning_rate=lr), D, sweep, train)
-    step = jax.jit(partial(update_member, train=train))
+    bias = 0.5 if initialization == "orthogonal" else 0.0
+    member = complete(Member(F, 3, lr, initialization=initialization, encoder_bias=bias))  # type: ignore[arg-type]
+    state = initial(member, D, train)
+    step = jax.jit(partial(update_member, form=make_groups((member,))[0].form, train=train))
     params = in_float64(state.params)
     m = {name: np.zeros(value.shape) for name, value in params.items()}
     v = {name: np.zeros(value.shape) for name, value in params.items()}
     for t, rate in enumerate([lr / 2, lr, lr * 3 / 4, lr / 2], start=1):
         x = np.random.default_rng(t).normal(0.3, np.linspace(0.2, 2, D), (B, D)).astype(np.float32)
         error, gradient = by_hand(params, x, WEIGHTS)
-        state, loss = step(state, x, WEIGHTS)
-        assert loss == pytest.approx(error / (TOKENS * D), rel=1e-5)
+        state, metrics = step(state, x, WEIGHTS, t - 1, False)
+        assert metrics[0] == pytest.approx(error / (TOKENS * D), rel=1e-5)
         for name, g in gradient.items():
             m[name] = beta1 * m[name] + (1 - beta1) * g
             v[name] = beta2 * v[name] + (1 - beta2) * g**2

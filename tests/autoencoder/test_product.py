@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sae.autoencoder.model import Autoencoder, init_params, product, reconstruct
+from jax_sae.autoencoder.kinds.relu import ReLU
+from jax_sae.autoencoder.model import decode, encode, init_params, product
 
 
 @pytest.mark.parametrize("leading", [(), (6,), (2, 3)])
@@ -45,9 +46,10 @@ def test_bfloat16_rounds_the_factors_and_nothing_else() -> None:
 @pytest.mark.parametrize("precision", ["float32", "tensorfloat32", "bfloat16"])
 def test_precision_of_a_reconstruction(precision: str) -> None:
     """Each precision is within its own rounding of float64; parameters and result are float32."""
-    params = init_params(Autoencoder(32, 48), 0)
+    model = ReLU(32, 48, precision=precision)  # type: ignore[arg-type]
+    params = init_params(model, 0)
     x = jax.random.normal(jax.random.key(1), (100, 32))
-    found = reconstruct(params, x, precision)  # type: ignore[arg-type]
+    found = decode(model, params, encode(model, params, {}, x))
     p = {name: np.asarray(value, np.float64) for name, value in params.items()}
     exact = np.maximum(np.asarray(x, np.float64) @ p["W_enc"] + p["b_enc"], 0) @ p["W_dec"] + p["b_dec"]
     error = np.abs(np.asarray(found) - exact).max()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import outcome
-from running import never, stop_at
+from running import initial, never, stop_at
 
 import jax_sae
-from jax_sae.config import Config, Member, SweepConfig, TrainConfig, sweep_members
+from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import RunFailed
 from jax_sae.sweep.checkpoints import Checkpoints
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.members import complete, make_groups, sweep_members
 from jax_sae.sweep.progress import Setup, restore
 from jax_sae.sweep.train import train
-from jax_sae.sweep.update import init_member, update_member
+from jax_sae.sweep.update import update_member
 
 HARMLESS, BAD = 2e-3, 1e20
 
@@ -70,7 +71,9 @@ def test_the_others_are_bit_identical(runs: tuple[Path, Path], demo_config: Conf
         for part in ("params", "optimizer"):
             for name, array in harmless[one][part].items():
                 assert array.tobytes() == bad[other][part][name].tobytes(), (one, part, name)
-        assert harmless[one]["losses"].tobytes() == bad[other]["losses"].tobytes()
+        assert all(
+            harmless[one]["metrics"][name].tobytes() == array.tobytes() for name, array in bad[other]["metrics"].items()
+        )
 
 
 def test_it_keeps_its_last_finite_state_and_says_so(
@@ -84,7 +87,8 @@ def test_it_keeps_its_last_finite_state_and_says_so(
     assert [member["diverged_at_step"] for member in summary] == [None, None, step, None, None]
     name = summary[2]["name"]
     frozen = state(bad, 20)[name]
-    assert np.isfinite(frozen["losses"][: step - 1]).all() and np.isnan(frozen["losses"][step - 1 :]).all()
+    assert np.isfinite(frozen["metrics"]["loss_per_element"][: step - 1]).all()
+    assert np.isnan(frozen["metrics"]["loss_per_element"][step - 1 :]).all()
     config = sweep(demo_config, BAD)
     config = replace(config, train=replace(config.train, checkpoint_every=1))
     out = tmp_path / "run"
@@ -157,14 +161,16 @@ def test_when_every_member_has_diverged_the_run_ends(demo_config: Config, tmp_pa
 def test_a_member_stays_frozen_when_later_batches_are_harmless(size: float) -> None:
     """One batch too large, then ordinary ones: nothing moves any more, and every loss from there on is NaN."""
     train_config = TrainConfig(batch_tokens=16)
-    before = init_member(Member(8, 0, 1e-3), 4, SweepConfig(), train_config)
+    member = complete(Member(8, 0, 1e-3))
+    before = initial(member, 4, train_config)
+    step = partial(update_member, form=make_groups((member,))[0].form, train=train_config)
     x, weights = jax.random.normal(jax.random.key(0), (16, 4)), jnp.ones(16)
-    state, loss = update_member(before, x, weights, train=train_config)
-    assert np.isfinite(loss) and not state.diverged
-    frozen, loss = update_member(state, size * x, weights, train=train_config)
-    assert np.isnan(loss) and frozen.diverged
+    state, metrics = step(before, x, weights, 0, False)
+    assert np.isfinite(metrics).all() and not state.diverged
+    frozen, metrics = step(state, size * x, weights, 1, False)
+    assert np.isnan(metrics).all() and frozen.diverged
     for _ in range(3):
-        frozen, loss = update_member(frozen, x, weights, train=train_config)
-        assert np.isnan(loss) and frozen.diverged
+        frozen, metrics = step(frozen, x, weights, 2, False)
+        assert np.isnan(metrics).all() and frozen.diverged
     for kept, now in zip(jax.tree.leaves(state[:3]), jax.tree.leaves(frozen[:3]), strict=True):
         assert np.asarray(kept).tobytes() == np.asarray(now).tobytes()

@@ -54,7 +54,7 @@ def test_a_checkpoint_holds_arrays_and_json_only(demo_run: Path) -> None:
     assert run["step"] == 10 and run["tokens"] == 640
     assert {"position", "config", "members", "versions"} <= set(run)
     member = state["members"]["F63"]
-    assert set(member) == {"params", "optimizer", "losses"}
+    assert set(member) == {"params", "optimizer", "metrics"}
     assert {f"0.{moment}.{name}" for moment in ("mu", "nu") for name in member["params"]} < set(member["optimizer"])
     assert all(type(value) is np.ndarray for value in member["optimizer"].values())
     for path in (demo_run / "checkpoints" / "10").rglob("*"):

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import initial
 
 from jax_sae.activations.normalize import Normalization, estimate_dataset, fold, identity, normalize
 from jax_sae.activations.sources import Chunk
+from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
-from jax_sae.autoencoder.model import Params, reconstruct
-from jax_sae.config import ActivationsConfig, Member, SweepConfig, TrainConfig
+from jax_sae.autoencoder.model import Params, decode, encode
+from jax_sae.config import ActivationsConfig, Member, TrainConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.sweep import held_out as held_out_module
-from jax_sae.sweep.held_out import HeldOut, harvest_held_out, held_out_fvu
-from jax_sae.sweep.update import MemberState, init_member, stack, update_member
+from jax_sae.sweep.held_out import HeldOut, harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.update import MemberState, stack, update_member
 
 KINDS: tuple[Kind, ...] = ("dataset", "none", "story")
 D = 6
@@ -126,12 +129,27 @@ def total_variance(x: np.ndarray) -> float:
 def group_of(*members: Arrays) -> MemberState:
     """Members with these parameters, stacked and padded with zeros as in training; nothing else of them is used."""
     M, D, F = len(members), members[0]["b_dec"].size, max(params["b_enc"].size for params in members)
-    shapes = jax.eval_shape(partial(init_member, Member(F), D, SweepConfig(), TrainConfig()))
+    shapes = jax.eval_shape(partial(initial, Member(F), D, TrainConfig()))
     group = jax.tree.map(lambda like: np.zeros((M, *like.shape), like.dtype), shapes)
     for i, params in enumerate(members):
         for name, value in params.items():
             group.params[name][i][tuple(slice(n) for n in value.shape)] = value
     return jax.tree.map(jnp.asarray, group)
+
+
+def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
+    """FVU of each member of a group of ReLU autoencoders; L0 is counted by hand."""
+    D, F = group.params["W_enc"].shape[1:]
+    found = held_out_fvu_and_l0(held_out, group, make_groups((complete(Member(F)),))[0].form)
+    for (_, l0), params in zip(found, unstacked(group), strict=True):
+        features = encode(ReLU(D, F), params, {}, normalized_rows(held_out).astype(np.float32))
+        assert l0 == pytest.approx(float((features > 0).sum(1).mean()), rel=1e-3)  # of float32s that are nearly 0
+    return [fvu for fvu, _ in found]
+
+
+def unstacked(group: MemberState) -> list[Params]:
+    """The parameters of each member."""
+    return [jax.tree.map(lambda value, i=i: value[i], group.params) for i in range(len(group.diverged))]
 
 
 def random_params(features: int, seed: int, width: int = D) -> Arrays:
@@ -222,9 +240,10 @@ def test_pca_as_an_autoencoder_reaches_the_floors(kind: Kind) -> None:
     group = group_of(*(pca_params(x_n, F) for F in range(1, D + 1)))
     fvus = held_out_fvu(held_out, group)
     for F, fvu in enumerate(fvus, start=1):
-        params = jax.tree.map(lambda value, F=F: value[F - 1], group.params)
-        ones = jnp.ones(len(x))
-        loss = loss_per_element(squared_error(x_n, reconstruct(params, x_n), ones), ones, D)
+        params = unstacked(group)[F - 1]
+        ones, model = jnp.ones(len(x)), ReLU(*params["W_enc"].shape)
+        x_hat = decode(model, params, encode(model, params, {}, x_n))
+        loss = loss_per_element(squared_error(x_n, x_hat, ones), ones, D)
         assert loss == pytest.approx(held_out.loss_floor(F), rel=1e-5, abs=1e-10)
         expected = eigenvalues[F:].sum() / eigenvalues.sum()
         if kind == "story":
@@ -387,14 +406,15 @@ def test_training_does_not_get_below_the_floors(kind: Kind) -> None:
     x_n = normalized_rows(held_out)
     ones = np.ones(len(x_n), np.float32)
     train = TrainConfig(steps=200, schedule="linear")
-    step = jax.jit(partial(update_member, train=train))
-    start = init_member(Member(3, learning_rate=3e-3), D, SweepConfig(), train)
+    member = complete(Member(3, learning_rate=3e-3))
+    step = jax.jit(partial(update_member, form=make_groups((member,))[0].form, train=train))
+    start = initial(member, D, train)
     pca: Params = {name: jnp.asarray(value, jnp.float32) for name, value in pca_params(x_n, 3).items()}
     for state in (start, start._replace(params=pca)):
         losses = []
-        for _ in range(train.steps):
-            state, loss = step(state, x_n, ones)
-            losses.append(float(loss))
+        for i in range(train.steps):
+            state, metrics = step(state, x_n, ones, i, False)
+            losses.append(float(metrics[0]))
         [fvu] = held_out_fvu(held_out, stack([state], state))
         assert min(losses) >= held_out.loss_floor(3) * (1 - 1e-5)
         assert fvu >= held_out.fvu_floor(3) * (1 - 1e-5)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from running import never, stop_at
 
-from jax_sae.config import Config, sweep_members
+from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.sweep import plan as plan_module
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.members import make_groups, sweep_members
 from jax_sae.sweep.plan import size
 from jax_sae.sweep.progress import Setup
 from jax_sae.sweep.train import train
@@ -72,12 +72,12 @@ def test_the_disk_that_is_said_is_enough_and_not_ten_times_too_much(
 
 def test_what_no_memory_holds_is_refused(demo_config: Config, tmp_path: Path) -> None:
     """Before anything is allocated, with what it would take and what there is."""
-    sweep = replace(demo_config, sweep=replace(demo_config.sweep, features=(10**10,)))
+    sweep = replace(demo_config, sweep=replace(demo_config.sweep, features=(10**9,)))
     activations = replace(demo_config.activations, block_tokens=10**12)
     block = replace(demo_config, activations=activations)
     losses = replace(demo_config, train=replace(demo_config.train, steps=2**31 - 1, checkpoint_every=2**31 - 1))
     losses = replace(losses, sweep=replace(demo_config.sweep, features=(1,), seeds=tuple(range(20))))
-    for config, what in ((sweep, "the sweep"), (block, "a block"), (losses, "the losses of all steps")):
+    for config, what in ((sweep, "the sweep"), (block, "a block"), (losses, "the metrics of all steps")):
         with pytest.raises(BadInput, match=rf"{what} would take [\d.]+ [TG]B of memory, but there are [\d.]+ GB; "):
             train(config, tmp_path / "run", resume=False, stop_requested=never)
     assert not (tmp_path / "run").exists()

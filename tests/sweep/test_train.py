@@ -29,9 +29,9 @@ def test_a_run_leaves_what_the_contract_names(demo_run: Path, demo_config: Confi
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert [line["tokens"] for line in lines] == [128, 256, 384, 512, 640, 768]
     assert set(lines[0]["members"]) == {"F8", "F63", "F64", "F83"}
-    assert set(lines[0]["members"]["F8"]) == {"loss_per_element", "learning_rate"}
+    assert set(lines[0]["members"]["F8"]) == {"loss_per_element", "penalty_per_element", "l0", "learning_rate"}
     assert sorted(int(path.name) for path in (demo_run / "checkpoints").iterdir()) == [5, 10, 12]
-    for figure in ("loss.png", "loss_zoomed.png"):
+    for figure in ("loss.png", "loss_zoomed.png", "training.png"):
         assert (demo_run / "figures" / figure).read_bytes().startswith(b"\x89PNG")
     summary = json.loads((demo_run / "summary.json").read_text())
     assert [member["name"] for member in summary["members"]] == ["F8", "F63", "F64", "F83"]
@@ -46,9 +46,10 @@ def test_summary_loss_is_the_mean_of_the_last_percent_of_steps(demo_run: Path) -
     summary = json.loads((demo_run / "summary.json").read_text())
     state = final_state(demo_run)
     for member in summary["members"]:
-        losses = state[f"members/{member['name']}/losses"]
-        assert losses.shape == (12,)
-        assert member["loss_per_element"] == pytest.approx(float(losses[-1]), rel=1e-6)
+        for metric in ("loss_per_element", "penalty_per_element"):
+            values = state[f"members/{member['name']}/metrics/{metric}"]
+            assert values.shape == (12,)
+            assert member[metric] == pytest.approx(float(values[-1]), rel=1e-6)
 
 
 def test_the_floor_is_never_beaten(demo_config: Config, tmp_path: Path) -> None:

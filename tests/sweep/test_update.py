@@ -8,20 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from running import NO_CENTRES, initial
 
+from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import squared_error
-from jax_sae.autoencoder.model import Autoencoder, init_params, reconstruct
-from jax_sae.config import Config, Member, SweepConfig, TrainConfig, sweep_members
+from jax_sae.autoencoder.model import decode, encode, init_params
+from jax_sae.config import Config, Member, SweepConfig, TrainConfig
 from jax_sae.sweep import update
-from jax_sae.sweep.members import Group, make_groups
-from jax_sae.sweep.optimizer import make_optimizer, relative_schedule
+from jax_sae.sweep.members import Group, complete, make_groups, sweep_members
+from jax_sae.sweep.optimizer import make_optimizer, relative_learning_rate, traced_settings
 from jax_sae.sweep.update import (
+    METRICS,
     MemberState,
-    error_and_gradient,
-    init_member,
+    SweepState,
     init_sweep,
     member_shapes,
     rows_at_a_time,
+    terms_and_gradient,
     unstack,
     update_many,
 )
@@ -38,13 +41,28 @@ def data() -> tuple[jax.Array, jax.Array]:
     return x, weights
 
 
+def many(
+    state: SweepState,
+    groups: tuple[Group, ...],
+    data: tuple[jax.Array, jax.Array],
+    first: int,
+    last: int,
+    train: TrainConfig = TRAIN,
+) -> tuple[SweepState, jax.Array]:
+    """The steps on batches first to last - 1 of a run that begins with the data."""
+    forms = tuple(group.form for group in groups)
+    return update_many(state, *data, first, last, first, forms=forms, train=train)
+
+
 def trained(sweep: SweepConfig, data: tuple[jax.Array, jax.Array]) -> dict[str, tuple[MemberState, np.ndarray]]:
     """Each member's final state, trimmed to its own width, and its losses."""
     groups = make_groups(sweep_members(sweep))
-    state, losses = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
+    forms = tuple(group.form for group in groups)
+    state, metrics = update_many(init_sweep(groups, D, TRAIN, NO_CENTRES), *data, 0, STEPS, 0, forms=forms, train=TRAIN)
+    losses = metrics[..., METRICS.index("loss_per_element")]
     results, column = {}, 0
     for group, stacked in zip(groups, state, strict=True):
-        for name, member in zip(group.names, unstack(stacked, member_shapes(group, D, sweep, TRAIN)), strict=True):
+        for name, member in zip(group.names, unstack(stacked, member_shapes(group, D, TRAIN)), strict=True):
             results[name] = (member, np.asarray(losses[:, column]))
             column += 1
     return results
@@ -54,7 +72,7 @@ def trained(sweep: SweepConfig, data: tuple[jax.Array, jax.Array]) -> dict[str, 
 def test_member_equals_its_solo_run(data: tuple[jax.Array, jax.Array], initialization: str) -> None:
     """F = 4, 23, 24 and 31 in one sweep, 23 padded to 24 beside it, against each alone; seeds and rates differ too."""
     members = (Member(4, 0, 1e-2), Member(23, 1, 3e-3), Member(24, 2, 1e-2), Member(31, 0, 1e-3))
-    sweep = SweepConfig(members=members, initialization=initialization)  # type: ignore[arg-type]
+    sweep = SweepConfig(members=members, initialization=(initialization,))  # type: ignore[arg-type]
     assert [group.names for group in make_groups(members)] == [("F4",), ("F23", "F24"), ("F31",)]
     together = trained(sweep, data)
     for member in members:
@@ -74,12 +92,14 @@ def test_767_beside_768_equals_its_solo_run() -> None:
     x = jax.random.normal(jax.random.key(1), (3, 64, width))
     group, *rest = make_groups(sweep_members(sweep))
     assert group.names == ("F767", "F768") and not rest
-    (state,), _ = update_many(init_sweep((group,), width, sweep, train), x, jnp.ones((3, 64)), 0, 3, train=train)
-    together = unstack(state, member_shapes(group, width, sweep, train))[0]
-    step = jax.jit(partial(update.update_member, train=train))
-    alone = init_member(group.members[0], width, sweep, train)
-    for batch in x:
-        alone, _ = step(alone, batch, jnp.ones(64))
+    start = init_sweep((group,), width, train, NO_CENTRES)
+    (state,), _ = update_many(start, x, jnp.ones((3, 64)), 0, 3, 0, forms=(group.form,), train=train)
+    together = unstack(state, member_shapes(group, width, train))[0]
+    form = make_groups(group.members[:1])[0].form
+    step = jax.jit(partial(update.update_member, form=form, train=train))
+    alone = initial(group.members[0], width, train)
+    for i, batch in enumerate(x):
+        alone, _ = step(alone, batch, jnp.ones(64), i, False)
     for name, value in alone.params.items():
         assert value.shape == together.params[name].shape
         np.testing.assert_allclose(together.params[name], value, rtol=0, atol=1e-6)
@@ -89,7 +109,7 @@ def test_padded_features_stay_exactly_zero(data: tuple[jax.Array, jax.Array]) ->
     """Parameters and moments of the feature that F = 23 does not have, after training beside F = 24."""
     sweep = SweepConfig(features=(23, 24), learning_rates=(1e-2,))
     groups = make_groups(sweep_members(sweep))
-    (state,), _ = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
+    (state,), _ = many(init_sweep(groups, D, TRAIN, NO_CENTRES), groups, data, 0, STEPS)
     moments = state.opt_state[0]
     for tree in (state.params, moments.mu, moments.nu):
         for name, axis in [("W_enc", 1), ("b_enc", 0), ("W_dec", 0)]:
@@ -101,9 +121,9 @@ def test_initial_values_do_not_depend_on_the_other_members() -> None:
     """A member of a sweep begins where it begins alone."""
     sweep = SweepConfig(features=(23, 24))
     groups = make_groups(sweep_members(sweep))
-    (state,) = init_sweep(groups, D, sweep, TRAIN)
-    first, _ = unstack(state, member_shapes(groups[0], D, sweep, TRAIN))
-    alone = init_member(Member(23), D, sweep, TRAIN)
+    (state,) = init_sweep(groups, D, TRAIN, NO_CENTRES)
+    first, _ = unstack(state, member_shapes(groups[0], D, TRAIN))
+    alone = initial(Member(23), D, TRAIN)
     assert all(np.array_equal(first.params[name], alone.params[name]) for name in alone.params)
 
 
@@ -119,9 +139,10 @@ def test_step_is_traced_once(data: tuple[jax.Array, jax.Array], monkeypatch: pyt
     monkeypatch.setattr(update, "update_member", counting)
     sweep = SweepConfig(features=(5, 23, 24))
     train = replace(TRAIN, seed=12345)  # settings of its own, so that nothing was compiled for them before
-    state = init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)
+    groups = make_groups(sweep_members(sweep))
+    state = init_sweep(groups, D, train, NO_CENTRES)
     for first, last in [(0, 1), (1, 5), (5, STEPS), (0, STEPS)]:
-        state, _ = update_many(state, *data, first, last, train=train)
+        state, _ = many(state, groups, data, first, last, train)
     assert len(traces) == 2  # a group of F = 5, and a group of F = 23 and 24
 
 
@@ -129,10 +150,10 @@ def test_dispatches_of_any_length_give_the_same_bits(data: tuple[jax.Array, jax.
     """What resuming bit for bit rests on."""
     sweep = SweepConfig(features=(5, 24))
     groups = make_groups(sweep_members(sweep))
-    whole, losses = update_many(init_sweep(groups, D, sweep, TRAIN), *data, 0, STEPS, train=TRAIN)
-    state = init_sweep(groups, D, sweep, TRAIN)
+    whole, losses = many(init_sweep(groups, D, TRAIN, NO_CENTRES), groups, data, 0, STEPS)
+    state = init_sweep(groups, D, TRAIN, NO_CENTRES)
     for first, last in [(0, 1), (1, 2), (2, 9), (9, STEPS)]:
-        state, some = update_many(state, *data, first, last, train=TRAIN)
+        state, some = many(state, groups, data, first, last)
         assert np.array_equal(some[first:last], losses[first:last])
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(whole)))
 
@@ -140,8 +161,8 @@ def test_dispatches_of_any_length_give_the_same_bits(data: tuple[jax.Array, jax.
 def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> None:
     """One step of a member against Optax applied by hand to the formula of the gradient."""
     x, weights = data[0][0], data[1][0]
-    sweep = SweepConfig(features=(7,))
-    state = init_member(Member(7, learning_rate=1e-2), D, sweep, TRAIN)
+    member = complete(Member(7, learning_rate=1e-2))
+    state = initial(member, D, TRAIN)
     p = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
     pre = np.asarray(x, np.float64) @ p["W_enc"] + p["b_enc"]
     features = np.maximum(pre, 0)
@@ -150,11 +171,13 @@ def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> N
     g_pre = (g @ p["W_dec"].T) * (pre > 0)
     gradient = {"W_enc": x.T @ g_pre, "b_enc": g_pre.sum(0), "W_dec": features.T @ g, "b_dec": g.sum(0)}
     expected_loss = (np.asarray(weights)[:, None] * error**2).sum() / (float(weights.sum()) * D)
-    optimizer = make_optimizer(jnp.float32(1e-2), TRAIN)
+    optimizer = make_optimizer(traced_settings(member, TRAIN), TRAIN)
     gradient = {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}
     updates, _ = optimizer.update(gradient, optimizer.init(state.params), state.params)
-    new, loss = update.update_member(state, x, weights, train=TRAIN)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    form = make_groups((member,))[0].form
+    new, metrics = update.update_member(state, x, weights, 0, False, form=form, train=TRAIN)
+    l0 = (pre[:-3] > 0).sum(1).mean()
+    np.testing.assert_allclose(metrics, [expected_loss, 0, l0], rtol=1e-5)
     for name, value in optax.apply_updates(state.params, updates).items():
         np.testing.assert_allclose(new.params[name], value, atol=2e-6)
 
@@ -162,8 +185,9 @@ def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> N
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
     """Warm-up from above 0 to 1, then constant, or 0 at the end."""
-    relative = relative_schedule(TrainConfig(steps=100, warmup=0.1, schedule=schedule))  # type: ignore[arg-type]
-    values = np.array([relative(step) for step in range(101)])
+    train = TrainConfig(steps=100, warmup=0.1, schedule=schedule)  # type: ignore[arg-type]
+    settings = traced_settings(complete(Member(1)), train)
+    values = np.array([relative_learning_rate(step, settings, 100) for step in range(101)])
     assert 0 < values[0] < 0.1 + 1e-6 and values[10] == 1
     assert np.all(np.diff(values[:11]) > 0) and np.all(np.diff(values[10:]) <= 1e-7)
     assert values[100] == pytest.approx(1 if schedule == "constant" else 0, abs=1e-6)
@@ -183,13 +207,13 @@ def test_groups_hold_members_of_nearly_equal_width() -> None:
 
 def test_model_is_what_it_says() -> None:
     """decode(encode(x)) is the call; features are never negative; torch's bounds hold for every parameter."""
-    model = Autoencoder(width=9, features=400)
-    params = init_member(Member(400), 9, SweepConfig(), TRAIN).params
+    model = ReLU(width=9, features=400)
+    params = initial(Member(400), 9, TRAIN).params
     x = jax.random.normal(jax.random.key(3), (5, 9))
-    features = model.apply({"params": params}, x, method="encode")
+    features = encode(model, params, {}, x)
     assert float(jnp.min(features)) == 0
     expected = np.maximum(x @ params["W_enc"] + params["b_enc"], 0) @ params["W_dec"] + params["b_dec"]
-    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=1e-6)
+    np.testing.assert_allclose(decode(model, params, features), expected, atol=1e-6)
     for name, fan_in in [("W_enc", 9), ("b_enc", 9), ("W_dec", 400), ("b_dec", 400)]:
         largest = float(jnp.max(jnp.abs(params[name])))
         assert 0.5 * fan_in**-0.5 < largest <= fan_in**-0.5, name
@@ -197,26 +221,29 @@ def test_model_is_what_it_says() -> None:
 
 def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() -> None:
     """With every feature active and F >= D nothing is lost; 0 is always reconstructed as 0."""
-    sweep = SweepConfig(initialization="orthogonal", encoder_bias=50.0)
     x = jax.random.normal(jax.random.key(4), (6, 9))
     for features, lost in [(9, 0.0), (12, 0.0), (5, None)]:
-        params = init_member(Member(features), 9, sweep, TRAIN).params
-        model = Autoencoder(9, features)
-        assert np.allclose(model.apply({"params": params}, jnp.zeros((1, 9))), 0, atol=1e-4)
-        error = jnp.square(model.apply({"params": params}, x) - x).mean()
+        params = initial(Member(features, initialization="orthogonal", encoder_bias=50.0), 9, TRAIN).params
+        model = ReLU(9, features)
+        of_zero, of_x = (decode(model, params, encode(model, params, {}, each)) for each in (jnp.zeros((1, 9)), x))
+        assert np.allclose(of_zero, 0, atol=1e-4)
+        error = jnp.square(of_x - x).mean()
         assert error < 1e-6 if lost == 0.0 else error > 0.1
 
 
 def test_members_at_once_equal_members_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, whole batches and vmap, and what a CPU does, parts and members in turn."""
     sweep, train = SweepConfig(features=(23, 24), seeds=(0, 1)), TrainConfig(batch_tokens=2048)
-    [group] = init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)
+    groups = make_groups(sweep_members(sweep))
+    [group] = init_sweep(groups, D, train, NO_CENTRES)
     x, weights = jax.random.normal(jax.random.key(0), (2048, D)), jnp.ones(2048)
     results = []
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert rows_at_a_time(2048) == (1024 if backend == "cpu" else 2048)
-        results.append(jax.jit(lambda group: update.update_group(group, x, weights, train=train))(group))
+        results.append(
+            jax.jit(lambda group: update.update_group(group, x, weights, 0, form=groups[0].form, train=train))(group)
+        )
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         largest = max(1.0, float(np.abs(expected).max()))
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
@@ -228,9 +255,12 @@ def test_a_large_batch_is_summed_in_parts(batch_tokens: int, rows: int) -> None:
     assert rows_at_a_time(batch_tokens) == rows
     x = jax.random.normal(jax.random.key(0), (batch_tokens, 6))
     weights = (jax.random.uniform(jax.random.key(1), (batch_tokens,)) < 0.9).astype(jnp.float32)
-    params = init_params(Autoencoder(6, 9), 0)
-    error, gradient = error_and_gradient(params, x, weights, "float32")
-    whole = jax.value_and_grad(lambda p: squared_error(x, reconstruct(p, x), weights))(params)
-    np.testing.assert_allclose(error, whole[0], rtol=1e-5)
+    model = ReLU(6, 9, penalised=False)
+    params = init_params(model, 0)
+    terms, gradient = terms_and_gradient(model, params, {}, x, weights)
+    features = encode(model, params, {}, x)
+    whole = jax.value_and_grad(lambda p: squared_error(x, decode(model, p, encode(model, p, {}, x)), weights))(params)
+    np.testing.assert_allclose(terms.squared_error, whole[0], rtol=1e-5)
+    assert np.array_equal(terms.fired, ((features > 0) & (weights[:, None] > 0)).sum(0))
     for name, expected in whole[1].items():
         np.testing.assert_allclose(gradient[name], expected, rtol=1e-4, atol=1e-3)

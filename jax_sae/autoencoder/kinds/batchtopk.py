@@ -1,0 +1,63 @@
+"""The k largest features a token on average: the B k largest of a batch."""
+
+import jax
+import jax.numpy as jnp
+
+from jax_sae.autoencoder.kinds.topk import TopK
+from jax_sae.autoencoder.loss import Terms, terms
+from jax_sae.autoencoder.model import Values
+from jax_sae.autoencoder.selection import keep_largest_of_batch
+
+FORGETTING = 0.99
+"""Of the mean of thresholds, so that it is that of about the last hundred batches."""
+
+
+class BatchTopK(TopK):
+    """f = the B k largest of relu((x - b_dec) W_enc + b_enc) over a batch of B tokens, the others 0.
+
+    It minimises |x - x_hat|^2 + alpha AuxK, as `topk` does. A token by itself has no batch: there f is what exceeds a
+    threshold, the mean over batches of the smallest feature that was kept. Bussmann et al. 2024
+    (https://arxiv.org/abs/2412.06410), equations 2 to 5; the mean is one that forgets, since parameters change.
+    """
+
+    couples_tokens = True
+
+    def encode(self, x: jax.Array, values: Values) -> jax.Array:
+        """The candidates that exceed the threshold."""
+        candidates = self.candidates(x)
+        return jnp.where(candidates > values["threshold"], candidates, 0.0)
+
+    def keep(self, candidates: jax.Array, weights: jax.Array, values: Values) -> jax.Array:
+        """The k largest candidates a token, on average over the batch's tokens; none of padding."""
+        tokens = jnp.sum(weights).astype(jnp.int32)
+        return keep_largest_of_batch(jnp.where(weights[:, None] > 0, candidates, 0.0), values["k"] * tokens)
+
+    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|x - x_hat|^2 + alpha AuxK, summed over tokens."""
+        candidates = self.candidates(x)
+        features = self.keep(candidates, weights, values)
+        x_hat = self.decode(features)
+        found = terms(x, x_hat, features, weights, self.auxk(candidates, x, x_hat, weights, values))
+        return found._replace(smallest=smallest(features))
+
+    @staticmethod
+    def initial_memory() -> dict[str, jax.Array]:
+        """The threshold, 0 at first, and the part of the mean that the batches so far make up."""
+        return {"threshold": jnp.float32(0), "threshold_weight": jnp.float32(0)}
+
+    @staticmethod
+    def remember(memory: dict[str, jax.Array], terms: Terms) -> dict[str, jax.Array]:
+        """The mean with this batch, unless nothing was active in it; divided by its weight, it has no bias to 0."""
+        weight = FORGETTING * memory["threshold_weight"] + (1 - FORGETTING)
+        mean = memory["threshold"] + (1 - FORGETTING) / weight * (terms.smallest - memory["threshold"])
+        new = {"threshold": mean, "threshold_weight": weight}
+        is_active = jnp.isfinite(terms.smallest)
+        return memory | {name: jnp.where(is_active, new[name], memory[name]) for name in new}
+
+
+def smallest(features: jax.Array) -> jax.Array:
+    """The smallest feature above 0, without a gradient; infinity where there is none."""
+    return jax.lax.stop_gradient(jnp.min(jnp.where(features > 0, features, jnp.inf)))
+
+
+KIND = BatchTopK

@@ -1,0 +1,105 @@
+"""Features above a learned threshold of their own."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jax_sae.autoencoder.loss import Terms, terms
+from jax_sae.autoencoder.model import Autoencoder, Values
+
+
+def _window(z: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
+    """K((z - threshold) / bandwidth) / bandwidth, K = 1 from -1/2 to 1/2: how dense z are around the threshold."""
+    return (jnp.abs(z - threshold) < bandwidth / 2) / bandwidth
+
+
+@jax.custom_vjp
+def jump(z: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
+    """z where z > threshold, else 0; d/dthreshold = -threshold K((z - threshold) / bandwidth) / bandwidth."""
+    del bandwidth
+    return jnp.where(z > threshold, z, 0.0)
+
+
+@jax.custom_vjp
+def step(z: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
+    """1 where z > threshold, else 0; d/dthreshold = -K((z - threshold) / bandwidth) / bandwidth, and 0 for z."""
+    del bandwidth
+    return jnp.where(z > threshold, 1.0, 0.0)
+
+
+Inputs = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _jump_backward(inputs: Inputs, g: jax.Array) -> Inputs:
+    z, threshold, bandwidth = inputs
+    g_threshold = -threshold * jnp.sum(g * _window(z, threshold, bandwidth), 0)
+    return jnp.where(z > threshold, g, 0.0), g_threshold, jnp.zeros_like(bandwidth)
+
+
+def _step_backward(inputs: Inputs, g: jax.Array) -> Inputs:
+    z, threshold, bandwidth = inputs
+    g_threshold = -jnp.sum(g * _window(z, threshold, bandwidth), 0)
+    return jnp.zeros_like(z), g_threshold, jnp.zeros_like(bandwidth)
+
+
+jump.defvjp(lambda *inputs: (jump(*inputs), inputs), _jump_backward)
+step.defvjp(lambda *inputs: (step(*inputs), inputs), _step_backward)
+
+
+class JumpReLU(Autoencoder):
+    """f_i = z_i where z_i > theta_i, else 0, z = x W_enc + b_enc, minimising |x - x_hat|^2 + lambda |f|_0.
+
+    Or, with a `target_l0` in place of lambda, |x - x_hat|^2 + D (L0 / target_l0 - 1)^2 with L0 the mean of |f|_0 over
+    the batch. theta = exp(log_threshold). Where f jumps it has no useful gradient; theta gets that of the expected
+    loss, estimated with the pre-activations in a window of width `bandwidth` sqrt(D) around it. Rajamanoharan et al.
+    2024 (https://arxiv.org/abs/2407.14435), equations 9 to 12, and appendix for the target. There |x|^2 is 1 on
+    average, here D: hence the factors sqrt(D) and D. theta begins at `initial_threshold` sqrt(D).
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {
+        "l0_coefficient": None,
+        "target_l0": None,
+        "bandwidth": 0.001,
+        "initial_threshold": 0.001,
+        "decoder_norm": "unit",
+    }
+    penalties = ("l0_coefficient", "target_l0")
+    couples_tokens = True  # with a target
+
+    initial_threshold: float = 0.001
+
+    def setup(self) -> None:
+        """Declare the parameters: log_threshold[F] besides the four."""
+        super().setup()
+        start = nn.initializers.constant(math.log(self.initial_threshold * self.width**0.5))
+        self.log_threshold = self.param("log_threshold", start, (self.features,))
+
+    def encode(self, x: jax.Array, values: Values) -> jax.Array:
+        """The pre-activations that exceed their threshold."""
+        del values
+        z = self.pre_activations(x)
+        return jnp.where(z > jnp.exp(self.log_threshold), z, 0.0)
+
+    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|x - x_hat|^2 + lambda |f|_0, or D (L0 / target - 1)^2, summed over tokens."""
+        threshold, bandwidth = jnp.exp(self.log_threshold), values["bandwidth"] * self.width**0.5
+        z = self.pre_activations(x)
+        features = jump(z, threshold, bandwidth)
+        active = jnp.sum(weights[:, None] * step(z, threshold, bandwidth))
+        tokens, target = jnp.maximum(jnp.sum(weights), 1), jnp.maximum(values["target_l0"], 1e-9)
+        off_target = tokens * self.width * jnp.square(active / tokens / target - 1)
+        penalty = jnp.where(values["target_l0"] > 0, off_target, values["l0_coefficient"] * active)
+        return terms(x, self.decode(features), features, weights, values["ramp"] * penalty)
+
+    @staticmethod
+    def fresh_bias(name: str, width: int, values: Values) -> jax.Array:
+        """The initial log_threshold; 0 of b_enc."""
+        is_threshold = name == "log_threshold"
+        return jnp.log(values["initial_threshold"] * width**0.5) if is_threshold else jnp.float32(0)
+
+
+KIND = JumpReLU

@@ -1,0 +1,37 @@
+"""BatchTopK whose first features reconstruct by themselves."""
+
+from itertools import pairwise
+
+import jax
+
+from jax_sae.autoencoder.kinds.batchtopk import BatchTopK, smallest
+from jax_sae.autoencoder.loss import Terms, squared_error, terms
+from jax_sae.autoencoder.model import Values, product
+
+PARTS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
+"""Of the features in each prefix, as in the paper: each has about twice as many as the one before."""
+
+
+class Matryoshka(BatchTopK):
+    """`batchtopk`, minimising sum_m |x - x_hat_m|^2 + alpha AuxK, x_hat_m = f[:m] W_dec[:m] + b_dec.
+
+    m runs over the first 1/32, 3/32, 7/32, 15/32 and all of the features, so that the first ones are general and later
+    ones do not split or absorb them. Bussmann et al. 2025 (https://arxiv.org/abs/2503.17547), equations 3 and 4.
+    """
+
+    pads = False  # the prefixes are parts of its own number of features
+
+    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """sum_m |x - x_hat_m|^2 + alpha AuxK, summed over tokens; `squared_error` is that of all features."""
+        candidates = self.candidates(x)
+        features = self.keep(candidates, weights, values)
+        ends = sorted({max(1, round(part * self.features)) for part in PARTS})
+        x_hat, errors = self.b_dec, []
+        for start, end in pairwise([0, *ends]):
+            x_hat = x_hat + product(features[:, start:end], self.W_dec[start:end], self.precision)
+            errors.append(squared_error(x, x_hat, weights))
+        penalty = sum(errors[:-1]) + self.auxk(candidates, x, x_hat, weights, values)
+        return terms(x, x_hat, features, weights, penalty)._replace(smallest=smallest(features))
+
+
+KIND = Matryoshka

@@ -1,0 +1,42 @@
+"""ReLU features, plain or with an L1 penalty."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+from jax_sae.autoencoder.loss import Terms, l1_norm, terms
+from jax_sae.autoencoder.model import Autoencoder, Values, row_norms
+
+
+class ReLU(Autoencoder):
+    """f = relu(x W_enc + b_enc), minimising |x - x_hat|^2 + lambda sum_i f_i |W_dec_i|.
+
+    Weighting by the norms of the directions keeps f from shrinking while W_dec grows, without a constraint: Anthropic,
+    "Circuits Updates - April 2024", Training Sparse Autoencoders. With lambda = 0 it is the plain autoencoder.
+    """
+
+    settings: ClassVar[Mapping[str, Any]] = {
+        "l1_coefficient": 0.0,
+        "initialization": "torch",
+        "initial_norm": 0.1,
+    }
+    penalties = ("l1_coefficient",)
+
+    def encode(self, x: jax.Array, values: Values) -> jax.Array:
+        """relu(x W_enc + b_enc)."""
+        del values
+        return nn.relu(self.pre_activations(x))
+
+    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|x - x_hat|^2 + lambda sum_i f_i |W_dec_i|, summed over tokens."""
+        features = self.encode(x, values)
+        x_hat = self.decode(features)
+        if not self.penalised:
+            return terms(x, x_hat, features, weights)
+        penalty = values["ramp"] * values["l1_coefficient"] * l1_norm(features, row_norms(self.W_dec), weights)
+        return terms(x, x_hat, features, weights, penalty)
+
+
+KIND = ReLU

@@ -1,0 +1,77 @@
+"""Dead features are set to activations that are reconstructed badly, and begin anew."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode, row_norms, unit_rows
+
+ENCODER_NORM = 0.2
+"""Of a resampled feature's encoder, as a part of the mean norm of the others."""
+
+
+def resampling_steps(resamples: int, steps: int) -> np.ndarray:
+    """After which steps it is done, `resamples` times: evenly spread, neither at the start nor at the end."""
+    return np.round(np.arange(1, resamples + 1) * steps / (resamples + 1)).astype(np.int32)
+
+
+def resample(
+    model: Autoencoder,
+    params: Params,
+    moments: Any,
+    values: Values,
+    dead: jax.Array,
+    x: jax.Array,
+    weights: jax.Array,
+    key: jax.Array,
+) -> tuple[Params, Any]:
+    """Set dead features to tokens of a batch, drawn in proportion to their squared loss |x - x_hat|^4.
+
+    W_dec_i becomes the direction of x - b_dec, with the mean norm of the living features' directions; the column of
+    W_enc the same direction with 0.2 of the mean norm of the living ones' columns; biases and Adam's moments of the
+    feature begin anew. Shapes are static: every feature draws a token, only the dead ones use it. Bricken et al. 2023,
+    "Towards Monosemanticity", appendix "Neuron Resampling".
+
+    Args:
+        model: of the member.
+        params: its parameters.
+        moments: Adam's state, with `mu` and `nu` like `params`.
+        values: its settings and what it remembers.
+        dead: [F] bool; none of padded features.
+        x: [B, D].
+        weights: [B].
+        key: random.
+    """
+    x_hat = decode(model, params, encode(model, params, values, x))
+    loss = jnp.where(weights > 0, jnp.sum(jnp.square(x - x_hat), -1), 0.0)
+    cumulated = jnp.cumsum(jnp.square(loss / jnp.maximum(jnp.max(loss), 1e-30)))
+    drawn = jnp.searchsorted(cumulated, jax.random.uniform(key, dead.shape) * cumulated[-1])
+    directions = unit_rows(x[jnp.minimum(drawn, len(x) - 1)] - params["b_dec"])
+    lives = ~dead & (row_norms(params["W_dec"]) > 0)  # a padded feature is neither
+
+    def mean_norm(W: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(lives, row_norms(W), 0)) / jnp.maximum(jnp.sum(lives), 1)
+
+    new = {
+        "W_dec": mean_norm(params["W_dec"]) * directions,
+        "W_enc": ENCODER_NORM * mean_norm(params["W_enc"].T) * directions.T,
+        "b_dec": params["b_dec"],
+    }
+    for name in params.keys() - new.keys():
+        new[name] = jnp.full_like(params[name], model.fresh_bias(name, model.width, values))
+
+    def where_dead(name: str, value: jax.Array, old: jax.Array) -> jax.Array:
+        if name == "b_dec":
+            return old
+        return jnp.where(dead[:, None] if name == "W_dec" else dead, value, old)
+
+    params = {name: where_dead(name, new[name], params[name]) for name in params}
+    moments = moments._replace(
+        **{
+            each: {name: where_dead(name, jnp.zeros_like(old), old) for name, old in getattr(moments, each).items()}
+            for each in ("mu", "nu")
+        }
+    )
+    return params, moments
