@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from stepping import initial_state, many
 from timing import spread
 
 from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import identity
-from jax_sae.config import Config, SweepConfig, TrainConfig, sweep_members
+from jax_sae.config import Config, SweepConfig, TrainConfig
 from jax_sae.sweep.checkpoints import Checkpoints, array_digest, named_leaves
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.members import make_groups, sweep_members
 from jax_sae.sweep.progress import Progress, Setup, save
-from jax_sae.sweep.update import init_sweep, snapshot, update_many
+from jax_sae.sweep.update import METRICS, snapshot
 
 FEATURES, D, B = (100, 767, 768, 1000), 768, 1024
 
@@ -43,15 +44,15 @@ def main(seeds: tuple[int, ...] = (0, 1), saves: int = 8, steps_between: int = 3
     setup = Setup(Config(sweep=sweep, train=train), make_groups(sweep_members(sweep)), D, {})
     x = jax.random.normal(jax.random.key(0), (steps_between, B, D))
     weights = jnp.ones((steps_between, B))
-    losses = np.zeros((train.steps, len(setup.names())), np.float32)
-    state = init_sweep(setup.groups, D, sweep, train)
-    progress = Progress(0, 0, Position(), Position(), state, losses, identity(D))
+    metrics = np.zeros((train.steps, len(setup.names()), len(METRICS)), np.float32)
+    state = initial_state(setup.groups, D, train)
+    progress = Progress(0, 0, Position(), Position(), state, metrics, identity(D))
     jax.block_until_ready(snapshot(state))  # as a run does before its first step
     waits, writes, steps = [], [], []
     with tempfile.TemporaryDirectory() as directory:
         for i in range(1, saves + 1):
             begun = time.perf_counter()
-            state, _ = update_many(progress.state, x, weights, 0, steps_between, train=train)
+            state, _ = many(progress.state, setup.groups, x, weights, steps_between, train)
             jax.block_until_ready(state)
             steps.append((time.perf_counter() - begun) / steps_between)
             progress = replace(progress, step=i, state=state)
@@ -59,7 +60,7 @@ def main(seeds: tuple[int, ...] = (0, 1), saves: int = 8, steps_between: int = 3
                 begun = time.perf_counter()
                 save(checkpoints, progress, setup)
                 waits.append(1e3 * (time.perf_counter() - begun))
-                state, _ = update_many(progress.state, x, weights, 0, 1, train=train)  # donates what is being saved
+                state, _ = many(progress.state, setup.groups, x, weights, 1, train)  # donates what is being saved
                 jax.block_until_ready(state)
                 progress = replace(progress, state=state)
             writes.append(time.perf_counter() - begun)

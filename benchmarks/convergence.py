@@ -25,18 +25,19 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from stepping import initial_state
 from timing import ratios, report
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset, identity
 from jax_sae.activations.sources import Source, open_sources
 from jax_sae.command_line import run_script
-from jax_sae.config import Config, SweepConfig, load_config, sweep_members, validate
+from jax_sae.config import Config, SweepConfig, load_config, validate
 from jax_sae.errors import BadInput
-from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.members import make_groups, sweep_members
 from jax_sae.sweep.train import NORMALIZATION_TOKENS
-from jax_sae.sweep.update import init_sweep, update_many
+from jax_sae.sweep.update import update_many
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NEAR_FLOOR, SMALL_FVUS = 1.05, (1e-3, 3e-4)
@@ -120,7 +121,7 @@ def harvest_all(source: Source) -> InMemory:
 def recipes_with_decay(config: Config, sweep: SweepConfig, steps: int) -> Recipes:
     """The recipe, and the same with torch's initial values, in a run of that many steps."""
     of_the_recipe = replace(config.sweep, features=sweep.features, seeds=sweep.seeds)
-    torch = replace(of_the_recipe, initialization="torch", encoder_bias=0.0)
+    torch = replace(of_the_recipe, initialization=("torch",), encoder_bias=(0.0,))
     return Recipes(
         replace(config, train=replace(config.train, steps=steps)),
         {"recipe": of_the_recipe, "recipe, but torch's initial values": torch},
@@ -168,10 +169,11 @@ def train(recipes: Recipes, source: Source, held_out_source: Source, looks: Sequ
         normalization = estimate_dataset(np.concatenate(first_activations(source, NORMALIZATION_TOKENS, seed)))
     held_out = harvest_held_out(held_out_source, normalization, config.activations)
     groups = [(name, sweep, make_groups(sweep_members(sweep))) for name, sweep in recipes.sweeps.items()]
-    state = tuple(group for _, sweep, of_it in groups for group in init_sweep(of_it, source.width, sweep, config.train))
+    all_groups = tuple(group for *_, of_it in groups for group in of_it)
+    state, forms = initial_state(all_groups, source.width, config.train), tuple(group.form for group in all_groups)
     members = [[(name, member) for member in group.members] for name, _, of_it in groups for group in of_it]
     found: Curves = {}
-    ahead, tokens = list(looks), 0
+    ahead, tokens, step = list(looks), 0, 0
     for run in batch_runs(source, normalization, Position(), config.activations, config.train):
         # A story is padded to a power of two: tokens of weight 0 change nothing, and few shapes have to be compiled.
         more = (1 << (run.x.shape[1] - 1).bit_length()) - run.x.shape[1] if config.train.batching == "story" else 0
@@ -181,13 +183,14 @@ def train(recipes: Recipes, source: Source, held_out_source: Source, looks: Sequ
         first = 0
         while first < len(after):
             last = min(len(after), int(np.searchsorted(after, ahead[0])) + 1)
-            state, _ = update_many(state, x, weights, first, last, train=config.train)
+            state, _ = update_many(state, x, weights, first, last, step, forms=forms, train=config.train)
+            step += last - first
             first, tokens = last, int(after[last - 1])
             if tokens < ahead[0]:
                 continue
             fvus: dict[tuple[str, int], list[float]] = {}
-            for of_group, group in zip(members, state, strict=True):
-                for (name, member), fvu in zip(of_group, held_out_fvu(held_out, group), strict=True):
+            for of_group, group, form in zip(members, state, forms, strict=True):
+                for (name, member), (fvu, _) in zip(of_group, held_out_fvu_and_l0(held_out, group, form), strict=True):
                     fvus.setdefault((name, member.features), []).append(fvu)
             for which, of_seeds in fvus.items():
                 found.setdefault(which, []).append((tokens, of_seeds))

@@ -34,7 +34,7 @@ from unittest.mock import patch
 import tyro
 
 from jax_sae.command_line import run_script
-from jax_sae.config import Config, TextConfig, load_config, sweep_members, validate
+from jax_sae.config import Config, TextConfig, load_config, validate
 from jax_sae.errors import BadInput
 
 BEGUN = time.perf_counter() - time.process_time()  # of this process: until here it did nothing but import
@@ -118,6 +118,7 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
     from jax_sae.language_model.text import Stories
     from jax_sae.sweep import report, train
     from jax_sae.sweep.checkpoints import Checkpoints
+    from jax_sae.sweep.members import sweep_members
 
     jax.monitoring.register_event_duration_secs_listener(parts.compiled)
     parts.switch(COMPARING)
@@ -157,12 +158,14 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
             compare()
             yield value
 
-    def update_many(state: Any, x: jax.Array, weights: jax.Array, first: int, last: int, **settings: Any) -> Any:
+    def update_many(
+        state: Any, x: jax.Array, weights: jax.Array, first: int, last: int, step: int, **settings: Any
+    ) -> Any:
         if not operations["training"]:
             mark("first step")
         compare()
         with parts.part("training"):
-            found = jax.block_until_ready(update(state, x, weights, first, last, **settings))
+            found = jax.block_until_ready(update(state, x, weights, first, last, step, **settings))
         operations["training"] += (last - first) * 10 * x.shape[1] * D * features
         until_last_step.update(operations)
         mark("last step")

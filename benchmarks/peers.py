@@ -31,16 +31,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from stepping import NO_CENTRES, stepper
 from timing import ratios, report, seconds
 
 from jax_sae.command_line import run_script
-from jax_sae.config import Member, SweepConfig, TrainConfig, sweep_members
+from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.flags import read_options
-from jax_sae.sweep.members import make_groups
-from jax_sae.sweep.update import init_member, init_sweep, update_many
+from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.update import init_member
 
 D = 768
 LARGEST_DIFFERENCE = 1e-3
@@ -86,27 +86,13 @@ def torch_device() -> Any:
     return torch.device("cuda")
 
 
-def ours(sweep: SweepConfig, train: TrainConfig, x: jax.Array) -> Callable[[], jax.Array]:
-    """A function that takes a step on each batch of x[steps, B, D]; gives losses per element [steps, M]."""
-    state = [init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)]
-    weights = jnp.ones(x.shape[:2])
-
-    def run() -> jax.Array:
-        state[0], losses = update_many(state[0], x, weights, 0, len(x), train=train)
-        return losses
-
-    return run
-
-
-def initial_values(member: Member, sweep: SweepConfig, train: TrainConfig) -> dict[str, np.ndarray]:
+def initial_values(member: Member, train: TrainConfig) -> dict[str, np.ndarray]:
     """A member's parameters at step 0, as this package begins."""
-    return {name: np.array(value) for name, value in init_member(member, D, sweep, train).params.items()}
+    return {name: np.array(value) for name, value in init_member(member, D, train, NO_CENTRES).params.items()}
 
 
-def plain(
-    members: Sequence[Member], sweep: SweepConfig, train: TrainConfig, x: Any, compile_it: bool
-) -> Callable[[], np.ndarray]:
-    """A PyTorch loop that takes a step on each batch of the tensor x[steps, B, D]; gives what `ours` gives."""
+def plain(members: Sequence[Member], train: TrainConfig, x: Any, compile_it: bool) -> Callable[[], np.ndarray]:
+    """A PyTorch loop that takes a step on each batch of the tensor x[steps, B, D]; gives what `stepper` gives."""
     import torch
     from torch import nn
 
@@ -115,7 +101,7 @@ def plain(
 
     models, optimizers = [], []
     for member in members:
-        values = {name: torch.from_numpy(value) for name, value in initial_values(member, sweep, train).items()}
+        values = {name: torch.from_numpy(value) for name, value in initial_values(member, train).items()}
         model = nn.Sequential(nn.Linear(D, member.features), nn.ReLU(), nn.Linear(member.features, D))
         with torch.no_grad():
             for layer, weight, bias in ((model[0], "W_enc", "b_enc"), (model[2], "W_dec", "b_dec")):
@@ -141,7 +127,7 @@ def plain(
     return run
 
 
-def saelens(members: Sequence[Member], sweep: SweepConfig, train: TrainConfig, x: Any) -> Callable[[], None]:
+def saelens(members: Sequence[Member], train: TrainConfig, x: Any) -> Callable[[], None]:
     """A function that lets SAELens's trainer take a step on each batch of the tensor x[steps, B, D]."""
     import torch
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -168,7 +154,7 @@ def saelens(members: Sequence[Member], sweep: SweepConfig, train: TrainConfig, x
             )
         )
         with torch.no_grad():
-            for name, value in initial_values(member, sweep, train).items():
+            for name, value in initial_values(member, train).items():
                 getattr(sae, name).copy_(torch.from_numpy(value))
         saes[f"sae{i}"] = sae
     if len(saes) == 1:
@@ -222,11 +208,11 @@ def measure(options: Options) -> None:
     }
     functions: dict[Any, Callable[[], Any]] = {}
     for name, sweep in sweeps.items():
-        functions[name, "jax_sae"] = ours(sweep, train, x)
-        functions[name, "PyTorch"] = plain(members[name], sweep, train, x_torch, False)
+        functions[name, "jax_sae"] = stepper(make_groups(sweep_members(sweep)), train, x)
+        functions[name, "PyTorch"] = plain(members[name], train, x_torch, False)
         if options.compile:
-            functions[name, "PyTorch, compiled"] = plain(members[name], sweep, train, x_torch, True)
-        functions[name, "SAELens"] = saelens(members[name], sweep, train, x_torch)
+            functions[name, "PyTorch, compiled"] = plain(members[name], train, x_torch, True)
+        functions[name, "SAELens"] = saelens(members[name], train, x_torch)
     times = seconds(functions, options.rounds)
 
     rows, differences = [], []

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from stepping import initial_state, many
 from timing import ratios, report, seconds
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
@@ -37,11 +38,11 @@ from jax_sae.activations.normalize import estimate_dataset
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import write_store
 from jax_sae.command_line import run_script
-from jax_sae.config import Config, SweepConfig, TrainConfig, sweep_members, validate
+from jax_sae.config import Config, SweepConfig, TrainConfig, validate
 from jax_sae.errors import BadInput
-from jax_sae.sweep.members import make_groups
+from jax_sae.sweep.members import Group, make_groups, sweep_members
 from jax_sae.sweep.train import NORMALIZATION_TOKENS
-from jax_sae.sweep.update import init_sweep, update_many
+from jax_sae.sweep.update import update_many
 
 D, F, B = 768, 768, 1024
 MOST_STEPS = 10
@@ -70,15 +71,16 @@ def step_point(M: int, F: int, B: int, rounds: int) -> dict[str, Any]:
     validate(Config(sweep=sweep, train=replace(train, batch_tokens=1)))
     operations = 10 * B * D * F * M
     steps = max(1, min(MOST_STEPS, round(OPERATIONS / operations)))
-    state = [init_sweep(make_groups(sweep_members(sweep)), D, sweep, train)]
+    groups = make_groups(sweep_members(sweep))
+    state = [initial_state(groups, D, train)]
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     x, weights = jax.random.normal(jax.random.key(0), (steps, B, D)), jnp.ones((steps, B))
     left, right = jax.random.normal(jax.random.key(1), (4096, D)), jax.random.normal(jax.random.key(2), (D, D))
     dot = jax.jit(jnp.dot)
 
     def run() -> jax.Array:
-        state[0], losses = update_many(state[0], x, weights, 0, steps, train=train)
-        return losses
+        state[0], metrics = many(state[0], groups, x, weights, steps, train)
+        return metrics
 
     times = seconds({"dot": lambda: dot(left, right), "steps": run}, rounds)
     peak = peak_megabytes()  # before the compiler is asked once more
@@ -88,14 +90,17 @@ def step_point(M: int, F: int, B: int, rounds: int) -> dict[str, Any]:
         "seconds a step": a_step,
         "x arithmetic": ratios(a_step, arithmetic),
         "state MB": state_bytes / 1e6,
-        "XLA MB": xla_megabytes(state[0], x, weights, steps, train),
+        "XLA MB": xla_megabytes(state[0], groups, x, weights, steps, train),
         "peak MB": peak,
     }
 
 
-def xla_megabytes(state: Any, x: jax.Array, weights: jax.Array, steps: int, train: TrainConfig) -> float | str:
+def xla_megabytes(
+    state: Any, groups: tuple[Group, ...], x: jax.Array, weights: jax.Array, steps: int, train: TrainConfig
+) -> float | str:
     """What the compiled steps need, by XLA's own account; a text where it gives none."""
-    compiled = update_many.lower(state, x, weights, 0, steps, train=train).compile()
+    forms = tuple(group.form for group in groups)
+    compiled = update_many.lower(state, x, weights, 0, steps, 0, forms=forms, train=train).compile()
     found = compiled.memory_analysis()
     if found is None:
         return "not told"

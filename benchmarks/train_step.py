@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
+from stepping import stepper
 from timing import ratios, report, seconds
 
-from jax_sae.config import Member, Precision, SweepConfig, TrainConfig, sweep_members
-from jax_sae.sweep.members import Group, make_groups
-from jax_sae.sweep.update import init_sweep, update_many
+from jax_sae.config import Member, Precision, SweepConfig, TrainConfig
+from jax_sae.sweep.members import Group, make_groups, sweep_members
 
 D = 768
 SWEEPS = {
@@ -54,7 +54,7 @@ def main(
             operations = 10 * B * D * sum(member.features for member in members)
             steps = min(64, max(4, round(3e11 / operations)))
             functions = {f"dot {F}": products(B, F, steps, precision) for F in {member.features for member in members}}
-            functions |= ways(members, SWEEPS[name], steps, TrainConfig(batch_tokens=B, precision=precision))
+            functions |= ways(members, steps, TrainConfig(batch_tokens=B, precision=precision))
             times = seconds(functions, rounds)
             ideal = [sum(times[f"dot {member.features}"][i] for member in members) for i in range(rounds)]
             for way in (way for way in times if not way.startswith("dot")):
@@ -89,29 +89,16 @@ def products(B: int, F: int, steps: int, precision: Precision) -> Callable[[], A
     return lambda: [[dot(x, W), dot(f, WT), dot(x, W), dot(fT, x), dot(xT, f)] for _ in range(steps)][-1]
 
 
-def ways(
-    members: tuple[Member, ...], sweep: SweepConfig, steps: int, train: TrainConfig
-) -> dict[str, Callable[[], Any]]:
+def ways(members: tuple[Member, ...], steps: int, train: TrainConfig) -> dict[str, Callable[[], Any]]:
     """Functions that take that many steps of the members on the same batches."""
     x = jax.random.normal(jax.random.key(0), (steps, train.batch_tokens, D))
-    weights = jnp.ones(x.shape[:2])
-
-    def stepper(groups: tuple[Group, ...]) -> Callable[[], jax.Array]:
-        state = [init_sweep(groups, D, sweep, train)]
-
-        def run() -> jax.Array:
-            state[0], losses = update_many(state[0], x, weights, 0, steps, train=train)
-            return losses
-
-        return run
-
     groups = make_groups(members)
-    found: dict[str, Callable[[], Any]] = {"groups": stepper(groups)}
+    found: dict[str, Callable[[], Any]] = {"groups": stepper(groups, train, x)}
     if len(groups) > 1:
         together = sum((group.members for group in groups), ()), sum((group.names for group in groups), ())
-        found["one padded vmap"] = stepper((Group(*together),))
+        found["one padded vmap"] = stepper((Group(*together),), train, x)
     if len(members) > 1:
-        alone = [stepper(make_groups((member,))) for member in members]
+        alone = [stepper(make_groups((member,)), train, x) for member in members]
         found["one after another"] = lambda: [step() for step in alone]
     return found
 

@@ -1,5 +1,6 @@
 """Dead features, and nothing else, are set to activations that are reconstructed badly."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,8 +118,7 @@ def test_without_dead_features_nothing_changes() -> None:
     assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves((before, moments))))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_tokens_are_drawn_in_proportion_to_their_squared_loss(seed: int) -> None:
+def test_tokens_are_drawn_in_proportion_to_their_squared_loss() -> None:
     """|x - x_hat|^4, among 20,000 dead features: each share within 4 standard deviations; padding is never drawn."""
     many, norms = 20_000, np.array([1.0, 1.2, 0.0, 9.0, 1.5, 0.7])
     x = np.diag(norms).astype(np.float32)  # each token has a direction of its own
@@ -132,7 +132,7 @@ def test_tokens_are_drawn_in_proportion_to_their_squared_loss(seed: int) -> None
     zeros = jax.tree.map(jnp.zeros_like, params)
     dead = np.arange(many) > 0
     moments = optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
-    new, _ = resample(kind_named("relu")(6, many), params, moments, {}, dead, x, weights, jax.random.key(seed))
+    new, _ = resample(kind_named("relu")(6, many), params, moments, {}, dead, x, weights, jax.random.key(0))
     drawn = np.argmax(np.asarray(new["W_dec"])[1:], 1)
     shares = weights * norms**4 / (weights * norms**4).sum()
     expected, counts = shares * (many - 1), np.bincount(drawn, minlength=6)
@@ -154,7 +154,7 @@ def silenced(state: MemberState, features: list[int]) -> MemberState:
     return state._replace(params=params | {name: params[name].at[jnp.array(features, int)].set(-100)})
 
 
-@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "gated"])
+@pytest.mark.parametrize("kind", ["relu", "topk"])
 def test_only_the_dead_change_and_only_at_the_steps(kind: str) -> None:
     """Step by step against the same step without resampling; tokens without firing are counted without padding.
 
@@ -162,14 +162,11 @@ def test_only_the_dead_change_and_only_at_the_steps(kind: str) -> None:
     but is after step 12.
     """
     train = TrainConfig(steps=16, batch_tokens=B)
-    base = Member(F, 0, 1e-3, kind, k=9 if kind == "topk" else None, dead_after_tokens=54, **NEEDED.get(kind, {}))
-    member = complete(Member(**{**vars(base), "resamples": 3}))
-    form = make_groups((member,))[0].form
-    step = jax.jit(partial(update_member, form=form, train=train))
-    counting = complete(Member(**{**vars(base), "resamples": 17}))  # it counts too, but its steps are others
-    assert not {4, 8, 12} & set(resampling_steps(17, 18 * 1000))
-    never = TrainConfig(steps=18_000, batch_tokens=B, penalty_warmup=train.penalty_warmup * 16 / 18_000)
-    without = jax.jit(partial(update_member, form=make_groups((counting,))[0].form, train=never))
+    settings = {**NEEDED.get(kind, {}), "k": 9 if kind == "topk" else None}
+    member = complete(Member(F, 0, 1e-3, kind, dead_after_tokens=54, resamples=3, **settings))
+    step_of = partial(update_member, form=make_groups((member,))[0].form)
+    step = jax.jit(partial(step_of, train=train))
+    without = jax.jit(partial(step_of, train=replace(train, steps=10**6)))  # its steps never come
     state, since_fired = initial(member, D, train), np.zeros(F, int)
     changed_at = []
     for number in range(16):
@@ -191,27 +188,27 @@ def test_only_the_dead_change_and_only_at_the_steps(kind: str) -> None:
         else:
             dead = np.zeros(F, bool)
         np.testing.assert_array_equal(after.memory["tokens_since_fired"], since_fired)
-        old_and_new = [
-            (plain.params, after.params), (plain.opt_state[0].mu, after.opt_state[0].mu),
-            (plain.opt_state[0].nu, after.opt_state[0].nu),
-        ]  # fmt: skip
-        for old, new in old_and_new:
+        for old, new in zip(
+            (plain.params, *plain.opt_state[0][1:]), (after.params, *after.opt_state[0][1:]), strict=True
+        ):
             for name in old:
                 is_dead = dead if name != "b_dec" else np.zeros(D, bool)
                 before, now = of_features(name, old[name]), of_features(name, new[name])
                 np.testing.assert_allclose(now[~is_dead], before[~is_dead], rtol=1e-5, atol=1e-7, err_msg=name)
-                assert name in ("b_enc", "b_mag", "r_mag", "log_threshold") or np.all(now[is_dead] != before[is_dead])
+        for name in ("W_enc", "W_dec"):
+            before, now = (of_features(name, each.params[name])[dead] for each in (plain, after))
+            assert np.all(now != before)
         state = after
     assert changed_at == [4, 8, 12]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_resampling_is_the_same_alone_and_in_a_group(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F = 23 padded beside F = 24 and another seed of it, members in turn and at once, with features that are dead."""
+    """F = 23 padded beside F = 24, members in turn and at once, with 6 features that are dead."""
     train = TrainConfig(steps=12, batch_tokens=B, seed=1 + (backend == "gpu"))  # compiled for each
-    kinds = [
-        complete(Member(f, seed, 1e-3, dead_after_tokens=54, resamples=2)) for f, seed in ((23, 0), (24, 0), (24, 1))
-    ]
+    members = tuple(
+        complete(Member(f, seed, 1e-3, dead_after_tokens=54, resamples=2)) for f, seed in ((23, 3), (24, 0))
+    )
     x = jax.random.normal(jax.random.key(0), (12, B, D))
     weights = jnp.broadcast_to(jnp.asarray(WEIGHTS), (12, B))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
@@ -226,8 +223,7 @@ def test_resampling_is_the_same_alone_and_in_a_group(backend: str, monkeypatch: 
         state, _ = update_many(state, x, weights, 0, 12, 0, forms=forms, train=train)
         return unstack(state[0], member_shapes(groups[0], D, train))
 
-    for member, found in zip(kinds, trained(tuple(kinds)), strict=True):
-        [expected] = trained((member,))
-        assert np.all(np.asarray(expected.params["b_enc"])[3:9] > -1)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(b).max())))
+    found, [expected] = trained(members)[0], trained(members[:1])
+    assert np.all(np.asarray(expected.params["b_enc"])[3:9] > -1)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(b).max())))
