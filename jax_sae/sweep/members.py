@@ -26,7 +26,7 @@ WIDEST_PADDING = 1.05
 SETTINGS = tuple(field.name for field in fields(Member))
 LISTS = {"kind": "kinds", "seed": "seeds", "learning_rate": "learning_rates"}
 """Settings of a member whose list in [sweep] has another name."""
-GENERAL = {
+GENERAL: dict[str, Any] = {
     "decoder_norm": "free",
     "initialization": "transposed",
     "initial_norm": 1.0,
@@ -56,10 +56,10 @@ def of_some_kinds() -> dict[str, list[str]]:
 def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
     """The explicit members, or every combination of the lists that a kind has: complete and checked.
 
-    Explicit members have what the lists say where they say nothing, of those that are given apart from features, seeds,
-    learning rates and kinds. The lists are nested as the fields of `Member` stand, kinds and features outermost, but seeds and learning rates
-    innermost. What is None is filled in with the kind's default; it stays None where the kind has no such setting, or
-    where [train] says it.
+    The lists are nested as the fields of `Member` stand, kinds and features outermost, but seeds and learning rates
+    innermost. Where an explicit member says nothing, a list's single value counts, apart from kinds, features, seeds
+    and learning rates. What then is None is filled in with the kind's default; it stays None where the kind has no such
+    setting, or where [train] says it.
 
     Raises:
         BadInput: if there is none, one stands there twice, or a value does not fit, or not its kind.
@@ -161,8 +161,8 @@ def check(member: Member) -> None:
             within_float32(_option(name), value)
     for name in ("warmup", "decay", "penalty_warmup"):
         part_of_steps(_option(name), getattr(member, name) or 0.0)
-    positive(_option("dead_after_tokens"), member.dead_after_tokens, 2**31 - 1)
-    not_negative(_option("resamples"), member.resamples)
+    positive(_option("dead_after_tokens"), member.dead_after_tokens or 0, 2**31 - 1)
+    not_negative(_option("resamples"), member.resamples or 0)
     for name in ("k", "target_l0"):
         if (value := getattr(member, name)) is not None and value > member.features:
             raise BadInput(
@@ -268,7 +268,7 @@ class Group:
         return Form(
             first.kind,
             first.decoder_norm == "unit",
-            first.resamples,
+            first.resamples or 0,
             any(getattr(member, name) for member in self.members for name in kind_named(first.kind).penalties),
             self.features,
             max(member.k or 0 for member in self.members),

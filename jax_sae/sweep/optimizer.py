@@ -31,8 +31,8 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, jax.Array]:
         "decay_steps": round(given["decay"] * (train.steps - warmup_steps)),
         "penalty_warmup_steps": round(given["penalty_warmup"] * train.steps),
     }
-    numbers = ("learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient")
-    numbers += ("bandwidth", "initial_threshold")
+    numbers = ["learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient"]
+    numbers += ["bandwidth", "initial_threshold"]
     return {
         **{name: jnp.int32(value) for name, value in whole.items()},
         **{name: jnp.float32(getattr(member, name) or 0.0) for name in numbers},
@@ -40,7 +40,7 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, jax.Array]:
     }
 
 
-def relative_learning_rate(step: jax.Array, settings: Values, steps: int) -> jax.Array:
+def relative_learning_rate(step: jax.Array | int, settings: Values, steps: int) -> jax.Array:
     """The learning rate at a step, counted from 0, as a part of the member's peak.
 
     (step + 1) / (W + 1) during the warm-up of W steps; then 1, and in the last `decay_steps` falling to 0 at the end of

@@ -27,7 +27,7 @@ def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
     """
     _refuse_missing_precision(setup.config)
     for member in setup.members():
-        if member.resamples >= setup.config.train.steps:
+        if (member.resamples or 0) >= setup.config.train.steps:
             raise BadInput(
                 f"sweep.resamples is {member.resamples}, but train.steps is {setup.config.train.steps}; features are "
                 "resampled between steps, so give a smaller number"

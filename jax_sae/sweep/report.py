@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ class Log:
         self._names, self._members = setup.names(), setup.members()
         self._diverged = progress.diverged_at()
         settings = [traced_settings(member, train) for member in self._members]
-        self._settings = {name: np.stack([each[name] for each in settings]) for name in settings[0]}
+        self._settings = {name: jnp.stack([each[name] for each in settings]) for name in settings[0]}
         self._steps = train.steps
         self._bar = tqdm(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05

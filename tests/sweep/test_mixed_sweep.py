@@ -14,17 +14,18 @@ from jax_sae.sweep.update import METRICS, MemberState, dead_features, init_sweep
 
 D, B, STEPS, TOKENS = 24, 32, 16, 29
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup=0.25, penalty_warmup=0.5)
-DEAD_SOON = 2 * TOKENS
+DEAD_SOON = TOKENS
+"""Dead are those that did not fire in the last batch."""
 MEMBERS = tuple(
     complete(member)
     for member in (
         Member(23, 1, 3e-3, "relu", l1_coefficient=0.2),
         Member(24, 2, 1e-2, "relu", initialization="transposed", initial_norm=0.1, schedule="linear", decay=0.5),
         Member(31, 0, 1e-3, "relu", l1_coefficient=0.1, decoder_norm="unit", resamples=2, dead_after_tokens=DEAD_SOON),
-        Member(23, 0, 3e-3, "topk", k=5, dead_after_tokens=DEAD_SOON),
+        Member(23, 0, 3e-3, "topk", k=1, dead_after_tokens=DEAD_SOON),
         Member(24, 1, 1e-3, "topk", k=9, warmup=0.0),
         Member(23, 3, 1e-3, "batchtopk", k=2, schedule="constant"),
-        Member(24, 1, 3e-3, "batchtopk", k=3, dead_after_tokens=DEAD_SOON),
+        Member(24, 1, 3e-3, "batchtopk", k=1, dead_after_tokens=DEAD_SOON),
         Member(23, 0, 3e-3, "matryoshka", k=4),
         Member(24, 1, 3e-3, "matryoshka", k=6, auxk_coefficient=0.0),
         Member(23, 0, 3e-3, "jumprelu", l0_coefficient=0.01, bandwidth=0.1, initial_threshold=0.1),

@@ -37,7 +37,7 @@ class BatchTopK(TopK):
         candidates = self.candidates(x)
         features = self.keep(candidates, weights, values)
         x_hat = self.decode(features)
-        found = terms(x, x_hat, features, weights, self.auxk(candidates, x, x_hat, weights, values))
+        found = terms(x, x_hat, features, weights, self.auxk(lambda: candidates, x - x_hat, weights, values))
         return found._replace(smallest=smallest(features))
 
     @staticmethod

@@ -30,7 +30,7 @@ class Matryoshka(BatchTopK):
         for start, end in pairwise([0, *ends]):
             x_hat = x_hat + product(features[:, start:end], self.W_dec[start:end], self.precision)
             errors.append(squared_error(x, x_hat, weights))
-        penalty = sum(errors[:-1]) + self.auxk(candidates, x, x_hat, weights, values)
+        penalty = sum(errors[:-1]) + self.auxk(lambda: candidates, x - x_hat, weights, values)
         return terms(x, x_hat, features, weights, penalty)._replace(smallest=smallest(features))
 
 
