@@ -134,6 +134,12 @@ def test_as_published_is_the_source_experiment() -> None:
 def test_every_config_file_is_valid() -> None:
     """Those that users start from."""
     paths = sorted((REPOSITORY / "configs").glob("*.toml"))
-    assert [path.stem for path in paths] == ["demo", "tinystories_33m", "tinystories_33m_as_published"]
+    assert [path.stem for path in paths] == [
+        "demo",
+        "demo_sparse",
+        "tinystories_33m",
+        "tinystories_33m_as_published",
+        "tinystories_33m_sparse",
+    ]
     for path in paths:
         sweep_members(load_config(path).sweep)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_sae.autoencoder.baselines import pca_floor
+from jax_sae.autoencoder.baselines import pca_fvu
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +73,3 @@ def baselines(eigenvalues: np.ndarray, tokens: int, features: int, l0: float) ->
     of_features, of_l0 = pca_fvu(eigenvalues, features), pca_fvu(eigenvalues, l0)
     mean_mse = float(eigenvalues.sum()) / (tokens * len(eigenvalues))
     return Baselines(1.0, mean_mse, of_features, of_features * mean_mse, of_l0, of_l0 * mean_mse)
-
-
-def pca_fvu(eigenvalues: np.ndarray, directions: float) -> float:
-    """FVU of PCA with that many directions: the sum of the smallest D - `directions` eigenvalues, divided by all.
-
-    Between two whole numbers it is linear: PCA with 3.2 directions uses 4 on a fifth of the tokens, drawn by chance,
-    and 3 on the others, and has that FVU on average.
-    """
-    fewer = min(int(directions), len(eigenvalues))
-    low, high = pca_floor(eigenvalues, fewer), pca_floor(eigenvalues, fewer + 1)
-    return (low + (directions - int(directions)) * (high - low)) / float(eigenvalues.sum())

@@ -22,7 +22,7 @@ import numpy as np
 
 from jax_sae.activations.sources import Source, StorySource, open_sources
 from jax_sae.analysis.baselines import baselines, principal_directions
-from jax_sae.analysis.figures import FrontierPoint, draw_feature_density, draw_frontier
+from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
 from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
@@ -33,6 +33,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
+from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
 from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
 from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.sweep.progress import device, versions

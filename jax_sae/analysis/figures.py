@@ -1,109 +1,12 @@
-"""The frontier of sparsity and quality, and how often features fire."""
+"""How often features fire."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jax_sae.analysis.baselines import pca_fvu
 from jax_sae.analysis.statistics import DENSE
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too."""
-MARKERS = "osD^vPX"
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
-    """One autoencoder in the figure of the frontier."""
-
-    name: str
-    kind: str
-    l0: float
-    fvu: float
-    ce_loss_score: float | None = None
-    """Against the zero ablation, as in SAELens; None where there was no language model."""
-
-
-def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.ndarray, title: str) -> None:
-    """Draw FVU against L0, and loss recovered against L0 where it is known; each kind is a line.
-
-    Points have numbers, which a list beside the figure explains.
-
-    Args:
-        file: a PNG to write; its folder is made.
-        points: at least one.
-        eigenvalues: [D], of the tokens' scatter, largest first, for the line of PCA with L0 directions.
-        title: of the figure.
-    """
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys(point.kind for point in points))
-    ordered = sorted(points, key=lambda point: (kinds.index(point.kind), point.l0))
-    scored = any(point.ce_loss_score is not None for point in points)
-    figure = Figure(figsize=(15 if scored else 10, max(5.0, 1 + 0.22 * len(points))), layout="constrained")
-    left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-
-    l0s = [point.l0 for point in points if point.l0 > 0]
-    most = len(eigenvalues) - 0.5  # with all D directions nothing is lost, which no logarithm shows
-    directions = np.geomspace(min(min(l0s, default=1) / 1.5, most / 1.5), min(max(l0s, default=1) * 1.5, most), 200)
-    left.plot(directions, [pca_fvu(eigenvalues, n) for n in directions], "--", color="grey", label="PCA, L0 directions")
-    _draw_lines(left, kinds, [(number, point, point.fvu) for number, point in enumerate(ordered, 1)])
-    left.set_yscale("log")
-    if (lowest := min(point.fvu for point in points)) > 0:
-        left.set_ylim(bottom=lowest / 2)
-    left.set_ylabel("FVU, logarithmic (lower is better)")
-    left.legend(fontsize="small")
-    for axes in right:
-        _draw_lines(axes, kinds, [(number, point, point.ce_loss_score) for number, point in enumerate(ordered, 1)])
-        axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set_ylabel("loss recovered, 0 as with zero ablation (higher is better)")
-    lines = [f"{number} {point.name}: {_shown(point)}" for number, point in enumerate(ordered, 1)]
-    colours = [_colour_and_marker(kinds, point.kind)[0] for point in ordered]
-    figure.legend(
-        [left.plot([], [], color=colour, linewidth=3)[0] for colour in colours],
-        lines,
-        loc="outside right center",
-        frameon=False,
-        fontsize="x-small",
-        title="L0, FVU" + (", loss recovered" if scored else ""),
-        title_fontsize="small",
-    )
-    figure.suptitle(title, fontsize="medium")
-    _save(figure, file)
-
-
-def _shown(point: FrontierPoint) -> str:
-    score = "" if point.ce_loss_score is None else f", {point.ce_loss_score:.3f}"
-    return f"{point.l0:.1f}, {point.fvu:.3g}{score}"
-
-
-def _colour_and_marker(kinds: Sequence[str], kind: str) -> tuple[str, str]:
-    i = kinds.index(kind) % len(COLOURS)
-    return COLOURS[i], MARKERS[i]
-
-
-def _draw_lines(axes: Any, kinds: Sequence[str], values: Sequence[tuple[int, FrontierPoint, float | None]]) -> None:
-    """One line of each kind through its values, over an axis that is logarithmic from 1 on and can show 0."""
-    from matplotlib.ticker import SymmetricalLogLocator
-
-    for kind in kinds:
-        of_kind = [
-            (number, point.l0, value) for number, point, value in values if point.kind == kind and value is not None
-        ]
-        colour, marker = _colour_and_marker(kinds, kind)
-        axes.plot(
-            [l0 for _, l0, _ in of_kind], [value for *_, value in of_kind], color=colour, marker=marker, label=kind
-        )
-        for number, l0, value in of_kind:
-            axes.annotate(str(number), (l0, value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.xaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("L0, mean active features, logarithmic")
-    axes.grid(alpha=0.3)
+from jax_sae.sweep.frontier import COLOURS, save_figure
 
 
 def draw_feature_density(
@@ -142,9 +45,4 @@ def draw_feature_density(
     )
     figure.supylabel("features", fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    _save(figure, file)
-
-
-def _save(figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    save_figure(figure, file)

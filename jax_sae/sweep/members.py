@@ -238,6 +238,11 @@ class Form:
     """The largest k, 0 where there is none."""
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether anything but F limits how many features are active."""
+        return self.penalised or self.most_k > 0
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether it is counted since when each feature has not fired."""
         return self.resamples > 0 or "auxk_coefficient" in kind_named(self.kind).settings

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
 from jax_sae.sweep.figures import draw_losses, draw_training, member_colours
+from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
 from jax_sae.sweep.held_out import HeldOut, held_out_fvu_and_l0
 from jax_sae.sweep.members import describe_member, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
@@ -176,6 +177,15 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
         [member.features for member in ordered],
         f"{out.name}: training",
     )
+    figures = [out / "figures" / f"{name}.png" for name in ("loss", "loss_zoomed", "training")]
+    points = [
+        FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
+        for member in summary["members"]
+        if member["fvu"] is not None
+    ]
+    if points and any(group.form.is_sparse for group in setup.groups):
+        figures.append(out / "figures" / "frontier.png")
+        draw_frontier(figures[-1], points, held_out.eigenvalues, f"{out.name}: {len(held_out.x):,} held-out tokens")
     write_json(out / "summary.json", summary)
     good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
     lines = ["", closing_table(summary["members"]), ""]
@@ -196,7 +206,7 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
             *lines,
             f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
-            f"figures       {out}/figures/loss.png, {out}/figures/loss_zoomed.png, {out}/figures/training.png",
+            f"figures       {', '.join(map(str, figures))}",
             f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)",
         ]
     )

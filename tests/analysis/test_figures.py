@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from jax_sae.analysis import figures
-from jax_sae.analysis.figures import FrontierPoint, draw_feature_density, draw_frontier
+from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.statistics import add_tokens, density_histogram, metrics, no_tokens
+from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
 
 EIGENVALUES = np.geomspace(100, 0.1, 16)
 POINTS = [
