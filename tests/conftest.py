@@ -1,7 +1,8 @@
 """What several test files use. No network: the hub is switched off before any library reads the switch.
 
 Compiled programs are shared with the processes that tests start, in a folder that lives as long as the tests: some of
-those processes compile and some read what others compiled, and both must give the same bits.
+those processes compile and some read what others compiled, and both must give the same bits. Each worker of
+pytest-xdist has a folder of its own, because JAX writes a program in place, where another could read half of it.
 """
 
 import os
@@ -11,6 +12,9 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+# No limit, although a run sets one: with it, JAX reads the dates of all programs whenever it adds one, and adds none
+# where another process has left a program without its date.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from dataclasses import replace

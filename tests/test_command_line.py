@@ -44,11 +44,12 @@ def run(*argv: str) -> int:
 
 def test_compiled_programs_are_kept_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the cache directory, or in the folder that is set; a run fills it, and nothing that is set is changed."""
-    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_PYTHON_CLIENT_PREALLOCATE")
+    names = ["JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"]
+    names += ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_PYTHON_CLIENT_PREALLOCATE"]
     for name in names:
         monkeypatch.setenv(name, "set by the user")
     prepare_jax()
-    assert [os.environ[name] for name in names] == ["set by the user"] * 3
+    assert [os.environ[name] for name in names] == ["set by the user"] * 4
     for name in names:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -143,7 +144,8 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends(number: int, code: int, tmp_path: Path) -> None:
     """In a process of its own: the run stops at a step boundary, and resumes from there."""
-    flags = [*SMALL, "--train.steps", "100000", "--train.checkpoint-every", "100000", "--out", "x"]
+    flags = [*SMALL, "--sweep.features", "4", "--train.steps", "100000", "--train.checkpoint-every", "100000"]
+    flags += ["--out", "x"]
     command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *flags]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

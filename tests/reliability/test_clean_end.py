@@ -57,7 +57,8 @@ def test_no_threads_and_no_temporary_files_are_left(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     """It changes nothing; once the first is killed, the directory is free."""
     flags = ["--train.steps", "100000", "--train.batch-tokens", "64", "--activations.block-tokens", "4096"]
-    flags += ["--train.checkpoint-every", "50", "--activations.held-out-tokens", "500", "--out", "run"]
+    flags += ["--train.checkpoint-every", "50", "--activations.held-out-tokens", "500", "--sweep.features", "8"]
+    flags += ["--out", "run"]
     first = start(flags, tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/checkpoints/50")):

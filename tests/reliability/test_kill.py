@@ -103,15 +103,19 @@ def kill(directory: Path, flags: list[str], delay: float, *, in_save: bool) -> b
 
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_killed_at_a_random_moment(trial: int, activations: Path, undisturbed: Undisturbed, tmp_path: Path) -> None:
-    """Odd trials at any moment of the training, even ones while a checkpoint is half written."""
+    """Odd trials at any moment of the training, even ones while a checkpoint is half written.
+
+    How long a save takes depends on what else the machine does: where one had ended, the next is killed sooner.
+    """
     chance, flags, run = random.Random(trial), FLAGS, tmp_path / "run"
     (tmp_path / "x.npy").symlink_to(activations)
     if trial % 2:
         kill(tmp_path, flags, chance.uniform(0, undisturbed.training), in_save=False)
     else:
-        while not kill(tmp_path, flags, chance.uniform(0, undisturbed.save), in_save=True):
+        delay = chance.uniform(0, undisturbed.save)
+        while not kill(tmp_path, flags, delay, in_save=True):
             assert not (run / "summary.json").exists(), "it was never killed inside a save"
-            flags = [*FLAGS, "--resume"]
+            flags, delay = [*FLAGS, "--resume"], delay / 2
     finish(start([*FLAGS, "--resume"], tmp_path), 0)
     assert outcome(run) == outcome(undisturbed.run)
     assert not [path for path in run.rglob("*") if "tmp" in path.name or "partial" in path.name]

@@ -33,7 +33,10 @@ KINDS = {
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
 def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
-    """Stopped inside a block, by SIGTERM and then by Ctrl-C, at steps that chance decides."""
+    """Stopped inside a block, by SIGTERM and then by Ctrl-C, at steps that chance decides.
+
+    The last process compiles for itself; those before it read what the first one compiled.
+    """
     if "store" in flags:
         from jax_sae.activations.store import write_store
 
@@ -61,7 +64,7 @@ def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
         assert time.monotonic() - sent < 30 and "stopped and saved at step" in text
         steps.append(max(int(path.name) for path in (stopped / "run" / "checkpoints").iterdir()))
     assert 0 < steps[0] < steps[1] and str(steps[1]) not in flags
-    finish(start([*flags, "--resume"], stopped), 0)
+    finish(start([*flags, "--resume"], stopped, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled")), 0)
     assert outcome(stopped / "run") == outcome(tmp_path / "straight" / "run")
     summaries = [json.loads((tmp_path / name / "run" / "summary.json").read_text()) for name in ("straight", "stopped")]
     assert summaries[0]["members"] == summaries[1]["members"]

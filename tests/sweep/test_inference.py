@@ -48,7 +48,7 @@ def test_per_story_normalisation_comes_from_the_story(demo_config: Config, tmp_p
         demo_config,
         activations=replace(demo_config.activations, normalization="story"),
         sweep=replace(demo_config.sweep, features=(63,)),
-        train=replace(demo_config.train, batching="story"),
+        train=replace(demo_config.train, batching="story", steps=2),
     )
     assert train(config, tmp_path / "run", resume=False, stop_requested=never)
     sae = jax_sae.load_autoencoder(tmp_path / "run", features=63)
@@ -69,7 +69,7 @@ def test_excluded_first_tokens_count_for_no_storys_mean_and_scale(
         demo_config,
         activations=replace(demo_config.activations, normalization="story", exclude_first_tokens=2),
         sweep=replace(demo_config.sweep, features=(63,)),
-        train=replace(demo_config.train, batching="story"),
+        train=replace(demo_config.train, batching="story", steps=2),
     )
     assert train(config, tmp_path / "run", resume=False, stop_requested=never)
     sae = jax_sae.load_autoencoder(tmp_path / "run", features=63)

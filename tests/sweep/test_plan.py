@@ -31,6 +31,7 @@ def test_tokens_and_epochs_of_rows_are_exact(
     config = replace(
         demo_config,
         activations=replace(demo_config.activations, path=str(tmp_path / "x.npy"), block_tokens=900),
+        sweep=replace(demo_config.sweep, features=(4,)),
         train=replace(demo_config.train, batch_tokens=450),
     )
     assert train(config, tmp_path / "run", resume=False, stop_requested=never)
@@ -54,7 +55,7 @@ def test_stories_are_counted_with_story_batching(
 ) -> None:
     """A step is a story."""
     config = replace(demo_config, train=replace(demo_config.train, batching="story"))
-    assert train(config, tmp_path / "run", resume=False, stop_requested=never)
+    assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(1))
     assert "12 needed, 6,000 there: 0.002 epochs in all" in said(capsys, "stories")
 
 

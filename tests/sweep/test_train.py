@@ -57,7 +57,9 @@ def test_the_floor_is_never_beaten(demo_config: Config, tmp_path: Path) -> None:
     config = replace(
         demo_config,
         sweep=replace(demo_config.sweep, features=(1, 2, 4, 8, 63, 64, 70), learning_rates=(1e-2,)),
-        train=replace(demo_config.train, steps=300, batch_tokens=128, checkpoint_every=300, schedule="cosine"),
+        train=replace(
+            demo_config.train, steps=300, batch_tokens=128, schedule="cosine", checkpoint_every=300, log_every=50
+        ),
         activations=replace(demo_config.activations, block_tokens=8192),
     )
     assert train(config, tmp_path / "run", resume=False, stop_requested=never)
