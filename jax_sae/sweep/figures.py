@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.config import Member
+from jax_sae.sweep.frontier import COLOURS
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
@@ -15,11 +16,14 @@ CURVE_POINTS = 500
 def member_colours(members: Sequence[Member], width: int) -> list[str]:
     """Green, blue, red and orange for F far below, one below, equal to and above D, as in the starting experiment.
 
-    The first member of each kind has its colour; the others share out cividis, a colour-blind-safe map, from dark blue
-    to yellow.
+    The first member of each such width has its colour; the others share out cividis, a colour-blind-safe map, from dark
+    blue to yellow. Where there are several kinds, each has its colour of the frontier, in shades from light to full.
     """
     import matplotlib
 
+    kinds = list(dict.fromkeys(member.kind for member in members))
+    if len(kinds) > 1:
+        return [_shade(kinds, members, i) for i in range(len(members))]
     free = {"tab:green", "tab:blue", "tab:red", "tab:orange"}
     colours = []
     for member in members:
@@ -31,6 +35,16 @@ def member_colours(members: Sequence[Member], width: int) -> list[str]:
     further = iter(np.linspace(0, 0.95, max(2, colours.count(""))))
     cividis = matplotlib.colormaps["cividis"]
     return [colour or matplotlib.colors.to_hex(cividis(next(further))) for colour in colours]
+
+
+def _shade(kinds: Sequence[str], members: Sequence[Member], i: int) -> str:
+    """The colour of the kind of member i, the lighter, the earlier it stands among those of its kind."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    alike = [j for j, member in enumerate(members) if member.kind == members[i].kind]
+    full = np.array(to_rgb(COLOURS[kinds.index(members[i].kind) % len(COLOURS)]))
+    white = 0.6 * (1 - (alike.index(i) + 1) / len(alike))
+    return to_hex(full + white * (1 - full))
 
 
 PANELS = (
@@ -59,6 +73,7 @@ def draw_training(
         title: of the figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     directory.mkdir(parents=True, exist_ok=True)
     steps, curves, width = _means(metrics)
@@ -76,6 +91,7 @@ def draw_training(
             axes.text(0.5, 0.5, "0 for all members", ha="center", transform=axes.transAxes)
         axes.set_xlim(0, len(metrics))
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

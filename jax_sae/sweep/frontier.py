@@ -12,6 +12,8 @@ from jax_sae.autoencoder.baselines import pca_fvu
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too."""
 MARKERS = "osD^vPX"
+BESIDE = ((0, 8), (-11, 3), (11, -8), (11, 3), (-11, -8), (0, 14), (0, -14))
+"""Of the points of each kind, where their numbers stand, in points of print."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def _draw_lines(axes: Any, kinds: Sequence[str], values: Sequence[tuple[int, Fro
             [l0 for _, l0, _ in of_kind], [value for *_, value in of_kind], color=colour, marker=marker, label=kind
         )
         for number, l0, value in of_kind:
-            axes.annotate(str(number), (l0, value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+            away = BESIDE[kinds.index(kind) % len(BESIDE)]  # so that numbers of equal points stand side by side
+            axes.annotate(
+                str(number), (l0, value), away, textcoords="offset points", fontsize=7, color=colour, ha="center"
+            )
     axes.set_xscale("symlog", linthresh=1)
     axes.xaxis.set_major_locator(SymmetricalLogLocator(linthresh=1, base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
