@@ -5,8 +5,9 @@ coefficients uniform from 0.5 to 1.5, and noise if that is asked for; then norma
 squared norm D. A true direction is recovered if some row of W_dec has a cosine above 0.9 with it. All kinds are trained
 side by side in one program. FVU and L0 are those of the last batches, as they are trained.
 
-What a short run needs beyond the papers' settings stands in `members`: a feature counts as dead after a few batches, not
-after 10 million tokens, and jumprelu's first threshold and window are 100 times theirs, who train 100 times as long.
+What a short run needs beyond the papers' settings stands in `members`: a feature counts as dead after a few batches,
+not after 10 million tokens, and jumprelu's first threshold and window are 100 times as large, as its run is 100 times
+as short.
 
     python benchmarks/synthetic.py
     python benchmarks/synthetic.py --steps 20000 --noise 0.1

@@ -236,30 +236,43 @@ def resample_at_its_steps(
     return jax.lax.cond(is_due, resampled, lambda state: state, state)
 
 
-def update_sweep(
-    state: SweepState, x: jax.Array, weights: jax.Array, step: jax.Array, *, forms: tuple[Form, ...], train: TrainConfig
-) -> tuple[SweepState, jax.Array]:
-    """One step of every member of every group on the same batch; also METRICS [M, 3], in groups' order."""
-    results = [
-        update_group(group, x, weights, step, form=form, train=train) for group, form in zip(state, forms, strict=True)
-    ]
-    states, metrics = zip(*results, strict=True)
-    return tuple(states), jnp.concatenate(metrics)
-
-
 def update_group(
-    group: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: TrainConfig
+    group: MemberState,
+    x: jax.Array,
+    weights: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    step: jax.Array,
+    *,
+    form: Form,
+    train: TrainConfig,
 ) -> tuple[MemberState, jax.Array]:
-    """One step of every member of a group on the same batch; also METRICS [M, 3].
+    """A step of every member of a group on each of the batches first, ..., last - 1; also METRICS [M, batches, 3].
 
-    The members of a group are computed at once; on a CPU one after another, so that what one of them needs stays in the
-    caches (docs/performance.md). The values are the same.
+    The members are computed at once; on a CPU one after another, each all of its steps, so that its state stays in the
+    caches (docs/performance.md). The values are the same. Arguments are as for `update_many`.
     """
     update = partial(update_member, form=form, train=train)
-    if jax.default_backend() != "cpu":
+    M, batches = len(group.diverged), len(x)
+
+    def of_member(member: MemberState) -> tuple[MemberState, jax.Array]:
+        def body(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
+            member, metrics = carry
+            member, of_step = update(member, x[i], weights[i], step + i - first, jnp.any(dead_features(member)))
+            return member, metrics.at[i].set(of_step)
+
+        return jax.lax.fori_loop(first, last, body, (member, jnp.zeros((batches, len(METRICS)))))
+
+    def of_all(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
+        group, metrics = carry
         any_dead = jnp.any(jax.vmap(dead_features)(group))
-        return jax.vmap(update, in_axes=(0, None, None, None, None))(group, x, weights, step, any_dead)
-    return jax.lax.map(lambda member: update(member, x, weights, step, jnp.any(dead_features(member))), group)
+        at_once = jax.vmap(update, in_axes=(0, None, None, None, None))
+        group, of_step = at_once(group, x[i], weights[i], step + i - first, any_dead)
+        return group, metrics.at[:, i].set(of_step)
+
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(of_member, group)
+    return jax.lax.fori_loop(first, last, of_all, (group, jnp.zeros((M, batches, len(METRICS)))))
 
 
 @jax.jit
@@ -298,12 +311,9 @@ def update_many(
     Returns:
         The state after them, and METRICS [batches, M, 3], 0 outside first to last.
     """
-    n_members = sum(group.diverged.shape[0] for group in state)
-
-    def body(i: jax.Array, carry: tuple[SweepState, jax.Array]) -> tuple[SweepState, jax.Array]:
-        state, metrics = carry
-        state, of_step = update_sweep(state, x[i], weights[i], step + i - first, forms=forms, train=train)
-        return state, metrics.at[i].set(of_step)
-
-    none = jnp.zeros((x.shape[0], n_members, len(METRICS)), jnp.float32)
-    return jax.lax.fori_loop(first, last, body, (state, none))
+    results = [
+        update_group(group, x, weights, first, last, step, form=form, train=train)
+        for group, form in zip(state, forms, strict=True)
+    ]
+    states, metrics = zip(*results, strict=True)
+    return tuple(states), jnp.concatenate(metrics).swapaxes(0, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from running import initial
 
-from jax_sae.autoencoder.kinds import kind_named, kind_names
+from jax_sae.autoencoder.kinds import kind_named, kind_names, topk
 from jax_sae.autoencoder.loss import Terms
 from jax_sae.autoencoder.model import Autoencoder, Params, encode, loss
 from jax_sae.config import Member, TrainConfig
@@ -24,11 +24,23 @@ RNG = np.random.default_rng(0)
 X = (RNG.normal(0.3, np.linspace(0.2, 2, D), (B, D)) * np.where(WEIGHTS > 0, 1, 100)[:, None]).astype(np.float32)
 DEAD = np.isin(np.arange(F), (0, 4, 9, 10, 17, 25, 31))
 EXTRA = {"jumprelu": ("b_enc", "log_threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
-CASES = [(kind, form) for kind in kind_names() for form in (("lambda", "target") if kind == "jumprelu" else ("",))]
+FORMS = {"jumprelu": ("lambda", "target"), "topk": ("dense", "sparse")}
+CASES = [(kind, form) for kind in kind_names() for form in FORMS.get(kind, ("",))]
 
 FloatParams = dict[str, np.ndarray]
 Answer = tuple[float, float, FloatParams]
 """The squared error, the penalty, and the gradient of their sum."""
+
+
+@pytest.fixture(autouse=True)
+def sparse_where_the_form_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`topk` without dense work on inactive features wherever `model_of` asks for it, and only there."""
+    monkeypatch.setattr(topk, "is_sparse_faster", lambda features, most_k: most_k == MOST_K + 1)
+
+
+def model_of(kind: str, form: str) -> Autoencoder:
+    """The module of a kind; with form 'sparse', that of `topk` that takes the other way."""
+    return kind_named(kind)(D, F, most_k=MOST_K + (form == "sparse"))
 
 
 def parameters(kind: str) -> Params:
@@ -47,7 +59,7 @@ def padded(params: Params) -> Params:
 
 
 def values_of(form: str, features: int) -> dict[str, jax.Array]:
-    """Settings, ramp and dead features; `form` is that of jumprelu's penalty."""
+    """Settings, ramp and dead features; jumprelu's penalty is of the form 'lambda' or 'target'."""
     numbers = {
         "l1_coefficient": LAMBDA,
         "l0_coefficient": 0.0 if form == "target" else LAMBDA,
@@ -230,7 +242,7 @@ def test_loss_and_gradients_are_the_formulas(kind: str, form: str) -> None:
 
     Directions have norms other than 1, k is below the largest of its group, and some features are dead.
     """
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, form)
     terms, gradient = terms_and_gradient(model, params, values_of(form, F), X, WEIGHTS)
     squared_error, penalty, expected = BY_HAND[kind](
         in_float64(params), X.astype(np.float64), WEIGHTS[:, None].astype(np.float64), form
@@ -245,10 +257,12 @@ def test_loss_and_gradients_are_the_formulas(kind: str, form: str) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
-def test_without_dead_features_there_is_no_auxk(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "form"), [case for case in CASES if "auxk_coefficient" in kind_named(case[0]).settings]
+)
+def test_without_dead_features_there_is_no_auxk(kind: str, form: str) -> None:
     """Neither a penalty of it nor a gradient, also where it is computed because others of the group have dead ones."""
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, form)
     values = values_of("", F) | {"dead": jnp.zeros(F, bool)}
     found = terms_and_gradient(model, params, values, X, WEIGHTS)
     without = terms_and_gradient(model.clone(penalised=False), params, values, X, WEIGHTS)
@@ -259,7 +273,7 @@ def test_without_dead_features_there_is_no_auxk(kind: str) -> None:
 @pytest.mark.parametrize("bandwidth", [BANDWIDTH, 3.0])
 def test_padded_features_have_exactly_no_gradient(kind: str, form: str, bandwidth: float) -> None:
     """Nor do they change what the others have, nor fire, however wide the window around a threshold is."""
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, form)
     of_own = {"bandwidth": jnp.float32(bandwidth)}
     alone, own = terms_and_gradient(model, params, values_of(form, F) | of_own, X, WEIGHTS)
     wider = model.clone(features=F + MORE_F)
@@ -276,16 +290,16 @@ def test_padded_features_have_exactly_no_gradient(kind: str, form: str, bandwidt
 @pytest.mark.parametrize(("kind", "form"), CASES)
 def test_padded_tokens_of_any_value_change_no_bit(kind: str, form: str) -> None:
     """Neither of the terms nor of a gradient, whatever stands in them."""
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, form)
     changed = np.where(WEIGHTS[:, None] > 0, X, np.float32(-1e9) * (1 + np.abs(X)))
     results = [terms_and_gradient(model, params, values_of(form, F), x, WEIGHTS) for x in (X, changed)]
     assert all(map(np.array_equal, *map(jax.tree.leaves, results)))
 
 
-@pytest.mark.parametrize("kind", kind_names())
-def test_terms_tell_how_often_features_fire(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "form"), CASES)
+def test_terms_tell_how_often_features_fire(kind: str, form: str) -> None:
     """`fired` counts the tokens, without padding, on which each feature is active in training."""
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, form)
     terms, _ = terms_and_gradient(model, params, values_of("lambda", F), X, WEIGHTS)
     p, x = in_float64(params), X.astype(np.float64)
     active = features_by_hand(kind, p, x, WEIGHTS[:, None], training=True) > 0
@@ -311,7 +325,7 @@ def features_by_hand(kind: str, p: FloatParams, x: np.ndarray, w: np.ndarray, tr
 @pytest.mark.parametrize("kind", kind_names())
 def test_encode_is_the_formula(kind: str) -> None:
     """Of a batch, and of one token, which for each kind does not depend on the others."""
-    params, model = parameters(kind), kind_named(kind)(D, F, most_k=MOST_K)
+    params, model = parameters(kind), model_of(kind, "")
     values = values_of("lambda", F) | {"threshold": jnp.float32(0.9)}
     expected = features_by_hand(kind, in_float64(params), X.astype(np.float64), WEIGHTS[:, None], training=False)
     assert np.any(expected[1] > 0) and np.any(expected[1] == 0)

@@ -1,6 +1,7 @@
 """Kinds, widths, penalties and schedules side by side in one sweep: each member is what it is alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from running import NO_CENTRES
 
 from jax_sae.config import Member, TrainConfig
 from jax_sae.sweep.members import complete, make_groups
-from jax_sae.sweep.update import METRICS, MemberState, dead_features, init_sweep, member_shapes, unstack, update_many
+from jax_sae.sweep.update import METRICS, MemberState, init_sweep, member_shapes, unstack, update_many
 
 D, B, STEPS, TOKENS = 24, 32, 16, 29
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup=0.25, penalty_warmup=0.5)
@@ -21,36 +22,39 @@ MEMBERS = tuple(
     for member in (
         Member(23, 1, 3e-3, "relu", l1_coefficient=0.2),
         Member(24, 2, 1e-2, "relu", initialization="transposed", initial_norm=0.1, schedule="linear", decay=0.5),
-        Member(31, 0, 1e-3, "relu", l1_coefficient=0.1, decoder_norm="unit", resamples=2, dead_after_tokens=DEAD_SOON),
-        Member(23, 0, 3e-3, "topk", k=1, dead_after_tokens=DEAD_SOON),
+        Member(23, 0, 3e-3, "topk", k=2, dead_after_tokens=DEAD_SOON),
         Member(24, 1, 1e-3, "topk", k=9, warmup=0.0),
-        Member(23, 3, 1e-3, "batchtopk", k=2, schedule="constant"),
-        Member(24, 1, 3e-3, "batchtopk", k=1, dead_after_tokens=DEAD_SOON),
+        Member(128, 0, 3e-3, "topk", k=2),  # without dense work, on a CPU
+        Member(131, 1, 1e-3, "topk", k=2, dead_after_tokens=DEAD_SOON),
+        Member(23, 3, 1e-3, "batchtopk", k=3, schedule="constant"),
+        Member(24, 1, 3e-3, "batchtopk", k=2, dead_after_tokens=DEAD_SOON),
         Member(23, 0, 3e-3, "matryoshka", k=4),
         Member(24, 1, 3e-3, "matryoshka", k=6, auxk_coefficient=0.0),
         Member(23, 0, 3e-3, "jumprelu", l0_coefficient=0.01, bandwidth=0.1, initial_threshold=0.1),
         Member(24, 1, 1e-2, "jumprelu", target_l0=3.0, bandwidth=0.2, initial_threshold=0.05, penalty_warmup=0.1),
+        Member(31, 0, 1e-3, "jumprelu", target_l0=4.0, initial_threshold=0.6, dead_after_tokens=DEAD_SOON, resamples=2),
         Member(23, 2, 3e-3, "gated", l1_coefficient=0.3, penalty_warmup=0.0),
         Member(24, 0, 1e-2, "gated", l1_coefficient=0.1),
     )
 )
-X = jax.random.normal(jax.random.key(0), (STEPS, B, D)) * jnp.linspace(2, 0.1, D)
+X = jax.random.normal(jax.random.key(0), (STEPS, B, D)) * jnp.geomspace(4, 0.05, D)
+"""So uneven that some features never are among the largest."""
 WEIGHTS = jnp.ones((STEPS, B)).at[:, TOKENS:].set(0)
 
 Results = dict[Member, tuple[MemberState, np.ndarray]]
 """Each member's final state, trimmed to its own width, and its metrics [STEPS, 3]."""
 
 
-def trained(members: Sequence[Member], train: TrainConfig) -> Results:
+def trained(members: Sequence[Member]) -> Results:
     """Every member after all steps on the same batches, in one program."""
     groups = make_groups(members)
     state, metrics = update_many(
-        init_sweep(groups, D, train, NO_CENTRES),
-        X, WEIGHTS, 0, STEPS, 0, forms=tuple(group.form for group in groups), train=train,
+        init_sweep(groups, D, TRAIN, NO_CENTRES),
+        X, WEIGHTS, 0, STEPS, 0, forms=tuple(group.form for group in groups), train=TRAIN,
     )  # fmt: skip
     results: Results = {}
     for group, stacked in zip(groups, state, strict=True):
-        for member, its in zip(group.members, unstack(stacked, member_shapes(group, D, train)), strict=True):
+        for member, its in zip(group.members, unstack(stacked, member_shapes(group, D, TRAIN)), strict=True):
             results[member] = its, np.asarray(metrics[:, len(results)])
     return results
 
@@ -58,23 +62,27 @@ def trained(members: Sequence[Member], train: TrainConfig) -> Results:
 @pytest.fixture(scope="module")
 def alone() -> Results:
     """Each member in a sweep of its own."""
-    return {member: result for each in MEMBERS for member, result in trained((each,), TRAIN).items()}
+    return {member: result for each in MEMBERS for member, result in trained((each,)).items()}
 
 
 def test_the_members_need_what_they_are_here_for(alone: Results) -> None:
-    """Six kinds; F = 23 stands beside 24, but in matryoshka; features have died, and were resampled."""
+    """Six kinds; F = 23 stands beside 24, but in matryoshka; AuxK acted, and features were resampled."""
     groups = [(group.members[0].kind, [member.features for member in group.members]) for group in make_groups(MEMBERS)]
     assert groups == [
-        ("relu", [23, 24]), ("relu", [31]), ("topk", [23, 24]), ("batchtopk", [23, 24]), ("matryoshka", [23]),
-        ("matryoshka", [24]), ("jumprelu", [23, 24]), ("gated", [23, 24]),
+        ("relu", [23, 24]), ("topk", [23, 24]), ("topk", [128, 131]), ("batchtopk", [23, 24]), ("matryoshka", [23]),
+        ("matryoshka", [24]), ("jumprelu", [23, 24]), ("jumprelu", [31]), ("gated", [23, 24]),
     ]  # fmt: skip
     for member, (state, metrics) in alone.items():
         assert not state.diverged and np.all(np.isfinite(metrics))
         assert metrics[-1, METRICS.index("l0")] > 0
-        if member.dead_after_tokens == DEAD_SOON and not member.resamples:
-            assert np.any(dead_features(state)), member
-    without = Member(**{**vars(MEMBERS[2]), "resamples": 0})
-    assert not np.allclose(alone[MEMBERS[2]][0].params["W_dec"], trained((without,), TRAIN)[without][0].params["W_dec"])
+        if member.kind in ("topk", "batchtopk"):  # whose penalty is AuxK alone
+            assert np.any(metrics[:, METRICS.index("penalty_per_element")] > 0) == (
+                member.dead_after_tokens == DEAD_SOON
+            )
+    [resampled] = [member for member in MEMBERS if member.resamples]
+    without = replace(resampled, resamples=0)
+    W_dec, other = (np.asarray(each[0].params["W_dec"]) for each in (alone[resampled], trained((without,))[without]))
+    assert 0 < np.any(np.abs(W_dec - other) > 0.1, axis=1).sum() < resampled.features
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -82,7 +90,7 @@ def test_every_member_equals_its_solo_run(backend: str, alone: Results, monkeypa
     """Parameters, moments, what it remembers and metrics to 1e-5: members in turn, and by vmap, as accelerators do."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     jax.clear_caches()  # what was compiled for the other one would be used again
-    together = trained(MEMBERS, TRAIN)
+    together = trained(MEMBERS)
     assert together.keys() == alone.keys()
     for member, (expected, metrics) in alone.items():
         state, its_metrics = together[member]

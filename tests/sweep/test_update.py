@@ -236,14 +236,14 @@ def test_members_at_once_equal_members_one_after_another(monkeypatch: pytest.Mon
     sweep, train = SweepConfig(features=(23, 24), seeds=(0, 1)), TrainConfig(batch_tokens=2048)
     groups = make_groups(sweep_members(sweep))
     [group] = init_sweep(groups, D, train, NO_CENTRES)
-    x, weights = jax.random.normal(jax.random.key(0), (2048, D)), jnp.ones(2048)
+    x, weights = jax.random.normal(jax.random.key(0), (4, 2048, D)), jnp.ones((4, 2048))
     results = []
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert rows_at_a_time(2048) == (1024 if backend == "cpu" else 2048)
-        results.append(
-            jax.jit(lambda group: update.update_group(group, x, weights, 0, form=groups[0].form, train=train))(group)
-        )
+        steps = partial(update.update_group, form=groups[0].form, train=train)
+        results.append(jax.jit(lambda group, steps=steps: steps(group, x, weights, 1, 3, 0))(group))
+    assert not np.any(results[0][1][:, [0, 3]]) and np.all(results[0][1][:, 1:3, 0])
     for found, expected in zip(*map(jax.tree.leaves, results), strict=True):
         largest = max(1.0, float(np.abs(expected).max()))
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
