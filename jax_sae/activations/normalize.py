@@ -78,8 +78,9 @@ def denormalize(normalization: Normalization, x: Array) -> Array:
 def fold(normalization: Normalization, params: dict[str, Array]) -> dict[str, Array]:
     """Parameters that do on raw activations what `params` do on normalised ones, with the same features.
 
-    W_enc <- s W_enc, b_enc <- b_enc - (s mean) W_enc, W_dec <- W_dec / s, b_dec <- b_dec / s + mean. A `story`
-    normalisation changes from story to story and cannot be folded.
+    W_enc <- s W_enc, b_enc <- b_enc - (s mean) W_enc, W_dec <- W_dec / s, b_dec <- b_dec / s + mean; of kinds whose
+    encoder sees x itself, not x - b_dec (relu, jumprelu). A `story` normalisation changes from story to story and
+    cannot be folded.
     """
     mean, scale = normalization
     return {

@@ -1,4 +1,4 @@
-"""One optimiser step: of a member, of a group (the only vmap), of the sweep; and many steps in one dispatch."""
+"""One optimiser step of a member; many steps of a group (the only vmap), and of the sweep, in one dispatch."""
 
 from collections.abc import Mapping
 from functools import partial

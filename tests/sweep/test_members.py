@@ -1,0 +1,113 @@
+"""A sweep's lists become members: complete, checked, named, and grouped by what has to be equal."""
+
+from dataclasses import replace
+
+import pytest
+
+from jax_sae.autoencoder.kinds import kind_names
+from jax_sae.config import Member, SweepConfig
+from jax_sae.errors import BadInput
+from jax_sae.sweep.members import complete, describe_member, make_groups, member_names, settings_of, sweep_members
+
+SPARSE = SweepConfig(
+    kinds=("relu", "topk", "jumprelu", "gated"),
+    features=(64,),
+    l1_coefficient=(0.5, 2.0),
+    k=(4, 8),
+    target_l0=(6.0,),
+    seeds=(0, 1),
+)
+
+
+def test_each_kind_is_combined_with_the_lists_that_it_has() -> None:
+    """relu and gated with lambdas, topk with k, jumprelu with targets, all with seeds, which are innermost."""
+    found = [
+        (m.kind, m.l1_coefficient or m.k or m.target_l0, m.seed) for m in sweep_members(SPARSE) if m.features == 64
+    ]
+    by_kind = {"relu": (0.5, 2.0), "topk": (4, 8), "jumprelu": (6.0,), "gated": (0.5, 2.0)}
+    assert found == [(kind, value, seed) for kind, values in by_kind.items() for value in values for seed in (0, 1)]
+
+
+def test_what_is_not_said_is_the_kinds_default() -> None:
+    """The papers': unit directions but for relu, 1/32 of AuxK, thresholds from 0.001; None where there is no such."""
+    for kind in kind_names():
+        needed = {"gated": {"l1_coefficient": 1.0}, "jumprelu": {"l0_coefficient": 1.0}}.get(kind, {})
+        member = complete(Member(64, kind=kind, **needed))  # type: ignore[arg-type]
+        assert member.decoder_norm == ("free" if kind == "relu" else "unit")
+        assert member.initialization == ("torch" if kind == "relu" else "transposed")
+        is_topk = kind in ("topk", "batchtopk", "matryoshka")
+        assert (member.k, member.auxk_coefficient) == ((32, 1 / 32) if is_topk else (None, None))
+        assert member.decoder_bias == ("geometric_median" if is_topk else "zero")
+        assert member.bandwidth == member.initial_threshold == (0.001 if kind == "jumprelu" else None)
+        assert member.dead_after_tokens == 10_000_000 and member.resamples == 0
+        assert complete(member) == member
+    assert complete(Member(8)).l1_coefficient == 0
+
+
+def test_names_say_what_tells_members_apart() -> None:
+    """The kind in a sweep of several, and each setting that differs among members of one kind and width."""
+    assert member_names(sweep_members(SPARSE))[:5] == [
+        "relu-F64-lambda0.5-seed0",
+        "relu-F64-lambda0.5-seed1",
+        "relu-F64-lambda2.0-seed0",
+        "relu-F64-lambda2.0-seed1",
+        "topk-F64-k4-seed0",
+    ]
+    lists = replace(SPARSE, kinds=("topk",), l1_coefficient=(), target_l0=(), seeds=(0,), warmup=(0.0, 0.1), k=(4,))
+    assert member_names(sweep_members(lists)) == ["F64-warmup0.0", "F64-warmup0.1"]
+    for sweep in (SPARSE, lists, SweepConfig(features=(3, 4), initialization=("torch", "orthogonal"))):
+        names = member_names(sweep_members(sweep))
+        assert len(set(names)) == len(names)
+
+
+def test_groups_are_of_one_kind_decoder_norm_and_number_of_resamplings() -> None:
+    """And of nearly equal width, but matryoshka of equal width; k and lambda may differ, the largest k counts."""
+    groups = make_groups(sweep_members(SPARSE))
+    assert [(group.form.kind, len(group.members), group.form.most_k) for group in groups] == [
+        ("relu", 4, 0),
+        ("topk", 4, 8),
+        ("jumprelu", 2, 0),
+        ("gated", 4, 0),
+    ]
+    lists = SweepConfig(kinds=("topk",), features=(63, 64), k=(2,), decoder_norm=("unit", "free"), resamples=(0, 1))
+    assert len(make_groups(sweep_members(lists))) == 4
+    matryoshka = SweepConfig(kinds=("matryoshka", "topk"), features=(63, 64), k=(2,))
+    assert [group.names for group in make_groups(sweep_members(matryoshka))] == [
+        ("matryoshka-F63",),
+        ("matryoshka-F64",),
+        ("topk-F63", "topk-F64"),
+    ]
+
+
+def test_a_penalty_is_left_out_only_if_no_member_of_the_group_has_one() -> None:
+    """lambda = 0 beside others is computed with them; alone it is the plain autoencoder."""
+    plain, both = SweepConfig(features=(8,)), SweepConfig(features=(8,), l1_coefficient=(0.0, 1.0))
+    for sweep, penalised in ((plain, False), (both, True)):
+        [group] = make_groups(sweep_members(sweep))
+        assert group.form.penalised == group.form.is_sparse == penalised
+    [group] = make_groups(sweep_members(SweepConfig(kinds=("topk",), features=(64,), auxk_coefficient=(0.0,))))
+    assert not group.form.penalised and group.form.is_sparse
+
+
+def test_learning_rates_can_scale_with_the_number_of_features() -> None:
+    """1 / sqrt(F / 2^14): doubled for a quarter of 2^14 features."""
+    sweep = SweepConfig(features=(2**12, 2**14, 2**16), learning_rates=(1e-3,), scale_learning_rates=True)
+    assert [member.learning_rate for member in sweep_members(sweep)] == pytest.approx([2e-3, 1e-3, 5e-4])
+
+
+def test_a_single_value_is_that_of_explicit_members_that_do_not_say_otherwise() -> None:
+    """And whose kind has it."""
+    members = (Member(8, kind="topk", k=3), Member(8, kind="topk"), Member(8))
+    sweep = SweepConfig(members=members, k=(5,), initialization=("orthogonal",))
+    assert [member.k for member in sweep_members(sweep)] == [3, 5, None]
+    assert {member.initialization for member in sweep_members(sweep)} == {"orthogonal"}
+    with pytest.raises(BadInput, match=r"sweep\.k has 2 values, but explicit members are not combined"):
+        sweep_members(replace(sweep, k=(2, 5)))
+
+
+def test_a_description_leaves_out_what_goes_without_saying() -> None:
+    """Defaults of the kind, and what the kind does not have; k is always said."""
+    assert describe_member(complete(Member(8, 1, 1e-2))) == "features 8, seed 1, learning rate 0.01"
+    topk = complete(Member(64, 0, 1e-3, "topk", decoder_norm="free"))
+    assert describe_member(topk) == "features 64, seed 0, learning rate 0.001, kind topk, k 32, decoder norm free"
+    assert "l1_coefficient" not in settings_of(topk) and settings_of(topk)["auxk_coefficient"] == 1 / 32
