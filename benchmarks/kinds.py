@@ -1,7 +1,7 @@
 """What a member costs, of each kind: alone, and among eighteen members of its kind and width in one sweep.
 
-Of each kind the step of one member and of eighteen, with six sparsities and three seeds, are timed in turn; the ratio is
-time per member among eighteen to time alone, so 1 or less means that company costs nothing. The plain autoencoder
+Of each kind the step of one member and of eighteen, with six sparsities and three seeds, are timed in turn; the ratio
+is time per member among eighteen to time alone, so 1 or less means that company costs nothing. The plain autoencoder
 (relu with lambda = 0) stands beside them: what a kind costs beyond it.
 
     python benchmarks/kinds.py

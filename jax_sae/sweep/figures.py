@@ -44,7 +44,8 @@ def _shade(kinds: Sequence[str], members: Sequence[Member], i: int) -> str:
     alike = [j for j, member in enumerate(members) if member.kind == members[i].kind]
     full = np.array(to_rgb(COLOURS[kinds.index(members[i].kind) % len(COLOURS)]))
     white = 0.6 * (1 - (alike.index(i) + 1) / len(alike))
-    return to_hex(full + white * (1 - full))
+    red, green, blue = (full + white * (1 - full)).tolist()
+    return to_hex((red, green, blue))
 
 
 PANELS = (

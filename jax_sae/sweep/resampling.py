@@ -29,10 +29,10 @@ def resample(
 ) -> tuple[Params, Any]:
     """Set dead features to tokens of a batch, drawn in proportion to their squared loss |x - x_hat|^4.
 
-    W_dec_i becomes the direction of x - b_dec, with the mean norm of the living features' directions; the column of
-    W_enc the same direction with 0.2 of the mean norm of the living ones' columns; biases and Adam's moments of the
-    feature begin anew. Shapes are static: every feature draws a token, only the dead ones use it. Bricken et al. 2023,
-    "Towards Monosemanticity", appendix "Neuron Resampling".
+    W_dec_i becomes the direction of x - b_dec, with the mean norm of the living features' directions (of all, if none
+    lives); the column of W_enc the same direction with 0.2 of the mean norm of those features' columns; biases and
+    Adam's moments of the feature begin anew. Shapes are static: every feature draws a token, only the dead ones use
+    it. Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling".
 
     Args:
         model: of the member.
@@ -47,9 +47,10 @@ def resample(
     x_hat = decode(model, params, encode(model, params, values, x))
     loss = jnp.where(weights > 0, jnp.sum(jnp.square(x - x_hat), -1), 0.0)
     cumulated = jnp.cumsum(jnp.square(loss / jnp.maximum(jnp.max(loss), 1e-30)))
-    drawn = jnp.searchsorted(cumulated, jax.random.uniform(key, dead.shape) * cumulated[-1])
+    drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape)) * cumulated[-1])
     directions = unit_rows(x[jnp.minimum(drawn, len(x) - 1)] - params["b_dec"])
-    lives = ~dead & (row_norms(params["W_dec"]) > 0)  # a padded feature is neither
+    is_own = row_norms(params["W_dec"]) > 0  # a padded feature is 0
+    lives = jnp.where(jnp.any(is_own & ~dead), is_own & ~dead, is_own)
 
     def mean_norm(W: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(lives, row_norms(W), 0)) / jnp.maximum(jnp.sum(lives), 1)

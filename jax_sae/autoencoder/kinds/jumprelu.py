@@ -86,13 +86,16 @@ class JumpReLU(Autoencoder):
 
     def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """|x - x_hat|^2 + lambda |f|_0, or D (L0 / target - 1)^2, summed over tokens."""
-        threshold, bandwidth = jnp.exp(self.log_threshold), values["bandwidth"] * self.width**0.5
+        is_own = jnp.arange(self.features) < values["features"]  # a padded threshold is 1, which a window may reach
+        threshold = jnp.exp(jnp.where(is_own, self.log_threshold, 0.0))
+        bandwidth = values["bandwidth"] * self.width**0.5
         z = self.pre_activations(x)
         features = jump(z, threshold, bandwidth)
         active = jnp.sum(weights[:, None] * step(z, threshold, bandwidth))
-        tokens, target = jnp.maximum(jnp.sum(weights), 1), jnp.maximum(values["target_l0"], 1e-9)
+        has_target = values["target_l0"] > 0
+        tokens, target = jnp.maximum(jnp.sum(weights), 1), jnp.where(has_target, values["target_l0"], 1)
         off_target = tokens * self.width * jnp.square(active / tokens / target - 1)
-        penalty = jnp.where(values["target_l0"] > 0, off_target, values["l0_coefficient"] * active)
+        penalty = jnp.where(has_target, off_target, values["l0_coefficient"] * active)
         return terms(x, self.decode(features), features, weights, values["ramp"] * penalty)
 
     @staticmethod
