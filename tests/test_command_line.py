@@ -70,13 +70,17 @@ def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
     assert json.loads(Path("runs/demo-2/config.json").read_text())["model"]["layer"] == 2
 
 
+FIVE = "features=5,kind=topk,k=2"
+
+
 def test_explicit_members(tmp_path: Path) -> None:
     """On the command line, with the parts that may be left out."""
-    assert run(*SMALL, "--out", "x", "--sweep.members", "features=3,seed=2,learning_rate=1e-2", "features=5") == 0
+    assert run(*SMALL, "--out", "x", "--sweep.members", "features=3,seed=2,learning_rate=1e-2", FIVE) == 0
     members = json.loads(Path("x/config.json").read_text())["sweep"]["members"]
-    assert members == [
-        {"features": 3, "seed": 2, "learning_rate": 1e-2},
-        {"features": 5, "seed": 0, "learning_rate": 1e-3},
+    given = [{name: value for name, value in member.items() if value is not None} for member in members]
+    assert given == [
+        {"features": 3, "seed": 2, "learning_rate": 1e-2, "kind": "relu"},
+        {"features": 5, "seed": 0, "learning_rate": 1e-3, "kind": "topk", "k": 2},
     ]
 
 

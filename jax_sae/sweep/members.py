@@ -190,19 +190,14 @@ def settings_of(member: Member) -> dict[str, Any]:
 
 
 def describe_member(member: Member) -> str:
-    """On one line: what a complete member is, apart from what its kind, or every kind, does by default."""
-    defaults: Mapping[str, Any] = {
-        "kind": "relu",
-        **GENERAL,
-        **kind_named(member.kind).settings,
-    }
-    shown = {name: value for name, value in settings_of(member).items() if value != defaults.get(name) or name == "k"}
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value:g}"
-        if isinstance(value, (int, float))
-        else f"{name.replace('_', ' ')} {value}"
-        for name, value in shown.items()
-    )
+    """On one line what a complete member is: not how it begins, nor what its kind does by default, but k."""
+    defaults: Mapping[str, Any] = {"kind": "relu", **kind_named(member.kind).settings, "k": None}
+    shown = [
+        (name.replace("_", " "), value)
+        for name, value in settings_of(member).items()
+        if name not in GENERAL and value != defaults.get(name)
+    ]
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)
 
 
 def member_names(members: Sequence[Member]) -> list[str]:

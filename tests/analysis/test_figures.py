@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from jax_sae.analysis import figures
 from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.statistics import add_tokens, density_histogram, metrics, no_tokens
-from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
+from jax_sae.sweep import frontier
+from jax_sae.sweep.frontier import FrontierPoint, draw_frontier, save_figure
 
 EIGENVALUES = np.geomspace(100, 0.1, 16)
 POINTS = [
@@ -23,8 +24,10 @@ POINTS = [
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     found: list[Figure] = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, file: (found.append(figure), save(figure, file)))
+    for module in (figures, frontier):
+        monkeypatch.setattr(
+            module, "save_figure", lambda figure, file: (found.append(figure), save_figure(figure, file))
+        )
     return found
 
 

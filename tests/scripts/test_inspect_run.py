@@ -41,7 +41,7 @@ def test_a_good_run(script: ModuleType, demo_run: Path, capsys: pytest.CaptureFi
         assert "12 steps, finished" in text and "loss/element at step 12" in text
         assert all(f"\n{name} " in text for name in ("F8", "F63", "F64", "F83", "5", "10", "12"))
     assert "--verify compares each with its digest" in quick and "verified" not in quick
-    assert thorough.count("verified, 62 arrays") == 3
+    assert thorough.count("verified, 70 arrays") == 3
     assert before == {path: path.stat().st_mtime_ns for path in demo_run.rglob("*")}
 
 

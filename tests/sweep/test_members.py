@@ -106,8 +106,8 @@ def test_a_single_value_is_that_of_explicit_members_that_do_not_say_otherwise() 
 
 
 def test_a_description_leaves_out_what_goes_without_saying() -> None:
-    """Defaults of the kind, and what the kind does not have; k is always said."""
+    """Defaults of the kind, what it does not have, and how a member begins; k is always said."""
     assert describe_member(complete(Member(8, 1, 1e-2))) == "features 8, seed 1, learning rate 0.01"
-    topk = complete(Member(64, 0, 1e-3, "topk", decoder_norm="free"))
-    assert describe_member(topk) == "features 64, seed 0, learning rate 0.001, kind topk, k 32, decoder norm free"
-    assert "l1_coefficient" not in settings_of(topk) and settings_of(topk)["auxk_coefficient"] == 1 / 32
+    topk = complete(Member(64, 0, 1e-3, "topk", initialization="orthogonal", auxk_coefficient=0.5))
+    assert describe_member(topk) == "features 64, seed 0, learning rate 0.001, kind topk, k 32, auxk coefficient 0.5"
+    assert "l1_coefficient" not in settings_of(topk) and settings_of(topk)["initial_norm"] == 1
