@@ -50,7 +50,7 @@ def _shade(kinds: Sequence[str], members: Sequence[Member], i: int) -> str:
 
 PANELS = (
     ("reconstruction loss per element", "loss_per_element"),
-    ("all else that is minimised, per element", "penalty_per_element"),
+    ("penalty per element: all else that is minimised", "penalty_per_element"),
     ("proportion of active features", "l0"),
 )
 
@@ -92,7 +92,7 @@ def draw_training(
             axes.text(0.5, 0.5, "0 for all members", ha="center", transform=axes.transAxes)
         axes.set_xlim(0, len(metrics))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
