@@ -24,7 +24,8 @@ from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import identity
 from jax_sae.config import Config, SweepConfig, TrainConfig
 from jax_sae.sweep.checkpoints import Checkpoints, array_digest, named_leaves
-from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.progress import Progress, Setup, save
 from jax_sae.sweep.update import METRICS, snapshot
 

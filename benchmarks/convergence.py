@@ -34,8 +34,9 @@ from jax_sae.activations.sources import Source, open_sources
 from jax_sae.command_line import run_script
 from jax_sae.config import Config, SweepConfig, load_config, validate
 from jax_sae.errors import BadInput
+from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
-from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.update import update_many
 

@@ -17,7 +17,8 @@ from stepping import stepper
 from timing import ratios, report, seconds
 
 from jax_sae.config import SweepConfig, TrainConfig
-from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import sweep_members
 
 SPARSITIES: dict[str, dict[str, Any]] = {
     "plain": {},

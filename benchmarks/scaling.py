@@ -40,7 +40,8 @@ from jax_sae.activations.store import write_store
 from jax_sae.command_line import run_script
 from jax_sae.config import Config, SweepConfig, TrainConfig, validate
 from jax_sae.errors import BadInput
-from jax_sae.sweep.members import Group, make_groups, sweep_members
+from jax_sae.sweep.groups import Group, make_groups
+from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.update import update_many
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sae.config import DecoderBias, TrainConfig
-from jax_sae.sweep.members import Group
+from jax_sae.sweep.groups import Group
 from jax_sae.sweep.update import Centres, SweepState, init_sweep, update_many
 
 NO_CENTRES: Centres = dict.fromkeys(get_args(DecoderBias), 0.0)

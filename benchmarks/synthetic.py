@@ -23,7 +23,8 @@ import tyro
 from timing import report
 
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, init_sweep, member_shapes, unstack, update_many
 
 BATCHES = 100

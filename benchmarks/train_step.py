@@ -21,7 +21,8 @@ from stepping import stepper
 from timing import ratios, report, seconds
 
 from jax_sae.config import Member, Precision, SweepConfig, TrainConfig
-from jax_sae.sweep.members import Group, make_groups, sweep_members
+from jax_sae.sweep.groups import Group, make_groups
+from jax_sae.sweep.members import sweep_members
 
 D = 768
 SWEEPS = {

@@ -74,7 +74,6 @@ def draw_training(
         title: of the figure.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     directory.mkdir(parents=True, exist_ok=True)
     steps, curves, width = _means(metrics)
@@ -90,12 +89,8 @@ def draw_training(
             axes.set_yscale("log")
         else:
             axes.text(0.5, 0.5, "0 for all members", ha="center", transform=axes.transAxes)
-        axes.set_xlim(0, len(metrics))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
+        _over_steps(axes, len(metrics), width)
         axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
     figure.legend(lines, names, loc="outside right center", frameon=False, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(directory / "training.png", dpi=150)
@@ -106,6 +101,17 @@ def _means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     width = max(1, len(values) // CURVE_POINTS)
     n = len(values) // width
     return (np.arange(n) + 0.5) * width, values[: n * width].reshape(n, width, *values.shape[1:]).mean(1), width
+
+
+def _over_steps(axes: Any, steps: int, width: int) -> None:
+    """An axis of that many steps, below curves of means of `width`, and a grid."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, steps)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
+    axes.grid(alpha=0.3)
 
 
 def draw_losses(
@@ -146,11 +152,8 @@ def draw_losses(
         axes.set_yscale(scale)
         if scale == "linear" and len(first):
             axes.set_ylim(0, 1.05 * first.max())
-        axes.set_xlim(0, len(losses))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlabel("step" if width == 1 else f"step (means of {width})")
+        _over_steps(axes, len(losses), width)
         axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
         axes.set_title(title, fontsize="medium")
-        axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
         figure.savefig(directory / file, dpi=150)

@@ -17,7 +17,7 @@ from jax_sae.autoencoder.model import Autoencoder, decode, encode
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
-from jax_sae.sweep.members import Form
+from jax_sae.sweep.groups import Form
 from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096

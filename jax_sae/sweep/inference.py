@@ -15,7 +15,8 @@ from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encod
 from jax_sae.config import Config, Member, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.members import Group, complete
+from jax_sae.sweep.groups import Group
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.optimizer import traced_settings
 
 

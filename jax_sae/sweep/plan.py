@@ -71,7 +71,8 @@ def _memory(setup: Setup) -> str:
     for group in setup.groups:
         at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
         couples_tokens = kind_named(group.form.kind).couples_tokens
-        step += at_once * rows_at_a_time(B, couples_tokens) * (3 * group.features + 3 * D) * 4
+        of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
+        step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * D) * 4
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
     held_out = 2 * config.activations.held_out_tokens * D * 4
     metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())

@@ -21,9 +21,10 @@ from jax_sae.config import Config, DecoderBias
 from jax_sae.errors import BadInput
 from jax_sae.sweep import report
 from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.held_out import harvest_held_out
 from jax_sae.sweep.lock import locked
-from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.plan import is_checkpoint, plan
 from jax_sae.sweep.progress import Clock, Progress, Setup, restore, save
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many

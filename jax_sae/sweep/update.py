@@ -12,7 +12,7 @@ import optax
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
 from jax_sae.config import DecoderBias, Member, TrainConfig
-from jax_sae.sweep.members import Form, Group
+from jax_sae.sweep.groups import Form, Group
 from jax_sae.sweep.optimizer import make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample, resampling_steps
 

@@ -23,8 +23,9 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.text import Stories, open_split
 from jax_sae.language_model.torch_file import open_torch_file
+from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
-from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import init_sweep
 
 MODEL = REPOSITORY / "jax_sae" / "demo" / "model"

@@ -13,7 +13,8 @@ from jax_sae.autoencoder.kinds import kind_named, kind_names, topk
 from jax_sae.autoencoder.loss import Terms
 from jax_sae.autoencoder.model import Autoencoder, Params, encode, loss
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import Form, complete, make_groups
+from jax_sae.sweep.groups import Form, make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import MemberState, update_member
 
 D, F, MORE_F, B, TOKENS = 7, 32, 3, 40, 33

@@ -12,7 +12,8 @@ from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
 from jax_sae.autoencoder.model import Params, decode, encode
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import update_member
 
 D, F, PADDED_F, B, TOKENS = 7, 11, 3, 40, 33

@@ -7,7 +7,8 @@ import pytest
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Member, SweepConfig
 from jax_sae.errors import BadInput
-from jax_sae.sweep.members import complete, describe_member, make_groups, member_names, settings_of, sweep_members
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete, describe_member, member_names, settings_of, sweep_members
 
 SPARSE = SweepConfig(
     kinds=("relu", "topk", "jumprelu", "gated"),

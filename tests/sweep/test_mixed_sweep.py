@@ -10,7 +10,8 @@ import pytest
 from running import NO_CENTRES
 
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, MemberState, init_sweep, member_shapes, unstack, update_many
 
 D, B, STEPS, TOKENS = 24, 32, 16, 29

@@ -12,7 +12,8 @@ from running import never, stop_at
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.sweep import plan as plan_module
-from jax_sae.sweep.members import make_groups, sweep_members
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.plan import size
 from jax_sae.sweep.progress import Setup
 from jax_sae.sweep.train import train

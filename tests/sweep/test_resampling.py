@@ -14,7 +14,8 @@ from running import NO_CENTRES, initial
 from jax_sae.autoencoder.kinds import kind_named, kind_names
 from jax_sae.autoencoder.model import Autoencoder, Params
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import complete, make_groups
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.resampling import resample, resampling_steps
 from jax_sae.sweep.update import MemberState, init_sweep, member_shapes, unstack, update_many, update_member
 

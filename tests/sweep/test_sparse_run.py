@@ -14,7 +14,8 @@ from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Config, SweepConfig
 from jax_sae.sweep.checkpoints import Checkpoints, named_leaves
-from jax_sae.sweep.members import complete, make_groups, sweep_members
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import complete, sweep_members
 from jax_sae.sweep.progress import Setup, restore
 from jax_sae.sweep.train import train
 

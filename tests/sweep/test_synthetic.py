@@ -11,7 +11,8 @@ import pytest
 from running import NO_CENTRES
 
 from jax_sae.config import Member, TrainConfig
-from jax_sae.sweep.members import Group, complete, make_groups
+from jax_sae.sweep.groups import Group, make_groups
+from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, SweepState, init_sweep, member_shapes, unstack, update_many
 
 D, TRUE_F, ACTIVE, F, B, BATCHES, STEPS = 40, 64, 3, 128, 256, 250, 2000

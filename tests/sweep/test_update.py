@@ -15,7 +15,8 @@ from jax_sae.autoencoder.loss import squared_error
 from jax_sae.autoencoder.model import decode, encode, init_params
 from jax_sae.config import Config, Member, SweepConfig, TrainConfig
 from jax_sae.sweep import update
-from jax_sae.sweep.members import Group, complete, make_groups, sweep_members
+from jax_sae.sweep.groups import Group, make_groups
+from jax_sae.sweep.members import complete, sweep_members
 from jax_sae.sweep.optimizer import make_optimizer, relative_learning_rate, traced_settings
 from jax_sae.sweep.update import (
     METRICS,

@@ -4,6 +4,7 @@ Each says in its docstring what it computes and minimises, with its paper. `docs
 """
 
 import pkgutil
+import sys
 from importlib import import_module
 
 from jax_sae.autoencoder.model import Autoencoder
@@ -21,6 +22,10 @@ def kind_named(name: str) -> type[Autoencoder]:
     Raises:
         BadInput: if there is none of that name.
     """
-    if name not in kind_names():
-        raise BadInput(f"there is no kind {name!r}; the kinds are {', '.join(kind_names())}")
-    return import_module(f"{__name__}.{name}").KIND
+    module = sys.modules.get(f"{__name__}.{name}")  # without a look at the disk, as each use of an autoencoder asks
+    if module is None:
+        if name not in kind_names():
+            raise BadInput(f"there is no kind {name!r}; the kinds are {', '.join(kind_names())}")
+        module = import_module(f"{__name__}.{name}")
+    kind: type[Autoencoder] = module.KIND
+    return kind
