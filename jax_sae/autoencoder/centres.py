@@ -7,7 +7,7 @@ def geometric_median(x: np.ndarray, iterations: int = 100, tolerance: float = 1e
     """The point [D] float64 with the least sum of distances to the rows of x[N, D].
 
     Weiszfeld's algorithm, from the median of each coordinate: the mean of the rows weighted by 1 / distance, until it
-    moves by less than `tolerance` times its mean distance to them. Unlike the mean, it is not drawn by a few large rows.
+    moves by less than `tolerance` times its mean distance to them. Unlike the mean, few large rows hardly draw it.
     """
     rows = x.astype(np.float64)
     centre = np.median(rows, axis=0)

@@ -1,9 +1,11 @@
 """A member's learning rate, its schedule and the warm-up of its penalty; Adam."""
 
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jax_sae.autoencoder.model import Values
@@ -13,11 +15,12 @@ from jax_sae.sweep.members import OF_TRAIN, settings_of
 SCHEDULES: tuple[str, ...] = typing.get_args(Schedule)
 
 
-def traced_settings(member: Member, train: TrainConfig) -> dict[str, jax.Array]:
+def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
     """The settings that a step of a complete member needs, as scalars that may be traced and differ in a group.
 
-    Floats are float32, whole numbers int32 (the seed uint32). Parts of the steps become `warmup_steps`, `decay_steps`
-    and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`. What the kind does not have is 0.
+    Floats are NumPy's float32, whole numbers int32 (the seed uint32). Parts of the steps become `warmup_steps`,
+    `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`. What the kind does not have
+    is 0.
     """
     of_train = {name: getattr(train, name) for name in OF_TRAIN}
     given = of_train | settings_of(member)
@@ -34,9 +37,9 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, jax.Array]:
     numbers = ["learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient"]
     numbers += ["bandwidth", "initial_threshold"]
     return {
-        **{name: jnp.int32(value) for name, value in whole.items()},
-        **{name: jnp.float32(getattr(member, name) or 0.0) for name in numbers},
-        "seed": jnp.uint32(member.seed),
+        **{name: np.int32(value) for name, value in whole.items()},
+        **{name: np.float32(getattr(member, name) or 0.0) for name in numbers},
+        "seed": np.uint32(member.seed),
     }
 
 
