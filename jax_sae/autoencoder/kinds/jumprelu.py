@@ -57,7 +57,8 @@ class JumpReLU(Autoencoder):
     the batch. theta = exp(log_threshold). Where f jumps it has no useful gradient; theta gets that of the expected
     loss, estimated with the pre-activations in a window of width `bandwidth` sqrt(D) around it. Rajamanoharan et al.
     2024 (https://arxiv.org/abs/2407.14435), equations 9 to 12, and appendix for the target. There |x|^2 is 1 on
-    average, here D: hence the factors sqrt(D) and D. theta begins at `initial_threshold` sqrt(D).
+    average, with our `dataset` normalisation D: hence the factors sqrt(D) and D. theta begins at `initial_threshold`
+    sqrt(D).
     """
 
     settings: ClassVar[Mapping[str, Any]] = {
