@@ -141,7 +141,7 @@ def update_member(
     if form.unit_decoder:
         params["W_dec"] = unit_rows(params["W_dec"])
     tokens = jnp.sum(weights)
-    memory = model.remember(state.memory, terms)
+    memory = dict(model.remember(state.memory, terms))
     if form.counts_tokens:
         memory["tokens_since_fired"] = count_tokens(state.memory["tokens_since_fired"], terms.fired, tokens)
     after = state._replace(params=params, opt_state=opt_state, memory=memory)
