@@ -1,5 +1,6 @@
 """The command line of `scripts/train_all.py`: settings and a directory in, a run out, errors in one line."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -70,7 +71,9 @@ def run_script(argv: Sequence[str], work: Callable[[], int]) -> int:
             traceback.print_exc()
         message = str(error)
         if isinstance(error, OSError):
-            message = f"a file could not be read or written ({error}); put that right; a run goes on with --resume"
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "make room, and go on with --resume" if is_full else "put that right; a run goes on with --resume"
+            message = f"a file could not be read or written ({error}); {advice}"
         elif isinstance(error, MemoryError):
             message = f"there is too little memory ({error}); ask for less at a time"
         print("error:", *message.splitlines(), file=sys.stderr)
