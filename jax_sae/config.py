@@ -231,18 +231,28 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def load_config(path: Path) -> Config:
-    """Read a TOML file whose tables are the fields of `Config`.
+def config_names() -> dict[str, Path]:
+    """The files that come with the package, by name: `configs/` of the repository, which an installed package holds."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parent / "configs")
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def load_config(config: Path) -> Config:
+    """Read a TOML file whose tables are the fields of `Config`, or one that comes with the package, by its name.
 
     Raises:
         BadInput: if the file is missing or is no TOML, or a key or value is not one of `Config`'s.
     """
+    known = config_names()
+    path = known.get(str(config), config) if not config.is_file() else config
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
         raise BadInput(
-            f"cannot read the config {path}: {error.strerror}; give a TOML file, such as those in configs/"
+            f"cannot read the config {path}: {error.strerror}; give a TOML file, or the name of one that comes with "
+            f"the package: {', '.join(known)}"
         ) from error
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits or brackets
         raise BadInput(f"{path} is not valid TOML in UTF-8: {error}") from error

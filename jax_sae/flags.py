@@ -27,7 +27,11 @@ class Arguments:
     settings: Config
 
 
-def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = None) -> Arguments:
+DEMO = Path("demo")
+"""The config without --config, one of those that come with the package."""
+
+
+def parse(argv: Sequence[str], defaults: Config | None = None) -> Arguments:
     """Flags over `defaults`, or over those of the TOML file.
 
     Raises:
@@ -54,7 +58,7 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
         )
 
     given = check_flags(argv)
-    start = defaults or load_config(Path(given["config"][0]) if "config" in given else default_config)
+    start = defaults or load_config(Path(given["config"][0]) if "config" in given else DEMO)
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
@@ -65,8 +69,8 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
         SIGTERM after saving.
         """
 
-        config: Path = default_config
-        """TOML file with the settings of the run."""
+        config: Path = DEMO
+        """TOML file with the settings of the run, or the name of one that comes with the package."""
         out: Path | None = None
         """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
         resume: bool = False
@@ -76,13 +80,13 @@ def parse(argv: Sequence[str], default_config: Path, defaults: Config | None = N
         settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: start)
 
     parsed = tyro.cli(
-        CommandLine, args=list(argv), registry=registry, prog="train_all.py", config=(tyro.conf.FlagCreatePairsOff,)
+        CommandLine, args=list(argv), registry=registry, prog="jax-sae train", config=(tyro.conf.FlagCreatePairsOff,)
     )
     return Arguments(parsed.config, parsed.out, parsed.resume, parsed.settings)
 
 
 def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:
-    """The flags of a script as its dataclass, in which a field without a default has to be given.
+    """The flags of a command as its dataclass, in which a field without a default has to be given.
 
     Raises:
         BadInput: if a flag cannot be used, or is missing.
@@ -99,7 +103,7 @@ def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Opti
 
 
 def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The values that are given to each flag of `train_all.py`; errors as for `values_given`."""
+    """The values that are given to each flag of `jax-sae train`; errors as for `values_given`."""
     return values_given(argv, {"config": Path, "out": Path, "resume": bool, "debug": bool, **option_types()})
 
 

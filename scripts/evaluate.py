@@ -1,45 +1,8 @@
-"""Say what the members of a run are worth on held-out stories: evaluation.json, tables, figures.
-
-python scripts/evaluate.py runs/demo
-"""
+"""Say what the members of a run are worth on held-out stories: `jax-sae evaluate`."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
-
-from jax_sae.command_line import run_script
-from jax_sae.flags import read_options
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Evaluate every member of a run on held-out stories. Exit codes: 0 done, 1 a full disk, 2 bad input."""
-
-    run: tyro.conf.Positional[Path]
-    """Directory of a run; it may be training."""
-    step: int | None = None
-    """The checkpoint to evaluate; without it, the newest one."""
-    tokens: int | None = None
-    """Held-out tokens, whole stories up to this number; without it, the run's activations.held_out_tokens."""
-    debug: bool = False
-    """Show the traceback of an error, above its one line."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
-
-    def work() -> int:
-        options = read_options(Options, argv, "evaluate.py")
-        from jax_sae.analysis.evaluation import evaluate
-
-        evaluate(options.run, options.step, options.tokens)
-        return 0
-
-    return run_script(argv, work)
-
+from jax_sae.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import main
+from jax_sae.commands.train import main
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 MODEL = REPOSITORY / "jax_sae" / "demo" / "model"
@@ -80,5 +80,5 @@ def refused(capsys: pytest.CaptureFixture[str], script: Callable[[list[str]], in
 
 
 def train_all(argv: list[str]) -> int:
-    """The script, whose default config is the demo."""
-    return main(argv, DEMO)
+    """The command."""
+    return main(argv)

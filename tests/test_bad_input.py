@@ -4,7 +4,6 @@ Each ends with exit code 2 and one line that says what was found, what was expec
 and with nothing made or changed on disk. What is refused where a run is there already stands in test_existing_run.py.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -39,6 +38,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_sae
 from jax_sae.activations.store import open_rows
+from jax_sae.commands import export_activations, harvest, inspect, train
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import NoAnswer
 
@@ -99,16 +99,6 @@ def elsewhere(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Work in a directory that holds nothing but the inputs."""
     with working_among(inputs, tmp_path / "here", monkeypatch):
         yield
-
-
-def load_script(name: str) -> ModuleType:
-    """A file of `scripts/`, as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 ABSENT = "no such file or directory, not complete in the local Hugging Face cache, and HF_HUB_OFFLINE is set"
@@ -586,13 +576,13 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         ["--config", "no.toml"],
         "cannot read the config no.toml",
         "No such file or directory",
-        "give a TOML file, such as those in configs/",
+        "give a TOML file, or the name of one that comes with the package: demo, demo_sparse, tinystories_33m, ",
     ),
     "config: a directory": (
         ["--config", "used"],
         "cannot read the config used",
         "Is a directory",
-        "give a TOML file, such as those in configs/",
+        "give a TOML file, or the name of one that comes with the package: demo, demo_sparse, tinystories_33m, ",
     ),
     "config: wrong type": (["--config", "wrong_type.toml"], "wrong_type.toml: train.steps is '5'", WORD, ""),
     "config: unknown key": (
@@ -660,7 +650,7 @@ def test_10_a_story_with_an_end_of_text_inside_keeps_every_other_token(tmp_path:
     text = "The end.<|endoftext|>One day, Lily went to the river.<|endoftext|>"
     Path("texts.jsonl").write_text(json.dumps({"text": text}) + "\n")
     out = ["--out", "acts", "--layer", "2", "--model", str(MODEL), "--text-path", "texts.jsonl"]
-    assert load_script("harvest_activations").main(out) == 0
+    assert harvest.main(out) == 0
     lm = jax_sae.load_language_model(str(MODEL), layer=2)
     ids = [lm.tokenizer(part)["input_ids"] for part in text.split("<|endoftext|>")]
     end = lm.tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -686,11 +676,11 @@ def test_12_a_type_on_disk_that_is_too_small_is_told(capsys: pytest.CaptureFixtu
     weights["transformer.wte.weight"] *= 1e6
     save_file(weights, "large/model.safetensors")
     argv = ["--model", "large", "--layer", "0", "--text-path", "text.jsonl", "--out", "acts", "--dtype"]
-    harvest, before = load_script("harvest_activations").main, files()
-    assert harvest([*argv, "float16"]) == 2 and files() == before
+    before = files()
+    assert harvest.main([*argv, "float16"]) == 2 and files() == before
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: acts: a story's activations are not finite in float16; float16 ends at 65504: use float32"
-    assert harvest([*argv, "float32"]) == 0
+    assert harvest.main([*argv, "float32"]) == 0
 
 
 def test_13_when_every_member_diverges_the_run_ends_with_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -729,7 +719,7 @@ def test_20_a_disk_too_small_for_a_store(
     """After the first of several blocks; no more tokens are counted than the text has."""
     argv = ["--model", str(MODEL), "--text-path", "text.jsonl", "--out", "acts", "--dtype", dtype, *tokens]
     before = files()
-    assert load_script("harvest_activations").main(argv) == 2
+    assert harvest.main(argv) == 2
     rows = 100 if "100" in tokens else 40 * 3
     half = " or half as many bytes by float16" if dtype == "float32" else ""
     needed = f"{rows * 64 * int(dtype[-2:]) // 8 / 1e6:,.1f}"
@@ -752,50 +742,49 @@ def test_a_process_of_its_own_prints_the_same_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: two_types: cannot be loaded as a dataset (") and done.stderr.count("\n") == 1
 
 
-OF_SCRIPTS: dict[str, tuple[str, list[str], str]] = {
-    "a type": ("harvest_activations", ["--out", "a", "--dtype", "int8"], "'float32' or 'float16' was expected"),
-    "no number": ("harvest_activations", ["--out", "a", "--tokens", "1e6"], f"--tokens is '1e6'; {WORD}"),
-    "no directory": ("harvest_activations", ["--layer", "2"], "--out is missing; it has to be given"),
-    "unknown": ("harvest_activations", ["--outs", "a"], "unknown flag --outs; did you mean --out?"),
+OF_COMMANDS: dict[str, tuple[ModuleType, list[str], str]] = {
+    "a type": (harvest, ["--out", "a", "--dtype", "int8"], "'float32' or 'float16' was expected"),
+    "no number": (harvest, ["--out", "a", "--tokens", "1e6"], f"--tokens is '1e6'; {WORD}"),
+    "no directory": (harvest, ["--layer", "2"], "--out is missing; it has to be given"),
+    "unknown": (harvest, ["--outs", "a"], "unknown flag --outs; did you mean --out?"),
     "no tokens": (
-        "harvest_activations",
+        harvest,
         ["--out", "a", "--model", str(MODEL), "--text-path", "text.jsonl", "--tokens=0"],
         "the number of tokens to write is 0; a number above 0 was expected",
     ),
-    "a file is there": ("harvest_activations", ["--out", "rows.npy"], "rows.npy cannot be made a directory"),
-    "a store is there": ("harvest_activations", ["--out", "used"], "used is not empty; give the store a new directory"),
-    "no layer": ("export_torch_activations", ["--model", "a", "--out", "b"], "--layer is missing"),
-    "no number of a layer": ("export_torch_activations", ["--layer", "two"], f"--layer is 'two'; {WORD}"),
-    "no run": ("inspect_run", ["nowhere"], "nowhere holds no run: there is no config.json; give the directory of one"),
+    "a file is there": (harvest, ["--out", "rows.npy"], "rows.npy cannot be made a directory"),
+    "a store is there": (harvest, ["--out", "used"], "used is not empty; give the store a new directory"),
+    "no layer": (export_activations, ["--model", "a", "--out", "b"], "--layer is missing"),
+    "no number of a layer": (export_activations, ["--layer", "two"], f"--layer is 'two'; {WORD}"),
+    "no run": (inspect, ["nowhere"], "nowhere holds no run: there is no config.json; give the directory of one"),
 }
 
 
-@pytest.mark.parametrize(("script", "argv", "message"), OF_SCRIPTS.values(), ids=OF_SCRIPTS)
-def test_the_other_scripts_end_in_the_same_way(
-    script: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "argv", "message"), OF_COMMANDS.values(), ids=OF_COMMANDS)
+def test_the_other_commands_end_in_the_same_way(
+    command: ModuleType, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line, exit code 2, nothing made."""
-    assert message in refused(capsys, load_script(script).main, argv)
+    assert message in refused(capsys, command.main, argv)
 
 
 @pytest.mark.parametrize(
-    ("script", "argv"),
+    ("command", "argv"),
     [
-        ("train_all", ["--model.layer", "7"]),
-        ("train_all", ["--train.steps", "abc"]),
-        ("harvest_activations", ["--out", "used"]),
-        ("harvest_activations", ["--out", "a", "--dtype", "int8"]),
-        ("export_torch_activations", ["--layer", "two"]),
-        ("inspect_run", ["nowhere"]),
+        (train, ["--model.layer", "7"]),
+        (train, ["--train.steps", "abc"]),
+        (harvest, ["--out", "used"]),
+        (harvest, ["--out", "a", "--dtype", "int8"]),
+        (export_activations, ["--layer", "two"]),
+        (inspect, ["nowhere"]),
     ],
 )
 def test_debug_shows_the_traceback_above_the_line(
-    script: str, argv: list[str], capsys: pytest.CaptureFixture[str]
+    command: ModuleType, argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same line and the same exit code as without it."""
-    call = train_all if script == "train_all" else load_script(script).main
-    line = refused(capsys, call, argv)
-    assert call([*argv, "--debug"]) == 2
+    line = refused(capsys, command.main, argv)
+    assert command.main([*argv, "--debug"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("Traceback (most recent call last):\n") and error.endswith(f"\n{line}")
     assert error.count("error: ") == 1

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import choose_directory, main, prepare_jax
+from jax_sae.command_line import prepare_jax
+from jax_sae.commands.train import choose_directory, main
 from jax_sae.config import Member, load_config
 from jax_sae.flags import parse
 from jax_sae.stop_signals import STOPPING, Signals
@@ -38,8 +39,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def run(*argv: str) -> int:
-    """Call the command line with the demo as its default config."""
-    return main(list(argv), DEMO)
+    """Call the command line."""
+    return main(argv)
 
 
 def test_compiled_programs_are_kept_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +117,7 @@ def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_form_of_a_flag_is_read(argv: list[str], name: str, value: object) -> None:
     """Wherever it stands among others, which keep their values."""
     for around in ([], ["--debug"], ["--out", "x"]):
-        arguments = parse([*around, *argv, *around], DEMO)
+        arguments = parse([*around, *argv, *around])
         group, _, setting = name.partition(".")
         expected = load_config(DEMO)
         expected = replace(expected, **{group: replace(getattr(expected, group), **{setting: value})})
@@ -130,7 +131,7 @@ def test_the_last_config_counts(tmp_path: Path) -> None:
     for steps in (3, 4):
         (tmp_path / f"s{steps}.toml").write_text(f"[train]\nsteps = {steps}\n")
     for last in (["--config", "s4.toml"], ["--config=s4.toml"]):
-        arguments = parse(["--config", "s3.toml", *last], DEMO)
+        arguments = parse(["--config", "s3.toml", *last])
         assert arguments.settings.train.steps == 4 and choose_directory(arguments) == Path("runs/s4")
 
 

@@ -4,10 +4,13 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from running import REPOSITORY
+
+from jax_sae.config import config_names
 
 PACKAGE = REPOSITORY / "jax_sae"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
@@ -22,7 +25,9 @@ LAYERS = {
     "sweep": 5,
     "stop_signals": 0,
     "flags": 2,
-    "command_line": 7,
+    "command_line": 2,
+    "commands": 7,
+    "__main__": 8,
 }
 
 
@@ -48,10 +53,10 @@ def test_imports_run_downwards(path: Path) -> None:
 
 
 def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
-    """Orbax in one file; one vmap; torch nowhere; few places that compile."""
+    """Orbax in one file; one vmap; torch in one file; few places that compile."""
     assert files_with("import orbax") == {"sweep/checkpoints.py"}
     assert files_with("jax.vmap") == {"sweep/update.py"}
-    assert not files_with("import torch")
+    assert files_with("import torch") == {"commands/export_activations.py"}
     assert files_with("jax.jit") == {
         "analysis/loss_recovered.py",
         "language_model/harvest.py",
@@ -68,7 +73,7 @@ def test_importing_starts_no_backend_and_help_needs_no_jax() -> None:
     code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
     environment = {**os.environ, "JAX_PLATFORMS": "none", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    code = "import sys, jax_sae.command_line, jax_sae.config, jax_sae; assert 'jax' not in sys.modules"
+    code = "import sys, jax_sae.commands.train, jax_sae.config, jax_sae; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -77,3 +82,11 @@ def test_readme_prints_the_file_tree() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     files = [*MODULES, *(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "scripts").glob("*.py")]
     assert [path.name for path in files if f"  {path.name} " not in readme] == []
+
+
+def test_a_wheel_holds_every_package_and_the_configs() -> None:
+    """Each folder with modules stands in pyproject.toml's list; `jax_sae.configs` is the repository's configs/."""
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert set(setuptools["packages"]) == folders | {"jax_sae.configs"}
+    assert set(config_names().values()) == set((REPOSITORY / "configs").iterdir())

@@ -22,10 +22,9 @@ from jax_sae.sweep.train import train
 
 THREADS = """
 import sys, threading
-from pathlib import Path
-from jax_sae.command_line import main
+from jax_sae.commands.train import main
 before = set(threading.enumerate())
-code = main(sys.argv[2:], Path(sys.argv[1]))
+code = main(sys.argv[1:])
 left = [thread.name for thread in threading.enumerate() if thread not in before]
 assert not left, left
 sys.exit(code)
@@ -37,7 +36,7 @@ def test_no_threads_and_no_temporary_files_are_left(tmp_path: Path) -> None:
     (tmp_path / "temporary").mkdir()
     flags = ["--train.steps", "6", "--train.batch-tokens", "32", "--activations.block-tokens", "256", "--out", "run"]
     flags += ["--activations.held-out-tokens", "500", "--train.checkpoint-every", "2", "--sweep.features", "4", "64"]
-    command = [sys.executable, "-c", THREADS, str(REPOSITORY / "configs" / "demo.toml"), *flags]
+    command = [sys.executable, "-c", THREADS, *flags]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

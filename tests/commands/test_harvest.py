@@ -1,34 +1,18 @@
-"""The script writes what the language model computes, and a sweep can be trained on it."""
+"""`jax-sae harvest` writes what the language model computes, and a sweep can be trained on it."""
 
-import importlib.util
 import json
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
-from running import REPOSITORY
 
-from jax_sae import command_line
 from jax_sae.activations import store, text_to_store
 from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.commands import harvest, train
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.text import open_split
 
 MODEL = "jax_sae/demo/model"
 STORIES = "jax_sae/demo/stories"
-
-
-def load_script(name: str) -> ModuleType:
-    """A file of `scripts/`, as a module."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script("harvest_activations")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +33,7 @@ def test_rows_are_the_activations_of_the_stories_in_order(lm, block_tokens, tmp_
     monkeypatch.setattr(text_to_store, "BLOCK_TOKENS", block_tokens)
     monkeypatch.setattr(text_to_store, "READ_AHEAD", 3)
     monkeypatch.setattr(store, "SHARD_BYTES", 100_000)
-    assert script.main(arguments(tmp_path / "acts", "--tokens", 1500)) == 0
+    assert harvest.main(arguments(tmp_path / "acts", "--tokens", 1500)) == 0
     stories, n_tokens = [], 0
     for text in open_split(STORIES, "validation", "text")["text"]:
         if n_tokens >= 1500:
@@ -103,7 +87,7 @@ def test_stories_without_text_and_beyond_the_positions_are_counted(lm, tmp_path,
     texts = ["", "A fox.", "   ", "The sun was warm. " * 200, None]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in texts))
     text = ["--text-path", tmp_path / "texts.jsonl", "--text-split", "train", "--text-column", "story"]
-    assert script.main(arguments(tmp_path / "acts", *text)) == 0
+    assert harvest.main(arguments(tmp_path / "acts", *text)) == 0
     n_tokens = [len(ids) for ids in lm.tokenizer(texts[1:4:2])["input_ids"]]
     assert n_tokens[1] > 512
     manifest = read_manifest(tmp_path / "acts")
@@ -130,7 +114,7 @@ def test_excluded_first_tokens_are_read_but_not_written(lm, tmp_path, monkeypatc
     assert n_tokens[1] <= 3 < min(n_tokens[i] for i in (0, 3, 4))
     out, text = tmp_path / "acts", ["--text-path", tmp_path / "texts.jsonl", "--text-split", "train"]
     tokens = n_tokens[0] - 3 + 512 - 3 + 1  # the fifth story's first token that is written
-    assert script.main(arguments(out, *text, "--exclude-first-tokens", 3, "--tokens", tokens)) == 0
+    assert harvest.main(arguments(out, *text, "--exclude-first-tokens", 3, "--tokens", tokens)) == 0
     whole = [lm.activations([lm.tokenizer(texts[i])["input_ids"][:512]])[0] for i in (0, 3, 4)]
     rows, manifest = open_rows(str(out)), read_manifest(out)
     expected = np.concatenate([x[3:] for x in whole])
@@ -152,14 +136,14 @@ def test_excluded_first_tokens_are_read_but_not_written(lm, tmp_path, monkeypatc
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_sweep_is_trained_on_what_was_written(tmp_path, dtype, monkeypatch, capsys):
     """In another process the language model would not be needed; here it must not be loaded."""
-    assert script.main(arguments(tmp_path / "acts", "--tokens", 3000, "--dtype", dtype)) == 0
+    assert harvest.main(arguments(tmp_path / "acts", "--tokens", 3000, "--dtype", dtype)) == 0
     assert read_manifest(tmp_path / "acts")["dtype"] == dtype
     monkeypatch.setattr("jax_sae.activations.sources.load_language_model", None)
     flags = ["--activations.path", str(tmp_path / "acts"), "--activations.block-tokens", "1024"]
     flags += ["--activations.held-out-tokens", "300", "--sweep.features", "8", "64", "--sweep.seeds", "0"]
     flags += ["--train.steps", "20", "--train.batch-tokens", "128", "--train.warmup", "0.1"]
     out = tmp_path / "run"
-    assert command_line.main([*flags, "--out", str(out)], REPOSITORY / "configs" / "demo.toml") == 0
+    assert train.main([*flags, "--out", str(out)]) == 0
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) >= 2
     assert "rows of width 64" in capsys.readouterr().out
@@ -180,15 +164,15 @@ def test_a_sweep_is_trained_on_what_was_written(tmp_path, dtype, monkeypatch, ca
     ],
 )
 def test_bad_input_is_told_in_one_line(others, part, tmp_path, capsys):
-    assert script.main(arguments(tmp_path / "acts", *others)) == 2
+    assert harvest.main(arguments(tmp_path / "acts", *others)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_second_harvest_does_not_overwrite_the_first(tmp_path, capsys):
-    assert script.main(arguments(tmp_path / "acts", "--tokens", 100)) == 0
+    assert harvest.main(arguments(tmp_path / "acts", "--tokens", 100)) == 0
     before = (tmp_path / "acts" / "manifest.json").read_bytes()
-    assert script.main(arguments(tmp_path / "acts", "--tokens", 200)) == 2
+    assert harvest.main(arguments(tmp_path / "acts", "--tokens", 200)) == 2
     assert "not empty" in capsys.readouterr().err
     assert (tmp_path / "acts" / "manifest.json").read_bytes() == before

@@ -1,25 +1,12 @@
-"""`evaluate.py`: tables on the screen, files below the run, one line and exit code 2 for what cannot be used."""
+"""`jax-sae evaluate`: tables on the screen, files below the run, one line and exit code 2 for what cannot be used."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from running import REPOSITORY
 
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate", REPOSITORY / "scripts" / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module
-    spec.loader.exec_module(module)
-    return module
+from jax_sae.commands.evaluate import main
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +15,9 @@ def run(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(demo_run, tmp_path_factory.mktemp("evaluated") / "run"))
 
 
-def test_a_run_is_evaluated(script: ModuleType, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every member stands in both tables; the files that are named exist."""
-    assert script.main([str(run), "--tokens", "300", "--step", "10"]) == 0
+    assert main([str(run), "--tokens", "300", "--step", "10"]) == 0
     printed = capsys.readouterr().out
     assert all(printed.count(f"\n{name} ") == 2 for name in ("F8", "F63", "F64", "F83"))
     found = json.loads((run / "evaluation-step10.json").read_text())
@@ -50,19 +37,19 @@ def test_a_run_is_evaluated(script: ModuleType, run: Path, capsys: pytest.Captur
     ],
 )
 def test_what_cannot_be_used_is_one_line(
-    script: ModuleType, run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With exit code 2."""
-    assert script.main([str(run), *flags]) == 2
+    assert main([str(run), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_no_run(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another directory, none at all; --debug shows where it came from."""
-    assert script.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
-    assert script.main([]) == 2
+    assert main([]) == 2
     assert "run is missing" in capsys.readouterr().err
-    assert script.main([str(tmp_path / "none"), "--debug"]) == 2
+    assert main([str(tmp_path / "none"), "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err

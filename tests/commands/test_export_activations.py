@@ -1,13 +1,12 @@
-"""The script writes hidden_states as transformers defines them. Needs torch, which the rest of the project does not."""
+"""`jax-sae export-activations` writes transformers' hidden_states. Needs torch, which the rest does not."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +14,10 @@ from running import REPOSITORY
 
 from jax_sae.activations import text_to_store
 from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.commands import export_activations, harvest
 from jax_sae.language_model.text import load_tokenizer, tokenize
 
 DEMO = REPOSITORY / "jax_sae" / "demo"
-SCRIPTS = REPOSITORY / "scripts"
 POSITIONS = 48
 TEXTS = [
     "Once upon a time there was a fox.",
@@ -30,18 +29,6 @@ TEXTS = [
     "One day, Lily went to the river with her mom and saw a big fish swim away.",
     "The end. " * 8,
 ]
-
-
-def load_script(name: str) -> ModuleType:
-    """A file of `scripts/`, as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script("export_torch_activations")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +108,10 @@ def test_rows_are_the_hidden_states_of_the_texts_in_order(
 ):
     monkeypatch.setattr(text_to_store, "BLOCK_TOKENS", 100)
     monkeypatch.setattr(text_to_store, "READ_AHEAD", 3)
-    assert script.main(arguments(models[kind], text, tmp_path / "acts", "--batch-tokens", 60, layer=layer)) == 0
+    assert (
+        export_activations.main(arguments(models[kind], text, tmp_path / "acts", "--batch-tokens", 60, layer=layer))
+        == 0
+    )
     rows = open_rows(str(tmp_path / "acts"))
     expected = np.concatenate([states[layer] for states in hidden_states[kind]])
     assert np.abs(expected).max() > 0.5
@@ -130,7 +120,7 @@ def test_rows_are_the_hidden_states_of_the_texts_in_order(
 
 
 def test_the_manifest_and_the_closing_line_say_what_was_read(models, text, hidden_states, tmp_path, capsys):
-    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", "--dtype", "float16")) == 0
+    assert export_activations.main(arguments(models["gpt2"], text, tmp_path / "acts", "--dtype", "float16")) == 0
     manifest = read_manifest(tmp_path / "acts")
     lost = len(tokenize(load_tokenizer(str(DEMO / "model")), [TEXTS[2]])[0]) - POSITIONS
     assert lost > 0
@@ -158,7 +148,7 @@ def test_longer_texts_are_cut_and_the_text_that_reaches_the_number_of_tokens_is_
     models, text, hidden_states, tmp_path
 ):
     options = ["--max-length", 7, "--tokens", 15]
-    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", *options)) == 0
+    assert export_activations.main(arguments(models["gpt2"], text, tmp_path / "acts", *options)) == 0
     expected = np.concatenate([states[2][:7] for states in hidden_states["gpt2"][:3]])
     assert 15 <= len(expected) < 22
     np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
@@ -167,7 +157,7 @@ def test_longer_texts_are_cut_and_the_text_that_reaches_the_number_of_tokens_is_
 
 
 def test_excluded_first_tokens_are_read_but_not_written(models, text, hidden_states, tmp_path, capsys):
-    assert script.main(arguments(models["gpt2"], text, tmp_path / "acts", "--exclude-first-tokens", 3)) == 0
+    assert export_activations.main(arguments(models["gpt2"], text, tmp_path / "acts", "--exclude-first-tokens", 3)) == 0
     states = [states[2] for states in hidden_states["gpt2"]]
     expected = np.concatenate([x[3:] for x in states])
     np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
@@ -181,8 +171,7 @@ def test_excluded_first_tokens_are_read_but_not_written(models, text, hidden_sta
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_our_own_gpt_neo_writes_the_same(layer, models, text, tmp_path):
-    harvest = load_script("harvest_activations")
-    assert script.main(arguments(models["gpt_neo"], text, tmp_path / "torch", layer=layer)) == 0
+    assert export_activations.main(arguments(models["gpt_neo"], text, tmp_path / "torch", layer=layer)) == 0
     assert harvest.main(arguments(models["gpt_neo"], text, tmp_path / "jax", layer=layer)) == 0
     torch_rows, rows = (open_rows(str(tmp_path / name)) for name in ("torch", "jax"))
     n = len(rows)
@@ -196,7 +185,7 @@ def test_only_the_blocks_below_the_layer_are_run(torch, models, layer):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(models["gpt2"])
-    forward = script.forward_to_layer(model, layer)
+    forward = export_activations.forward_to_layer(model, layer)
     ran = []
     for i, block in enumerate(model.h):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
@@ -226,7 +215,7 @@ def test_a_model_that_is_built_otherwise_is_run_whole(torch, oddity, layer, caps
                 states.append(x)
             return SimpleNamespace(hidden_states=states) if output_hidden_states else (x,)
 
-    forward = script.forward_to_layer(Odd(), layer)
+    forward = export_activations.forward_to_layer(Odd(), layer)
     assert "all its 3 blocks are run" in capsys.readouterr().out
     token_ids = torch.tensor([[3, 5]])
     expected = Odd()(token_ids, None, False, output_hidden_states=True).hidden_states[layer]
@@ -234,8 +223,8 @@ def test_a_model_that_is_built_otherwise_is_run_whole(torch, oddity, layer, caps
 
 
 def refused(capsys, argv, *parts):
-    """The script ends with exit code 2 and one line that has all `parts` in it."""
-    assert script.main(argv) == 2
+    """The command ends with exit code 2 and one line that has all `parts` in it."""
+    assert export_activations.main(argv) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     for part in parts:
@@ -243,8 +232,8 @@ def refused(capsys, argv, *parts):
 
 
 def test_without_torch_it_says_what_to_install(tmp_path, text, monkeypatch, capsys):
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
-    refused(capsys, arguments("a/b", text, tmp_path / "acts"), "torch is not installed", "pip install -e '.[torch]'")
+    monkeypatch.setattr(export_activations, "find_spec", lambda name: None)
+    refused(capsys, arguments("a/b", text, tmp_path / "acts"), "torch is not installed", "pip install 'jax_sae[torch]'")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +290,7 @@ def test_an_absent_gguf_file_is_told_in_one_line(torch, models, text, tmp_path, 
 
 
 def test_nothing_but_the_bar_and_the_closing_line_is_on_the_screen(torch, models, text, tmp_path):
-    command = [sys.executable, SCRIPTS / "export_torch_activations.py"]
+    command = [sys.executable, "-m", "jax_sae", "export-activations"]
     environment = {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*command, *arguments(models["gpt_neo"], text, tmp_path / "acts")],

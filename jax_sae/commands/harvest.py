@@ -1,0 +1,98 @@
+"""Write a GPT-Neo's activations to disk once, to train many sweeps on them.
+
+    jax-sae harvest --model jax_sae/demo/model --text-path jax_sae/demo/stories --out acts/demo
+    jax-sae train --activations.path acts/demo
+
+The rows are the residual stream after `--layer` blocks, Hugging Face's hidden_states[layer], of whole stories in the
+order of the text. Another language model's are written by `jax-sae export-activations`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from jax_sae.command_line import run_script
+from jax_sae.config import ModelConfig, TextConfig
+from jax_sae.flags import read_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a GPT-Neo's activations to disk. Exit codes: 0 written, 1 a full disk, 2 bad input."""
+
+    out: Path
+    """Directory to write to; must not exist or be empty."""
+    model: str = ModelConfig.path
+    """Hugging Face id or directory of a GPT-Neo."""
+    layer: int = ModelConfig.layer
+    """Write the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
+    text_path: str = TextConfig.path
+    """Hugging Face id, directory or file of a dataset with one story a row."""
+    text_split: str = TextConfig.split
+    """The split to read."""
+    text_column: str = TextConfig.column
+    """The column that holds the story."""
+    tokenizer: str = ""
+    """Hugging Face id or directory of the tokenizer; empty: the model's own."""
+    tokens: int | None = None
+    """End with the story that reaches so many tokens; without it, all stories."""
+    exclude_first_tokens: int = 0
+    """Tokens at the start of each story that the model reads but that are not written."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
+    debug: bool = False
+    """Show the traceback of an error, above its one line."""
+
+
+def harvest_to_store(options: Options) -> str:
+    """Do it, and return a line that says what was written.
+
+    Raises:
+        BadInput: if something given cannot be used.
+        RunFailed: if the disk is full.
+    """
+    from jax_sae.activations.store import check_new_directory
+    from jax_sae.activations.text_to_store import write_text
+    from jax_sae.language_model.harvest import harvest
+    from jax_sae.language_model.pretrained import load_language_model
+    from jax_sae.language_model.text import Stories, load_tokenizer, open_split
+
+    check_new_directory(options.out)
+    lm = load_language_model(options.model, options.layer)
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else lm.tokenizer
+    rows = open_split(options.text_path, options.text_split, options.text_column)
+    config = lm.model.config
+    stories = Stories(
+        rows,
+        options.text_column,
+        tokenizer,
+        config.max_position_embeddings,
+        config.vocab_size,
+        options.exclude_first_tokens,
+    )
+    return write_text(
+        options.out,
+        stories,
+        partial(harvest, lm.model, lm.params),
+        options.tokens,
+        model=options.model,
+        layer=options.layer,
+        dtype=options.dtype,
+        text=options.text_path,
+        split=options.text_split,
+        column=options.text_column,
+        tokenizer=options.tokenizer or options.model,
+        exclude_first_tokens=options.exclude_first_tokens,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+
+    def work() -> int:
+        print(harvest_to_store(read_options(Options, argv, "jax-sae harvest")))
+        return 0
+
+    return run_script(argv, work)
