@@ -27,7 +27,7 @@ Values = Mapping[str, jax.Array]
 def torch_linear(fan_in: int) -> Initializer:
     """Values of torch.nn.Linear, weight and bias alike: uniform in +-1/sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return partial(jax.random.uniform, minval=-bound, maxval=bound)
+    return partial(jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -108,7 +108,7 @@ class Autoencoder(nn.Module):
             self.b_dec = self.param("b_dec", torch_linear(F), (D,))
             return
         if self.initialization == "orthogonal":
-            self.W_dec = self.param("W_dec", nn.initializers.orthogonal(), (F, D))
+            self.W_dec = self.param("W_dec", nn.initializers.orthogonal(dtype=jnp.float32), (F, D))
         else:
             self.W_dec = self.param("W_dec", random_directions(self.initial_norm), (F, D))
         self.W_enc = self.param("W_enc", lambda key: self.W_dec.T)
@@ -116,9 +116,9 @@ class Autoencoder(nn.Module):
 
     def initial_bias(self) -> Initializer:
         """Initial values of the encoder's bias."""
-        return (
-            torch_linear(self.width) if self.initialization == "torch" else nn.initializers.constant(self.encoder_bias)
-        )
+        if self.initialization == "torch":
+            return torch_linear(self.width)
+        return nn.initializers.constant(self.encoder_bias, jnp.float32)
 
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> x W_enc + b_enc, [..., F]."""
@@ -162,7 +162,7 @@ def random_directions(norm: float) -> Initializer:
     """Rows uniformly distributed on the sphere of that radius."""
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return norm * unit_rows(jax.random.normal(key, shape))
+        return norm * unit_rows(jax.random.normal(key, shape, jnp.float32))
 
     return init
 
@@ -186,7 +186,7 @@ def along_the_sphere(gradient: jax.Array, W: jax.Array) -> jax.Array:
 
 def init_params(model: Autoencoder, seed: int) -> Params:
     """Initial parameters of a member, a function of its own seed, kind and width alone."""
-    no_features = jnp.zeros((1, model.features))
+    no_features = jnp.zeros((1, model.features), jnp.float32)
     return dict(model.init(jax.random.key(seed), no_features, method="decode")["params"])
 
 

@@ -75,7 +75,7 @@ def _backward(
     centred, W_enc, W_dec, values, indices = kept
     g, F = gradients[0], len(W_dec)
     d_values = jnp.where(values > 0, products_with_rows(g, indices, W_dec, precision), 0)
-    d_b_enc = jnp.zeros(F).at[indices].add(d_values)
+    d_b_enc = jnp.zeros(F, jnp.float32).at[indices].add(d_values)
     # d_x is summed without being made; where nobody asks for it, it is not computed
     d_b_dec = jnp.sum(g, 0) - dot_general(W_enc, d_b_enc, (((1,), (0,)), ((), ())), "float32")
     d_x = weighted_rows(d_values, indices, W_enc.T, precision)
@@ -94,7 +94,7 @@ def weighted_rows(values: jax.Array, indices: jax.Array, W: jax.Array, precision
         value, index = entry
         return total + _rounded(value, precision)[:, None] * _rounded(W[index], precision), None
 
-    return jax.lax.scan(add, jnp.zeros((len(values), W.shape[1])), (values.T, indices.T))[0]
+    return jax.lax.scan(add, jnp.zeros((len(values), W.shape[1]), jnp.float32), (values.T, indices.T))[0]
 
 
 def products_with_rows(g: jax.Array, indices: jax.Array, W: jax.Array, precision: Precision) -> jax.Array:
@@ -111,7 +111,7 @@ def sum_into_rows(values: jax.Array, indices: jax.Array, g: jax.Array, F: int, p
         value, index = entry
         return total.at[index].add(_rounded(value, precision)[:, None] * g), None
 
-    return jax.lax.scan(add, jnp.zeros((F, g.shape[1])), (values.T, indices.T))[0]
+    return jax.lax.scan(add, jnp.zeros((F, g.shape[1]), jnp.float32), (values.T, indices.T))[0]
 
 
 def _rounded(factor: jax.Array, precision: Precision) -> jax.Array:

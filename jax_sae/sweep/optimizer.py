@@ -50,16 +50,16 @@ def relative_learning_rate(step: jax.Array | int, settings: Values, steps: int) 
     the run: cosine (1 + cos(pi t)) / 2 or linear 1 - t, t from 0 to 1.
     """
     W, decay = settings["warmup_steps"], settings["decay_steps"]
-    t = jnp.clip((step - (steps - decay)) / jnp.maximum(decay, 1), 0, 1)
+    t = jnp.clip(jnp.float32(step - (steps - decay)) / jnp.maximum(decay, 1), 0, 1)
     falling = jnp.stack([jnp.ones_like(t), (1 + jnp.cos(jnp.pi * t)) / 2, 1 - t])
     after = jnp.take_along_axis(falling, settings["schedule"][None], 0)[0]
-    return jnp.where(step < W, (step + 1) / (W + 1), after)
+    return jnp.where(step < W, jnp.float32(step + 1) / (W + 1), after)
 
 
 def penalty_ramp(step: jax.Array, settings: Values) -> jax.Array:
     """The part of the penalty that counts at a step, counted from 0: (step + 1) / (W + 1) in W steps, then 1."""
     W = settings["penalty_warmup_steps"]
-    return jnp.minimum((step + 1) / (W + 1), 1)
+    return jnp.minimum(jnp.float32(step + 1) / (W + 1), 1)
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.GradientTransformation:
@@ -81,7 +81,7 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.Gr
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, gradients)
-        correct_mu, correct_nu = 1 / (1 - beta1**count), 1 / (1 - beta2**count)
+        correct_mu, correct_nu = (1 / (1 - jnp.float32(beta) ** count) for beta in (beta1, beta2))
         updates = jax.tree.map(lambda m, v: m * correct_mu / (jnp.sqrt(v * correct_nu) + epsilon), mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 

@@ -47,7 +47,7 @@ def resample(
     x_hat = decode(model, params, encode(model, params, values, x))
     loss = jnp.where(weights > 0, jnp.sum(jnp.square(x - x_hat), -1), 0.0)
     cumulated = jnp.cumsum(jnp.square(loss / jnp.maximum(jnp.max(loss), 1e-30)))
-    drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape)) * cumulated[-1])
+    drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape, jnp.float32)) * cumulated[-1])
     directions = unit_rows(x[jnp.minimum(drawn, len(x) - 1)] - params["b_dec"])
     is_own = row_norms(params["W_dec"]) > 0  # a padded feature is 0
     lives = jnp.where(jnp.any(is_own & ~dead), is_own & ~dead, is_own)

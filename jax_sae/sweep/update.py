@@ -261,7 +261,7 @@ def update_group(
             member, of_step = update(member, x[i], weights[i], step + i - first, jnp.any(dead_features(member)))
             return member, metrics.at[i].set(of_step)
 
-        return jax.lax.fori_loop(first, last, body, (member, jnp.zeros((batches, len(METRICS)))))
+        return jax.lax.fori_loop(first, last, body, (member, jnp.zeros((batches, len(METRICS)), jnp.float32)))
 
     def of_all(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
         group, metrics = carry
@@ -272,7 +272,7 @@ def update_group(
 
     if jax.default_backend() == "cpu":
         return jax.lax.map(of_member, group)
-    return jax.lax.fori_loop(first, last, of_all, (group, jnp.zeros((M, batches, len(METRICS)))))
+    return jax.lax.fori_loop(first, last, of_all, (group, jnp.zeros((M, batches, len(METRICS)), jnp.float32)))
 
 
 @jax.jit

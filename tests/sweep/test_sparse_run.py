@@ -64,6 +64,19 @@ def test_a_resumed_run_has_the_same_bits(at: int, config: Config, whole: Path, t
     assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
 
 
+def test_64_bit_numbers_switched_on_change_no_bit(config: Config, whole: Path, tmp_path: Path) -> None:
+    """JAX_ENABLE_X64, which some programs set for themselves: same start, training, resume and summary."""
+    with jax.enable_x64(True):
+        assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7))
+        assert train(config, tmp_path / "run", resume=True, stop_requested=never)
+    expected, found = arrays(whole), arrays(tmp_path / "run")
+    assert {name: array.dtype for name, array in found.items()} == {name: a.dtype for name, a in expected.items()}
+    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    summaries = [json.loads((run / "summary.json").read_text())["members"] for run in (whole, tmp_path / "run")]
+    assert summaries[0] == summaries[1]
+
+
 def test_dead_features_were_there_to_be_resampled(config: Config, whole: Path, tmp_path: Path) -> None:
     """Else the test above states little: without resampling, the run is another one."""
     sweep = replace(SWEEP, resamples=(0,), kinds=("batchtopk",), l1_coefficient=(), target_l0=())

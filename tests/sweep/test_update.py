@@ -13,7 +13,7 @@ from running import NO_CENTRES, initial
 from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import squared_error
 from jax_sae.autoencoder.model import decode, encode, init_params
-from jax_sae.config import Config, Member, SweepConfig, TrainConfig
+from jax_sae.config import Config, Initialization, Member, SweepConfig, TrainConfig
 from jax_sae.sweep import update
 from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import complete, sweep_members
@@ -40,6 +40,16 @@ def data() -> tuple[jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(0), (STEPS, B, D)) * jnp.linspace(2, 0.1, D)
     weights = jnp.ones((STEPS, B)).at[:, -3:].set(0)
     return x, weights
+
+
+@pytest.mark.parametrize("initialization", ["torch", "orthogonal", "transposed"])
+def test_initial_values_are_the_same_float32_with_64_bits_switched_on(initialization: Initialization) -> None:
+    """Else a member would begin elsewhere, or not at all, in a program that sets JAX_ENABLE_X64."""
+    member = Member(5, 1, 1e-3, "gated", l1_coefficient=1.0, initialization=initialization)
+    with jax.enable_x64(True):
+        wide = initial(member, 4, TRAIN)
+    for a, b in zip(jax.tree.leaves(wide), jax.tree.leaves(initial(member, 4, TRAIN)), strict=True):
+        assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def many(

@@ -31,7 +31,7 @@ class Gated(Autoencoder):
         self.declare_weights()
         self.b_gate = self.param("b_gate", self.initial_bias(), (self.features,))
         self.b_mag = self.param("b_mag", self.initial_bias(), (self.features,))
-        self.r_mag = self.param("r_mag", nn.initializers.zeros, (self.features,))
+        self.r_mag = self.param("r_mag", nn.initializers.zeros, (self.features,), jnp.float32)
 
     def gate_and_magnitude(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x[..., D] -> g and f, [..., F] each."""

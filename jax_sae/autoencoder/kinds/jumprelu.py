@@ -28,7 +28,7 @@ def jump(z: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
 def step(z: jax.Array, threshold: jax.Array, bandwidth: jax.Array) -> jax.Array:
     """1 where z > threshold, else 0; d/dthreshold = -K((z - threshold) / bandwidth) / bandwidth, and 0 for z."""
     del bandwidth
-    return jnp.where(z > threshold, 1.0, 0.0)
+    return (z > threshold).astype(z.dtype)
 
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
@@ -76,7 +76,7 @@ class JumpReLU(Autoencoder):
     def setup(self) -> None:
         """Declare the parameters: log_threshold[F] besides the four."""
         super().setup()
-        start = nn.initializers.constant(math.log(self.initial_threshold * self.width**0.5))
+        start = nn.initializers.constant(math.log(self.initial_threshold * self.width**0.5), jnp.float32)
         self.log_threshold = self.param("log_threshold", start, (self.features,))
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:

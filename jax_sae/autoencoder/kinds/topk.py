@@ -59,7 +59,7 @@ class TopK(Autoencoder):
         x_hat, active, places = topk_reconstruct(
             x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, values["k"], self.most_k, self.precision
         )
-        fired = jnp.zeros(self.features).at[places].add(jnp.where(active > 0, weights[:, None], 0.0))
+        fired = jnp.zeros(self.features, jnp.float32).at[places].add(jnp.where(active > 0, weights[:, None], 0.0))
         auxk = self.auxk(lambda: self.candidates(x), x - x_hat, weights, values)
         return Terms(squared_error(x, x_hat, weights), auxk, fired, jnp.float32(0))
 
