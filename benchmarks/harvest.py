@@ -32,9 +32,10 @@ from jax_sae.command_line import run_script
 from jax_sae.config import ActivationsConfig, TextConfig
 from jax_sae.errors import BadInput
 from jax_sae.flags import read_options
+from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
 from jax_sae.language_model.harvest import harvest, tokens_at_a_time
-from jax_sae.language_model.text import Stories, load_tokenizer, open_split
+from jax_sae.language_model.text import Stories, load_tokenizer
 
 TINYSTORIES_33M = {
     "model_type": "gpt_neo",

@@ -51,10 +51,12 @@ class TextConfig:
 
     path: str = "roneneldan/TinyStories"
     """Hugging Face id, directory or file of a dataset."""
+    config: str = ""
+    """Which configuration (subset), of a dataset that has several."""
     tokenizer: str = ""
     """Hugging Face id or directory of the tokenizer; empty: the language model's own."""
     column: str = "text"
-    """The column that holds the story."""
+    """The column that holds the story, as text or as a list of token ids; meta.text is an entry of the column meta."""
     split: str = "train"
     """The split to train on."""
     validation_split: str = ""

@@ -58,7 +58,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(there / "not_finite.npy", x)
     for name, row in {
         "stories": {"story": "A fox."},
-        "token_ids": {"text": [1, 2, 3]},
+        "token_ids": {"text": [1, 2048, 3]},
         "numbers": {"text": 3},
         "empty": {"text": " \n"},
         "text": {"text": "A fox."},
@@ -176,11 +176,23 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "a story has at most 512 tokens",
         "exclude fewer",
     ),
-    "5 token ids in place of text": (
+    "5 token ids beyond the vocabulary": (
         ["--text.path", "token_ids.jsonl"],
-        "column 'text', row 0: a list",
-        "text was expected",
-        "name a column with stories as text, not as token ids",
+        "column 'text', row 0: the token id 2048",
+        "the model's vocabulary has the ids 0 to 2047",
+        "give ids of the model's own tokenizer",
+    ),
+    "5 token ids and a tokenizer": (
+        ["--text.path", "token_ids.jsonl", "--text.tokenizer", "other_vocabulary"],
+        "the tokenizer 'other_vocabulary' is given",
+        "the column 'text' holds token ids",
+        "leave the tokenizer out",
+    ),
+    "5 a configuration of a file": (
+        ["--text.path", "text.jsonl", "--text.config", "en"],
+        "text.config is 'en'",
+        "a file has no configurations",
+        "leave it out",
     ),
     "5 numbers in place of text": (
         ["--text.path", "numbers.jsonl"],

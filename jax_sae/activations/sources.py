@@ -15,10 +15,11 @@ from flax import traverse_util
 from jax_sae.activations.store import Rows, open_rows
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
+from jax_sae.language_model.dataset import choose_split, open_dataset
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.language_model.text import Stories, Story, choose_split, load_tokenizer, open_dataset, text_digest
+from jax_sae.language_model.text import Stories, Story, text_digest, tokenizer_of
 
 ROWS_PER_CHUNK = 256
 """Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
@@ -248,13 +249,13 @@ def refuse_not_finite(rows: Rows) -> None:
 def _open_stories(run: Config) -> tuple[Source, Source, list[str]]:
     model, text, exclude = run.model, run.text, run.activations.exclude_first_tokens
     lm = load_language_model(model.path, model.layer, model.precision)
-    tokenizer = load_tokenizer(text.tokenizer) if text.tokenizer else lm.tokenizer
-    splits = open_dataset(text.path)
+    splits = open_dataset(text.path, text.config)
     held_out_split = text.validation_split or next((name for name in ("validation", "test") if name in splits), "")
     config = lm.model.config
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
         rows = choose_split(splits, text.path, split, text.column)
+        tokenizer = tokenizer_of(rows, text.column, text.tokenizer, lambda: lm.tokenizer)
         stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size, exclude)
         return StorySource(stories, first, len(stories) if last is None else last, lm.model, lm.params)
 

@@ -116,7 +116,7 @@ def _config_of(run: Path, facts: Tree) -> Config:
     return replace(
         config,
         model=replace(config.model, path=now.model.path),
-        text=replace(config.text, path=now.text.path, tokenizer=now.text.tokenizer),
+        text=replace(config.text, path=now.text.path, config=now.text.config, tokenizer=now.text.tokenizer),
         activations=replace(config.activations, path=now.activations.path),
     )
 

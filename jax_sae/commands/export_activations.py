@@ -42,10 +42,12 @@ class Options:
     """Name of a GGUF file of the model, to read weights, sizes and tokenizer from."""
     text_path: str = TextConfig.path
     """Hugging Face id, directory or file of a dataset with one text a row."""
+    text_config: str = TextConfig.config
+    """Which configuration (subset), of a dataset that has several."""
     text_split: str = TextConfig.split
     """The split to read."""
     text_column: str = TextConfig.column
-    """The column that holds the text."""
+    """The column that holds the text, or a list of its token ids; meta.text is an entry of the column meta."""
     tokenizer: str = ""
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
@@ -73,7 +75,8 @@ def export(options: Options) -> str:
     """
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
-    from jax_sae.language_model.text import Stories, open_split
+    from jax_sae.language_model.dataset import open_split
+    from jax_sae.language_model.text import Stories, tokenizer_of
 
     check_installed("torch")
     import torch
@@ -81,8 +84,9 @@ def export(options: Options) -> str:
     if options.batch_tokens < 1:
         raise BadInput(f"--batch-tokens is {options.batch_tokens}; a number above 0 was expected")
     check_new_directory(options.out)
-    rows = open_split(options.text_path, options.text_split, options.text_column)
-    model, tokenizer = load(options)
+    rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
+    model, own_tokenizer = load(options)
+    tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, own_tokenizer)
     config = model.config.get_text_config()
     stories = Stories(
         rows,
@@ -104,6 +108,7 @@ def export(options: Options) -> str:
             dtype=options.dtype,
             gguf_file=options.gguf_file,
             text=options.text_path,
+            config=options.text_config,
             split=options.text_split,
             column=options.text_column,
             tokenizer=options.tokenizer or options.model,
@@ -119,8 +124,8 @@ def check_installed(package: str) -> None:
         raise BadInput(f"{package} is not installed; run pip install 'jax_sae[torch]', which this command alone needs")
 
 
-def load(options: Options) -> tuple[Any, Any]:
-    """The model without its head, in float32 on the device, and the tokenizer.
+def load(options: Options) -> tuple[Any, Callable[[], Any]]:
+    """The model without its head, in float32 on the device, and what loads its own tokenizer.
 
     Raises:
         BadInput: if there is no such model, tokenizer or device, or a file is damaged.
@@ -145,15 +150,17 @@ def load(options: Options) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, **gguf).base_model.eval()
     except Exception as error:  # there are many, for each model and each file format
         raise BadInput(f"{options.model} cannot be loaded as a causal language model ({one_line(error)})") from error
-    if options.tokenizer or not gguf:
-        tokenizer = load_tokenizer(options.tokenizer or str(directory))
-    else:
+
+    def own_tokenizer() -> Any:
+        if not gguf:
+            return load_tokenizer(str(directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), **gguf)
+            return AutoTokenizer.from_pretrained(str(directory), **gguf)
         except Exception as error:
             raise BadInput(f"{options.gguf_file}: no tokenizer to be had ({one_line(error)}); name one") from error
+
     try:
-        return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+        return model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")), own_tokenizer
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"the model cannot be put on --device {options.device!r} ({one_line(error)})") from error
 

@@ -30,10 +30,12 @@ class Options:
     """Write the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
     text_path: str = TextConfig.path
     """Hugging Face id, directory or file of a dataset with one story a row."""
+    text_config: str = TextConfig.config
+    """Which configuration (subset), of a dataset that has several."""
     text_split: str = TextConfig.split
     """The split to read."""
     text_column: str = TextConfig.column
-    """The column that holds the story."""
+    """The column that holds the story, or a list of its token ids; meta.text is an entry of the column meta."""
     tokenizer: str = ""
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
@@ -55,14 +57,15 @@ def harvest_to_store(options: Options) -> str:
     """
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
+    from jax_sae.language_model.dataset import open_split
     from jax_sae.language_model.harvest import harvest
     from jax_sae.language_model.pretrained import load_language_model
-    from jax_sae.language_model.text import Stories, load_tokenizer, open_split
+    from jax_sae.language_model.text import Stories, tokenizer_of
 
     check_new_directory(options.out)
     lm = load_language_model(options.model, options.layer)
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else lm.tokenizer
-    rows = open_split(options.text_path, options.text_split, options.text_column)
+    rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
+    tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, lambda: lm.tokenizer)
     config = lm.model.config
     stories = Stories(
         rows,
@@ -81,6 +84,7 @@ def harvest_to_store(options: Options) -> str:
         layer=options.layer,
         dtype=options.dtype,
         text=options.text_path,
+        config=options.text_config,
         split=options.text_split,
         column=options.text_column,
         tokenizer=options.tokenizer or options.model,

@@ -21,6 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.checkpoint_every",
     "model.path",
     "text.path",
+    "text.config",
     "text.tokenizer",
     "activations.path",
 )

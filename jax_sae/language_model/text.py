@@ -1,38 +1,26 @@
-"""Text -> token ids, one story at a time.
+"""Rows of text, or of token ids -> the token ids of one story each.
 
 Rows stay in the files of the `datasets` library, mapped into memory: only the rows asked for are read and tokenised.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jax_sae.errors import BadInput
-from jax_sae.language_model.hub import (
-    NoAnswer,
-    ask_hub,
-    cannot_load,
-    find_local,
-    find_tokenizer_files,
-    has_tokenizer,
-    hub_switched_off,
-    one_line,
-)
+from jax_sae.language_model.hub import find_tokenizer_files, has_tokenizer, hub_switched_off, one_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 ROWS_HASHED_AT_A_TIME = 100_000
 
 STORIES_TO_COUNT = 256
 """Stories whose tokens are counted, to estimate those of all."""
-
-FILE_KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -64,79 +52,6 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def open_split(path: str, split: str, column: str) -> "Dataset":
-    """The rows of one split, mapped into memory.
-
-    Args:
-        path: a folder of parquet, JSON, CSV or text files, one such file (which is the split 'train'), or the name of a
-            dataset on the Hugging Face hub. In a text file each line is a story.
-        split: such as 'train'.
-        column: the one that holds the text; a text file's is 'text'.
-
-    Raises:
-        BadInput: if there is no such dataset, split or column.
-    """
-    return choose_split(open_dataset(path), path, split, column)
-
-
-def choose_split(splits: "DatasetDict", path: str, split: str, column: str) -> "Dataset":
-    """The rows of one split of a dataset that is open already; `path` names it in errors, which are `open_split`'s."""
-    if split not in splits:
-        raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}: name one of them")
-    rows = splits[split]
-    if column not in rows.column_names:
-        there = ", ".join(map(repr, rows.column_names))
-        raise BadInput(f"{path}: no column {column!r} in the split {split!r}; there are {there}: name one of them")
-    return rows
-
-
-def open_dataset(path: str) -> "DatasetDict":
-    """All splits of a dataset, by name; `path` and errors as for `open_split`."""
-    import datasets
-
-    source, files, hub_is_silent = path, None, ""
-    if (local := find_local(path)) is None:
-        try:
-            ask_hub(path, "dataset")
-        except NoAnswer as reason:
-            hub_is_silent = str(reason)
-    elif local.is_dir():
-        source = str(local.resolve())
-    elif local.suffix not in FILE_KINDS:
-        raise BadInput(f"{local}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}")
-    elif not local.stat().st_size:
-        raise BadInput(f"{local} is empty; stories were expected, one a row")
-    else:
-        source, files = FILE_KINDS[local.suffix], str(local.resolve())
-    try:
-        with _files_on_this_machine() if local or hub_is_silent else nullcontext():
-            return datasets.load_dataset(source, data_files=files)
-    except Exception as error:  # there are many, for each file format and each trouble
-        if hub_is_silent:
-            raise cannot_load(path, "dataset", hub_is_silent) from error
-        raise BadInput(f"{path}: cannot be loaded as a dataset ({one_line(error.__cause__ or error)})") from error
-
-
-@contextmanager
-def _files_on_this_machine() -> Iterator[None]:
-    """Within it, `datasets` asks no hub, logs no error that it then raises, and shows no progress.
-
-    Only a download is slow enough for that.
-    """
-    import datasets
-
-    were_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        with hub_switched_off():
-            yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if not were_off:
-            datasets.enable_progress_bars()
-
-
 @dataclass(frozen=True, eq=False)
 class Story:
     """One row as token ids [T] int32, all of which the language model reads."""
@@ -154,9 +69,10 @@ class Story:
 
 @dataclass(frozen=True, eq=False)
 class Stories:
-    """The stories in one column of a dataset.
+    """The stories in one column of a dataset: text, or lists of token ids, which are used as they are.
 
-    A story longer than `max_tokens` is cut off there. `vocab_size` is the language model's. Of each story, the first
+    Beside a column `input_ids`, a column `attention_mask` says by 0 which ids are padding; they are left out. A story
+    longer than `max_tokens` is cut off there. `vocab_size` is the language model's. Of each story, the first
     `exclude_first_tokens` tokens are read by the language model but not used; a shorter one has length 0.
 
     Raises:
@@ -166,6 +82,7 @@ class Stories:
     rows: "Dataset"
     column: str
     tokenizer: Any
+    """Not used for token ids."""
     max_tokens: int
     vocab_size: int
     exclude_first_tokens: int = 0
@@ -198,42 +115,112 @@ class Stories:
         """The stories in these rows, in this order; where there is no text (or only white space), of no tokens.
 
         Raises:
-            BadInput: if the column does not hold text, or the tokenizer is not the model's.
+            BadInput: if the column holds neither text nor token ids, an id is not one of the model's, or the tokenizer
+                is not the model's.
         """
-        texts = self.rows[self.column][[int(i) for i in indices]]
-        for i, text in zip(indices, texts, strict=True):
+        places = [int(i) for i in indices]
+        token_ids = self._given(places) if holds_token_ids(self.rows, self.column) else self._tokenized(places)
+        stories = []
+        for ids in token_ids:
+            kept = np.asarray(ids[: self.max_tokens], np.int32)
+            stories.append(Story(kept, len(ids) - len(kept), min(self.exclude_first_tokens, len(kept))))
+        return stories
+
+    def _tokenized(self, places: list[int]) -> list[list[int]]:
+        texts = self.rows[self.column][places]
+        for i, text in zip(places, texts, strict=True):
             if not isinstance(text, str | None):
                 raise BadInput(
                     f"column {self.column!r}, row {i}: a {type(text).__name__}; text was expected: name a column with "
-                    "stories as text, not as token ids"
+                    "stories as text, or as lists of token ids"
                 )
-        stories = []
-        for ids in tokenize(self.tokenizer, [text if text and not text.isspace() else "" for text in texts]):
+        token_ids = tokenize(self.tokenizer, [text if text and not text.isspace() else "" for text in texts])
+        for ids in token_ids:
             if max(ids, default=0) >= self.vocab_size:
                 raise BadInput(
                     f"the tokenizer gives id {max(ids)}, the model's vocabulary has {self.vocab_size}: they do not "
                     "belong together; name the model's own tokenizer"
                 )
-            kept = np.asarray(ids[: self.max_tokens], np.int32)
-            stories.append(Story(kept, len(ids) - len(kept), min(self.exclude_first_tokens, len(kept))))
-        return stories
+        return token_ids
+
+    def _given(self, places: list[int]) -> list[list[int]]:
+        rows = self.rows[places]
+        mask = mask_column(self.rows, self.column)
+        found = []
+        for i, ids, keep in zip(places, rows[self.column], rows[mask] if mask else [None] * len(places), strict=True):
+            ids = ids or []
+            if keep is not None:
+                if len(keep) != len(ids) or not set(keep) <= {0, 1}:
+                    raise BadInput(
+                        f"column {mask!r}, row {i}: {len(ids)} numbers, 0 or 1, were expected, one a token id"
+                    )
+                ids = [token_id for token_id, kept in zip(ids, keep, strict=True) if kept]
+            wrong = next((x for x in ids if x is None or not 0 <= x < self.vocab_size), 0)
+            if wrong is None or wrong:
+                raise BadInput(
+                    f"column {self.column!r}, row {i}: the token id {wrong}, but the model's vocabulary has the ids 0 "
+                    f"to {self.vocab_size - 1}; give ids of the model's own tokenizer, without padding, or text"
+                )
+            found.append(ids)
+        return found
+
+
+def holds_token_ids(rows: "Dataset", column: str) -> bool:
+    """Whether a column holds lists of whole numbers."""
+    import pyarrow as pa
+
+    kind = rows.data.schema.field(column).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and pa.types.is_integer(kind.value_type)
+
+
+def mask_column(rows: "Dataset", column: str) -> str | None:
+    """The column that says which ids of `input_ids` are tokens, if there is one."""
+    outer, _, name = column.rpartition("input_ids")
+    mask = f"{outer}attention_mask"
+    return mask if not name and column.endswith("input_ids") and mask in rows.column_names else None
+
+
+def tokenizer_of(rows: "Dataset", column: str, given: str, own: Callable[[], Any]) -> Any:
+    """The tokenizer for a column: the one that is given by name or directory, else the model's own; None for token ids.
+
+    Raises:
+        BadInput: if there is no such tokenizer, or one is given for token ids, which need none.
+    """
+    if not holds_token_ids(rows, column):
+        return load_tokenizer(given) if given else own()
+    if given:
+        raise BadInput(
+            f"the tokenizer {given!r} is given, but the column {column!r} holds token ids, which are used as they are; "
+            "leave the tokenizer out, or name a column of text"
+        )
+    return None
 
 
 def text_digest(rows: "Dataset", column: str) -> str:
     """The sha256, in hexadecimal, of all texts of a column: of the sha256s of their lengths and of their UTF-8 bytes.
 
     It does not depend on files, formats or chunks; null counts as "". Arrow's buffers are hashed where they lie, at
-    about 2 GB a second.
+    about 2 GB a second. Of token ids, it is that of their numbers and of the ids without padding.
 
     Raises:
-        BadInput: if the column does not hold text.
+        BadInput: if the column holds neither text nor token ids.
     """
     import pyarrow as pa
 
     lengths, content = hashlib.sha256(), hashlib.sha256()
+    if holds_token_ids(rows, column):
+        lengths.update(b"token ids")
+        for counts, ids in _token_id_chunks(rows, column):
+            lengths.update(counts.astype("<i8").data)
+            content.update(ids.astype("<i8").data)
+        return hashlib.sha256(lengths.digest() + content.digest()).hexdigest()
     offset_types = {pa.string(): np.int32, pa.large_string(): np.int64}
     for table in rows.select_columns([column]).with_format("arrow").iter(ROWS_HASHED_AT_A_TIME):
         for chunk in table.column(column).chunks:
+            kind = chunk.type.value_type if pa.types.is_dictionary(chunk.type) else chunk.type
+            if pa.types.is_string_view(kind) or (kind != chunk.type and kind in offset_types):
+                chunk = chunk.cast(pa.large_string())
             if chunk.type not in offset_types:
                 raise BadInput(f"column {column!r} is of the type {chunk.type}; text was expected")
             texts = chunk.fill_null("") if chunk.null_count else chunk
@@ -242,3 +229,29 @@ def text_digest(rows: "Dataset", column: str) -> str:
             lengths.update(np.diff(offsets).astype("<i8").data)
             content.update(memoryview(data or b"")[offsets[0] : offsets[-1]])
     return hashlib.sha256(lengths.digest() + content.digest()).hexdigest()
+
+
+def _token_id_chunks(rows: "Dataset", column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Numbers of token ids of rows [n], and those ids one after another, without padding."""
+    import pyarrow as pa
+
+    mask = mask_column(rows, column)
+    columns = [column, mask] if mask else [column]
+    for table in rows.select_columns(columns).with_format("arrow").iter(ROWS_HASHED_AT_A_TIME):
+        flat = []
+        for name in columns:
+            lists = table.column(name).cast(pa.large_list(pa.int64())).combine_chunks()
+            lengths = np.asarray(lists.value_lengths().fill_null(0))
+            values = lists.flatten()
+            if values.null_count:
+                raise BadInput(f"column {name!r}: a list has an entry that is null; whole numbers were expected")
+            flat.append((lengths, np.asarray(values)))
+        lengths, ids = flat[0]
+        if mask:
+            if not np.array_equal(lengths, flat[1][0]):
+                raise BadInput(f"columns {column!r} and {mask!r}: a row has more of one than of the other")
+            kept = flat[1][1] == 1
+            ends = np.cumsum(lengths)
+            lengths = np.diff(np.concatenate([[0], np.cumsum(kept)])[np.concatenate([[0], ends])])
+            ids = ids[kept]
+        yield lengths, ids

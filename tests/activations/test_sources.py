@@ -20,8 +20,9 @@ from jax_sae.activations.sources import StorySource, open_sources
 from jax_sae.activations.store import write_store
 from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, TextConfig, TrainConfig
 from jax_sae.errors import BadInput
+from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
-from jax_sae.language_model.text import Stories, open_split
+from jax_sae.language_model.text import Stories
 from jax_sae.language_model.torch_file import open_torch_file
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0

@@ -8,8 +8,8 @@ import pytest
 from jax_sae.activations import store, text_to_store
 from jax_sae.activations.store import open_rows, read_manifest
 from jax_sae.commands import harvest, train
+from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
-from jax_sae.language_model.text import open_split
 
 MODEL = "jax_sae/demo/model"
 STORIES = "jax_sae/demo/stories"

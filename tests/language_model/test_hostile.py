@@ -26,8 +26,9 @@ from safetensors.numpy import save
 from jax_sae import load_autoencoder
 from jax_sae.activations.store import open_rows
 from jax_sae.errors import BadInput
+from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.language_model.text import Stories, load_tokenizer, open_split
+from jax_sae.language_model.text import Stories, load_tokenizer
 
 DATA = REPOSITORY / "tests" / "data"
 SMALL, DEMO = DATA / "gpt_neo_safetensors", REPOSITORY / "jax_sae" / "demo" / "model"

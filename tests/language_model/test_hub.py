@@ -91,18 +91,18 @@ class StandIn(BaseHTTPRequestHandler):
 SCRIPT = """
 import json, sys
 from jax_sae.errors import BadInput
-from jax_sae.language_model import hub, text
+from jax_sae.language_model import dataset, hub
 def show(function, *arguments):
     try:
         result = function(*arguments)
-        if function is text.open_split:
+        if function is dataset.open_split:
             return result["text"][:]
         return sorted(str(file.relative_to(result)) for file in result.rglob("*") if file.is_file())
     except BadInput as error:
         return str(error)
 hub.ANSWER_SECONDS = float(sys.argv[1])
 calls = json.loads(sys.argv[2])
-functions = {"model": hub.find_model_files, "tokenizer": hub.find_tokenizer_files, "dataset": text.open_split}
+functions = {"model": hub.find_model_files, "tokenizer": hub.find_tokenizer_files, "dataset": dataset.open_split}
 print(json.dumps([show(functions[what], *arguments) for what, *arguments in calls]))
 """
 

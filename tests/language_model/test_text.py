@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model import text
-from jax_sae.language_model.text import Stories, load_tokenizer, open_dataset, open_split, text_digest
+from jax_sae.language_model.dataset import open_split
+from jax_sae.language_model.text import Stories, load_tokenizer, text_digest, tokenizer_of
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +116,10 @@ def test_a_texts_digest_is_of_the_texts_alone(n: int, tmp_path: Path, monkeypatc
     expected = text_digest(rows_of(TEXTS), "text")
     monkeypatch.setattr(text, "ROWS_HASHED_AT_A_TIME", n)
     assert text_digest(rows_of(TEXTS), "text") == expected
-    assert text_digest(rows_of(TEXTS, "large_string"), "text") == expected
+    for kind in ("large_string", "string_view"):
+        assert text_digest(rows_of(TEXTS, kind), "text") == expected
+    categories = pa.array(TEXTS).dictionary_encode()
+    assert text_digest(Dataset(pa.table({"text": categories})), "text") == expected
     assert text_digest(rows_of([t or "" for t in TEXTS]), "text") == expected  # as `Stories` reads null
     assert text_digest(rows_of(TEXTS).rename_column("text", "story"), "story") == expected
     pieces = concatenate_datasets([rows_of(TEXTS[:4]), rows_of(TEXTS[4:5]), rows_of(TEXTS[5:])])
@@ -124,7 +130,9 @@ def test_a_texts_digest_is_of_the_texts_alone(n: int, tmp_path: Path, monkeypatc
     assert text_digest(shuffled, "text") == expected  # by way of indices
     rows_of(TEXTS).to_parquet(tmp_path / "x.parquet", batch_size=2)
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-    for name in ("x.parquet", "x.jsonl"):
+    pq.write_table(pa.table({"text": pa.array(TEXTS, pa.string_view())}), tmp_path / "view.parquet")  # as Polars writes
+    pq.write_table(pa.table({"text": categories}), tmp_path / "categories.parquet")  # and pandas
+    for name in ("x.parquet", "x.jsonl", "view.parquet", "categories.parquet"):
         assert text_digest(open_split(str(tmp_path / name), "train", "text"), "text") == expected
 
 
@@ -144,11 +152,73 @@ def test_whatever_changes_a_text_changes_its_digest() -> None:
     assert len(digests) == 1 + len(others) and all(len(digest) == 64 for digest in digests)
 
 
-@pytest.mark.parametrize("values", [[1, 2], [["a"]], [b"a"], [None, None]], ids=["numbers", "lists", "bytes", "nulls"])
+@pytest.mark.parametrize(
+    "values", [[1, 2], [["a"]], [b"a"], [None, None], [[0.5]]], ids=["numbers", "lists", "bytes", "nulls", "vectors"]
+)
 def test_a_column_without_text_has_no_digest(values: list[Any]) -> None:
     """The message names its type."""
     with pytest.raises(BadInput, match=r"column 'text' is of the type .*; text was expected"):
         text_digest(Dataset.from_dict({"text": values}), "text")
+
+
+# Token ids
+
+
+def ids_of(ids: list[Any], mask: list[Any] | None = None, max_tokens: int = 5, exclude: int = 0) -> Stories:
+    """Token ids as the rows of a dataset, for a model of 258 ids; without a tokenizer."""
+    rows = Dataset.from_dict({"input_ids": ids} | ({"attention_mask": mask} if mask else {}))
+    return Stories(rows, "input_ids", None, max_tokens, 258, exclude)
+
+
+def test_token_ids_are_used_as_they_are() -> None:
+    """Cut where they are too long, and excluded, as those of a text; an empty row or null is a story of no tokens."""
+    read = ids_of([[3, 1], [], None, list(range(250, 258))], exclude=1).read([3, 0, 1, 2])
+    assert [story.token_ids.tolist() for story in read] == [[250, 251, 252, 253, 254], [3, 1], [], []]
+    assert [(story.tokens_cut, story.tokens_excluded) for story in read] == [(3, 1), (0, 1), (0, 0), (0, 0)]
+    assert all(story.token_ids.dtype == np.int32 for story in read)
+
+
+def test_padding_of_token_ids_is_left_out() -> None:
+    """Left or right, where the attention mask is 0."""
+    padded = ids_of([[0, 0, 3, 1], [7, 8, 0, 0]], mask=[[0, 0, 1, 1], [1, 1, 0, 0]])
+    assert [story.token_ids.tolist() for story in padded.read([0, 1])] == [[3, 1], [7, 8]]
+    assert text_digest(padded.rows, "input_ids") == text_digest(ids_of([[3, 1], [7, 8]]).rows, "input_ids")
+    for mask in ([[0, 0, 1], [1, 1, 0, 0]], [[0, 0, 2, 1], [1, 1, 0, 0]]):
+        with pytest.raises(BadInput, match="column 'attention_mask', row 0: 4 numbers, 0 or 1, were expected"):
+            ids_of([[0, 0, 3, 1], [7, 8, 0, 0]], mask=mask).read([0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 258, None])
+def test_a_token_id_beyond_the_vocabulary_is_refused(wrong: int | None) -> None:
+    """Also where it would be cut."""
+    with pytest.raises(BadInput, match=f"'input_ids', row 1: the token id {wrong}, but .* has the ids 0 to 257"):
+        ids_of([[1], [1, 2, 3, 4, 5, 6, wrong]]).read([1])
+
+
+@pytest.mark.parametrize("kind", ["int32", "int64", "uint16"])
+@pytest.mark.parametrize("make", [List, LargeList], ids=["list", "large_list"])
+def test_token_ids_have_a_digest_of_their_own(kind: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ids alone, whatever their type and wherever in a buffer they begin; it is not that of any text."""
+    ids = [[3, 1], [], None, [7], list(range(20))]
+    expected = text_digest(ids_of(ids).rows, "input_ids")
+    monkeypatch.setattr(text, "ROWS_HASHED_AT_A_TIME", 2)
+    rows = ids_of([[9], *ids, [8]]).rows.cast(Features({"input_ids": make(Value(kind))})).select(range(1, 6))
+    assert text_digest(rows, "input_ids") == expected
+    others = [[[3], [1], None, [7], list(range(20))], [[3, 1], [], None, [7], list(range(1, 21))], [*ids, []], ids[:-1]]
+    assert len({expected, *(text_digest(ids_of(other).rows, "input_ids") for other in others)}) == 5
+    assert text_digest(ids_of([[], []]).rows.cast(Features({"input_ids": List(Value("int32"))})), "input_ids") != (
+        text_digest(rows_of(["", ""]), "text")
+    )
+
+
+def test_token_ids_need_no_tokenizer_and_take_none(tokenizer_directory: Path) -> None:
+    """A text takes the one that is given, else the model's own."""
+    ids, texts = ids_of([[1]]).rows, rows_of(["a"])
+    assert tokenizer_of(ids, "input_ids", "", lambda: pytest.fail("not needed")) is None
+    with pytest.raises(BadInput, match="the column 'input_ids' holds token ids, which are used as they are; leave the"):
+        tokenizer_of(ids, "input_ids", str(tokenizer_directory), lambda: None)
+    assert tokenizer_of(texts, "text", "", lambda: "own") == "own"
+    assert tokenizer_of(texts, "text", str(tokenizer_directory), lambda: "own")(["a"])
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer_directory: Path) -> None:
@@ -165,48 +235,6 @@ def test_a_column_without_text_is_refused(tokenizer_directory: Path) -> None:
         stories_of([3, 4], tokenizer_directory).read([1])
     with pytest.raises(BadInput, match="column 'text', row 0: a list"):
         stories_of([["a"]], tokenizer_directory).read([0])
-
-
-def write_split(path: Path, texts: list[str]) -> None:
-    """A parquet file with two columns."""
-    Dataset.from_dict({"text": texts, "number": range(len(texts))}).to_parquet(path)
-
-
-def test_a_folder_of_parquet_files_has_its_splits_and_stays_on_disk(tmp_path: Path) -> None:
-    """Missing splits and columns are refused with those that there are."""
-    write_split(tmp_path / "train.parquet", ["a", "b", "c"])
-    write_split(tmp_path / "validation.parquet", ["d"])
-    assert list(open_dataset(str(tmp_path))) == ["train", "validation"]
-    rows = open_split(str(tmp_path), "train", "text")
-    assert rows["text"][:] == ["a", "b", "c"] and rows.cache_files  # mapped from a file, not held in memory
-    with pytest.raises(BadInput, match="no split 'test'; there are 'train', 'validation'"):
-        open_split(str(tmp_path), "test", "text")
-    with pytest.raises(BadInput, match="no column 'story' in the split 'train'; there are 'text', 'number'"):
-        open_split(str(tmp_path), "train", "story")
-
-
-def test_single_files_are_the_split_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each format, by a relative or an absolute path."""
-    write_split(tmp_path / "x.parquet", ["a", "b"])
-    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    (tmp_path / "x.csv").write_text("text\na\nb\n")
-    (tmp_path / "x.txt").write_text("a\nb\n")
-    monkeypatch.chdir(tmp_path)
-    for name in ("x.parquet", "x.jsonl", "x.csv", str(tmp_path / "x.txt")):
-        assert list(open_dataset(name)) == ["train"]
-        assert open_split(name, "train", "text")["text"][:] == ["a", "b"], name
-
-
-def test_what_is_no_dataset_is_refused_by_name(tmp_path: Path) -> None:
-    """In one line, whatever the library says."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.bin").write_bytes(b"")
-    (tmp_path / "x.parquet").write_bytes(b"PAR1, or so it says")
-    for name in ("empty", "x.bin", "x.parquet"):
-        message = "ends in .parquet" if name == "x.bin" else "cannot be loaded as a dataset"
-        with pytest.raises(BadInput, match=f"{name}: .*{message}") as error:
-            open_split(str(tmp_path / name), "train", "text")
-        assert "\n" not in str(error.value)
 
 
 def test_tokenizers_that_cannot_be_loaded_are_refused_by_name(tmp_path: Path) -> None:
