@@ -94,6 +94,11 @@ class InMemory:
         """Return the number of stories."""
         return len(self.stories)
 
+    @property
+    def has_stories(self) -> bool:
+        """Whether an item is a story."""
+        return True
+
     def read(self, items: Sequence[int]) -> list[Story]:
         """Return these stories."""
         return [self.stories[i] for i in items]

@@ -28,6 +28,9 @@ Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
 LARGEST_BELOW_1 = 1 - 2.0**-24  # in float32, in which Adam divides by 1 - beta**step
 
+IN_MEMORY = "<memory>"
+"""What activations.path is where a program gave the activations, or another source."""
+
 LARGEST_COUNT = 2**63 - 1
 MOST_STEPS = 2**31 - 1  # Adam counts them in 32 bits
 LARGEST_SEED = 2**32 - 1  # JAX makes a key of the last 32 bits
@@ -68,7 +71,13 @@ class ActivationsConfig:
     """What the autoencoders read."""
 
     path: str = ""
-    """Instead of a language model: a store, or an .npy, .safetensors or .pt file with one array [N, D]."""
+    """Instead of a language model: a store, or a file (.npy, .npz, .safetensors, .pt) or a folder by save_to_disk with
+    rows [N, D] or stories [N, T, D]."""
+    array: str = ""
+    """Name of the array in a file of several; empty: 'activations', or the only one of floats."""
+    mask: str = ""
+    """Of [N, T, D], which are tokens, [N, T], 1 or 0: the array's name in the same file, or an .npy file; empty: the
+    file's 'attention_mask' or 'mask', else all are."""
     normalization: Normalization = "dataset"
     """dataset: mean removed, mean squared norm D. story: per story (x - mean) / std * sqrt(D). none: as they are."""
     block_tokens: int = 131_072
@@ -398,17 +407,13 @@ def validate(config: Config) -> None:
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
             "a block must hold at least one batch"
         )
-    if activations.path and (train.batching == "story" or activations.normalization == "story"):
-        raise BadInput(
-            "activations.path holds rows without their stories, so train.batching and activations.normalization "
-            "cannot be 'story'; use 'tokens' and 'dataset'"
-        )
     not_negative("activations.exclude_first_tokens", activations.exclude_first_tokens)
-    if activations.path and activations.exclude_first_tokens:
-        raise BadInput(
-            f"activations.exclude_first_tokens is {activations.exclude_first_tokens}, but activations.path holds rows "
-            "without their stories; export them again with --exclude-first-tokens, or use activations.norm_limit"
-        )
+    for name in ("array", "mask"):
+        if getattr(activations, name) and not activations.path:
+            raise BadInput(
+                f"activations.{name} is {getattr(activations, name)!r}, but activations.path is empty: there is no "
+                "file that it could be about; name one, or leave it out"
+            )
     not_negative("activations.norm_limit", activations.norm_limit, sys.float_info.max)
     if activations.norm_limit and (train.batching == "story" or activations.normalization == "story"):
         raise BadInput(

@@ -37,7 +37,7 @@ from running import REPOSITORY
 from safetensors.numpy import load_file, save_file
 
 import jax_sae
-from jax_sae.activations.store import open_rows
+from jax_sae.activations.array_sources import open_activations
 from jax_sae.commands import export_activations, harvest, inspect, train
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import NoAnswer
@@ -667,7 +667,7 @@ def test_10_a_story_with_an_end_of_text_inside_keeps_every_other_token(tmp_path:
     ids = [lm.tokenizer(part)["input_ids"] for part in text.split("<|endoftext|>")]
     end = lm.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     expected = [*ids[0], end, *ids[1], end]
-    rows = open_rows("acts")
+    rows = open_activations("acts")[0]
     np.testing.assert_allclose(rows.read(0, len(rows)), lm.activations([expected])[0], rtol=1e-5, atol=1e-4)
 
 

@@ -30,6 +30,11 @@ class Interruptible:
         """D."""
         return self.source.width
 
+    @property
+    def has_stories(self) -> bool:
+        """Whether an item is a story."""
+        return self.source.has_stories
+
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.source)

@@ -47,13 +47,14 @@ def token_norms(x: np.ndarray) -> np.ndarray:
     return np.sqrt(np.einsum("td,td->t", x, x, dtype=np.float64))
 
 
-def norm_statistics(sample: Sequence[np.ndarray], activations: ActivationsConfig) -> NormStatistics:
+def norm_statistics(sample: Sequence[np.ndarray], activations: ActivationsConfig, has_stories: bool) -> NormStatistics:
     """Statistics of the norms of a sample, as `first_activations` gives it.
 
     Args:
         sample: arrays [T, D] in the model's scale, one a story or chunk of rows; at least one row in all.
-        activations: tells the place in its story of an array's first row, which is its `exclude_first_tokens`. Rows of
-            `path` do not know their story, and those that a `norm_limit` left do not know their place.
+        activations: tells the place in its story of an array's first row, which is its `exclude_first_tokens`; rows
+            that a `norm_limit` left do not know their place.
+        has_stories: whether an array is a story.
     """
     of_each = [token_norms(x) for x in sample]
     norms = np.concatenate(of_each)
@@ -62,7 +63,7 @@ def norm_statistics(sample: Sequence[np.ndarray], activations: ActivationsConfig
     squares = np.square(norms)
     share = float(squares[large].sum() / squares.sum()) if large.any() else 0.0
     first_tokens = exclude = None
-    if not activations.path and not activations.norm_limit:
+    if has_stories and not activations.norm_limit:
         places = np.concatenate([np.arange(len(each)) for each in of_each]) + activations.exclude_first_tokens
         found = places[large & (places < FIRST_POSITIONS)]
         first_tokens, exclude = len(found), int(found.max(initial=-1)) + 1

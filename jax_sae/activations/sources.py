@@ -1,4 +1,4 @@
-"""Where activations come from: a language model that reads stories, or rows on disk.
+"""Where activations come from: a language model that reads stories, or arrays that are there already.
 
 A source is a sequence of items (a story, or a chunk of adjacent rows). Reading an item is cheap and tells how many
 tokens it has; its activations are computed or copied only when they are needed.
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from flax import traverse_util
 
-from jax_sae.activations.store import Rows, open_rows
+from jax_sae.activations.array_sources import open_array_sources
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
@@ -20,11 +20,6 @@ from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
 from jax_sae.language_model.text import Stories, Story, text_digest, tokenizer_of
-
-ROWS_PER_CHUNK = 256
-"""Adjacent rows on disk that are read at once; blocks are made of many such chunks from all over the store."""
-
-ROWS_CHECKED_AT_A_TIME = 16_384
 
 STORIES_TO_COMPARE = 64
 """Stories whose token ids tell one tokenizer from another."""
@@ -52,6 +47,10 @@ class Source(Protocol):
     @property
     def width(self) -> int:
         """D."""
+
+    @property
+    def has_stories(self) -> bool:
+        """Whether an item is a story, so that a token's place in its story is known."""
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -88,6 +87,11 @@ class StorySource:
     def width(self) -> int:
         """D."""
         return self.model.config.hidden_size
+
+    @property
+    def has_stories(self) -> bool:
+        """Whether an item is a story."""
+        return True
 
     def __len__(self) -> int:
         """Return the number of stories, empty ones included."""
@@ -138,115 +142,33 @@ def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Adjacent rows of a store."""
-
-    start: int
-    stop: int
-    tokens_cut: int = 0
-    tokens_excluded: int = 0
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self.stop - self.start
+Sources = tuple[Source, Source, list[str]]
+"""The source to train on, the held-out one, and lines for the screen that say what they are."""
 
 
-@dataclass(frozen=True, eq=False)
-class RowSource:
-    """Rows `first` to `last` of activations on disk; an item is a chunk of `ROWS_PER_CHUNK` rows."""
-
-    rows: Rows
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        """What it is, for messages."""
-        return f"rows {self.first} to {self.last - 1} of {self.rows.name}"
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.rows.width
-
-    def __len__(self) -> int:
-        """Return the number of chunks; the last may be shorter."""
-        return -(-(self.last - self.first) // ROWS_PER_CHUNK)
-
-    def read(self, items: Sequence[int]) -> Sequence[Chunk]:
-        """Find the chunks; nothing is read yet."""
-        starts = [self.first + int(i) * ROWS_PER_CHUNK for i in items]
-        return [Chunk(start, min(start + ROWS_PER_CHUNK, self.last)) for start in starts]
-
-    def activations(self, items: Sequence[Chunk]) -> Iterator[tuple[int, np.ndarray]]:
-        """Copy the chunks' rows from disk."""
-        for i, chunk in enumerate(items):
-            yield i, self.rows.read(chunk.start, chunk.stop)
-
-    def count_tokens(self) -> tuple[int, bool]:
-        """The number of rows, which is exact."""
-        return self.last - self.first, True
-
-    def digests(self) -> dict[str, str]:
-        """Of all rows on disk; a bare file is read for it."""
-        return {"activations": self.rows.digest}
-
-
-def open_sources(config: Config) -> tuple[Source, Source, list[str]]:
-    """Open what `config` names: the source to train on, the held-out one, and a few lines that say what they are.
+def open_sources(config: Config) -> Sources:
+    """Open what `config` names.
 
     Raises:
         BadInput: if a model, text, tokenizer or file is missing, damaged or does not fit the others, or if an epoch is
             known to have fewer tokens than a batch.
     """
-    training, held_out, lines = _open_rows(config) if config.activations.path else _open_stories(config)
+    training, held_out, lines = open_array_sources(config) if config.activations.path else _open_stories(config)
+    refuse_large_batch(config, training)
+    return training, held_out, lines
+
+
+def refuse_large_batch(config: Config, training: Source) -> None:
+    """Raise BadInput if an epoch is known to have fewer tokens than a batch."""
     tokens, exact = training.count_tokens()
     if config.train.batching == "tokens" and exact and 0 < tokens < config.train.batch_tokens:
         raise BadInput(
             f"train.batch_tokens is {config.train.batch_tokens}, but the "
             f"{'activations have' if config.activations.path else 'text has'} {tokens:,} tokens to train on; lower it"
         )
-    return training, held_out, lines
 
 
-def _open_rows(config: Config) -> tuple[Source, Source, list[str]]:
-    activations = config.activations
-    rows = open_rows(activations.path)
-    refuse_not_finite(rows)
-    held_out = min(activations.held_out_tokens, len(rows) // 10)
-    if held_out < 2:
-        raise BadInput(f"{activations.path} has {len(rows)} rows; at least 20 are needed, a tenth of them held out")
-    first = len(rows) - held_out
-    lines = [
-        f"activations   {activations.path}: {len(rows):,} rows of width {rows.width}",
-        f"held out      the last {held_out:,} rows, which are not trained on",
-    ]
-    return RowSource(rows, 0, first), RowSource(rows, first, len(rows)), lines
-
-
-def refuse_not_finite(rows: Rows) -> None:
-    """Raise BadInput if a row of a bare file has a NaN or an infinity; a store was checked when it was written.
-
-    All rows are read, as for the digest: a run would come upon them after hours.
-    """
-    if rows.shard_digests:
-        return
-    count, first = 0, 0
-    for start in range(0, len(rows), ROWS_CHECKED_AT_A_TIME):
-        x = rows.read(start, min(start + ROWS_CHECKED_AT_A_TIME, len(rows)))
-        bad = np.flatnonzero(~np.isfinite(x).all(-1))
-        if len(bad) and not count:
-            first = start + int(bad[0])
-        count += len(bad)
-    if count:
-        raise BadInput(
-            f"{rows.name}: {count:,} of {len(rows):,} rows are not finite in float32, the first of them row {first:,}; "
-            "export them again in float32, without texts on which the language model overflows"
-        )
-
-
-def _open_stories(run: Config) -> tuple[Source, Source, list[str]]:
+def _open_stories(run: Config) -> Sources:
     model, text, exclude = run.model, run.text, run.activations.exclude_first_tokens
     lm = load_language_model(model.path, model.layer, model.precision)
     splits = open_dataset(text.path, text.config)

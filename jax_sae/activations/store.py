@@ -1,85 +1,35 @@
-"""Activations on disk: .npy shards and a JSON manifest, or a bare array file.
+"""A store, activations on disk as this project writes them: .npy shards and a JSON manifest.
 
     my_store/
       manifest.json      format, model, layer, dtype, width, rows, and of each shard its rows and sha256
-      shard-00000.npy    [rows, D] float32 or float16; one story after another, in the order they were read
+      shard-00000.npy    [rows, D] float32, float16 or bfloat16; one story after another, in the order they were read
       shard-00001.npy
 
 The manifest is written last and by renaming, so a directory with a manifest is whole. `scripts/harvest_activations.py`
 writes a store with our own GPT-Neo, `scripts/export_torch_activations.py` one of any Hugging Face model with torch.
 """
 
-import hashlib
 import json
 import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jax_sae.activations.array_files import open_npy
+from jax_sae.activations.arrays import Rows, check_floats, named_dtype, sha256
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.language_model.hub import JSON_BYTES, one_line, read_json
-from jax_sae.language_model.torch_file import is_plain_name
+from jax_sae.language_model.hub import read_json
 
 FORMAT = "jax_sae activations 1"
 SHARD_BYTES = 256 * 2**20
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 SHARD_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.npy"
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Activations [N, D] that lie in several memory-mapped arrays, one after another."""
-
-    arrays: tuple[np.ndarray, ...]
-    name: str
-    shard_digests: tuple[str, ...] = ()
-    """Of a store, the sha256 of each shard; of a bare file, whose name is `name`, nothing: it may be large."""
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256, in hexadecimal: of a store over those of its shards, of a bare file over its bytes; made once.
-
-        Raises:
-            BadInput: if the file cannot be read any more.
-        """
-        if not self.shard_digests:
-            return sha256(Path(self.name))
-        return hashlib.sha256("".join(self.shard_digests).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        """Return the number of rows N."""
-        return sum(len(array) for array in self.arrays)
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.arrays[0].shape[1]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop as a new float32 array [stop - start, D].
-
-        Raises:
-            IndexError: if there are no such rows.
-        """
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"rows {start} to {stop} of {len(self)}")
-        rows = np.empty((stop - start, self.width), np.float32)
-        first = 0  # the number of the array's first row
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the reader refuses
-            for array in self.arrays:
-                begin, end = max(start, first), min(stop, first + len(array))
-                if begin < end:
-                    rows[begin - start : end - start] = array[begin - first : end - first]
-                first += len(array)
-        return rows
 
 
 def write_store(
@@ -94,7 +44,7 @@ def write_store(
         stories: floating-point activations of one story after another, all of the same D; T may be 0.
         model: where they come from: Hugging Face id or directory.
         layer: which of its hidden_states.
-        dtype: 'float32', or 'float16' (half the disk; 11 bits of mantissa, at most 65504).
+        dtype: 'float32'; or, with half the disk, 'float16' (11 bits of mantissa, at most 65504) or 'bfloat16' (8 bits).
         **facts: anything else that should stand in the manifest (text, tokenizer, ...); JSON values.
 
     Raises:
@@ -138,7 +88,7 @@ def _write_shards(directory: Path, stories: Iterable[np.ndarray], dtype: np.dtyp
         pending.clear()
 
     for story in stories:
-        _check(story, f"a story for {directory}")
+        check_floats(story, f"a story for {directory}")
         width = width or story.shape[1]
         with np.errstate(over="ignore"):  # reported below, with what to do
             rows = story.astype(dtype)
@@ -207,45 +157,6 @@ def _may_find_no_room(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def open_rows(path: str) -> Rows:
-    """Open a store's directory, or an .npy, .safetensors or .pt file that holds one array [N, D].
-
-    Arrays stay on disk where the format allows (.npy); float16, float32 and float64 are read, as float32.
-
-    Raises:
-        BadInput: if there is nothing to read at `path`, it is damaged, or it is not one array [N, D] of floats.
-    """
-    where = Path(path)
-    if where.is_dir():
-        return _open_store(where)
-    if not where.is_file():
-        raise BadInput(
-            f"activations.path is {path!r}, but there is no such file or directory; "
-            "give a store's directory, or an .npy, .safetensors or .pt file with one array [N, D]"
-        )
-    if where.suffix == ".npy":
-        array = _open_npy(where)
-    elif where.suffix == ".safetensors":
-        array = _open_safetensors(where)
-    elif where.suffix in (".pt", ".pth", ".bin"):
-        array = _open_torch(where)
-    else:
-        raise BadInput(f"{path}: the name ends in {where.suffix!r}; .npy, .safetensors or .pt was expected")
-    _check(array, path)
-    if 0 in array.shape:
-        raise BadInput(f"{path}: the array has shape {list(array.shape)}: there is nothing in it")
-    return Rows((array,), path)
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal; BadInput if they cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-
-
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a store, its entries of the right types; whether they are true of the shards is not looked at.
 
@@ -295,7 +206,12 @@ def matches(pattern: str, text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
-def _open_store(directory: Path) -> Rows:
+def open_store(directory: Path) -> Rows:
+    """The rows of a store, memory-mapped.
+
+    Raises:
+        BadInput: if it is not whole, or a shard is not what the manifest says, by its sha256, shape and type.
+    """
     manifest = read_manifest(directory)
     arrays = []
     for shard in manifest["shards"]:
@@ -304,57 +220,10 @@ def _open_store(directory: Path) -> Rows:
             raise BadInput(f"{directory}: the manifest names {path.name}, which is missing; export the store again")
         if sha256(path) != shard["sha256"]:
             raise BadInput(f"{path} is damaged: its sha256 is not the manifest's; export the store again")
-        array = _open_npy(path)
+        array = named_dtype(open_npy(path), str(path), [])  # what it is the manifest says
         found = f"{array.dtype}{list(array.shape)}"
         expected = f"{manifest['dtype']}{[shard['rows'], manifest['width']]}"
         if found != expected:
             raise BadInput(f"{path}: holds {found}, but the manifest says {expected}")
         arrays.append(array)
     return Rows(tuple(arrays), str(directory), tuple(shard["sha256"] for shard in manifest["shards"]))
-
-
-def _open_npy(path: Path) -> np.ndarray:
-    try:
-        with np.errstate(over="ignore"):  # by a size that cannot be, which is refused next
-            return np.asarray(np.lib.format.open_memmap(path, mode="r"))  # as a plain array: slices of it are cheap
-    except Exception as error:  # the header is parsed as Python, and a damaged one may raise anything
-        raise BadInput(f"{path} is not a whole .npy file of numbers ({one_line(error)})") from error
-
-
-def _open_safetensors(path: Path) -> np.ndarray:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with path.open("rb") as start:
-            header = int.from_bytes(start.read(8), "little")
-        if header > JSON_BYTES:
-            raise SafetensorError(f"its header claims to have {header} bytes")
-        with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(_only(list(file.keys()), path))
-    except BadInput:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the latter: unknown dtypes
-        raise BadInput(f"{path} cannot be read as a .safetensors file ({one_line(error)})") from error
-
-
-def _open_torch(path: Path) -> np.ndarray:
-    from jax_sae.language_model.torch_file import open_torch_file
-
-    content = open_torch_file(path)
-    if isinstance(content, dict):
-        content = content[_only(list(content), path)]
-    return content.read()
-
-
-def _only(names: Sequence[str], path: Path) -> str:
-    if len(names) != 1:
-        some = ", ".join(name if is_plain_name(name) else ascii(name[:80]) for name in sorted(names)[:8])
-        raise BadInput(f"{path} holds {len(names)} arrays ({some}); one array [N, D] was expected")
-    return names[0]
-
-
-def _check(array: np.ndarray, where: str) -> None:
-    if array.ndim != 2:
-        raise BadInput(f"{where}: the array has shape {list(array.shape)}; [N, D], N tokens of D numbers, was expected")
-    if array.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
-        raise BadInput(f"{where}: the array is of {array.dtype}; floating-point activations were expected")

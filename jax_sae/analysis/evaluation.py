@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jax_sae.activations.sources import Source, StorySource, open_sources
+from jax_sae.activations.sources import Source, Sources, StorySource, open_sources
 from jax_sae.analysis.baselines import baselines, principal_directions
 from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
@@ -44,7 +44,9 @@ SEED_OF_NULL = 0
 """Of the random directions that stability is compared with."""
 
 
-def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Path, step: int | None = None, n_tokens: int | None = None, sources: Sources | None = None
+) -> dict[str, Any]:
     """Evaluate every member of a run at a checkpoint; write the results below `run`, and print tables.
 
     Written are `evaluation.json`, `figures/frontier.png` and `figures/feature_density.png`; of a checkpoint that is not
@@ -54,6 +56,7 @@ def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) ->
         run: the run's directory; training may be going on in it.
         step: of the checkpoint; the newest if None.
         n_tokens: held-out tokens, whole stories up to this number; those of the run's config if None.
+        sources: those that the run was trained on, where a program gave them.
 
     Returns:
         The contents of `evaluation.json`; a number that is not finite is None.
@@ -66,7 +69,7 @@ def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) ->
         raise BadInput(f"--tokens is {n_tokens}; a number of held-out tokens above 0 was expected")
     facts, suffix = _read_facts(run, step)
     config = _config_of(run, facts)
-    source, lm = _open_inputs(run, config, facts)
+    source, lm = _open_inputs(run, config, facts, sources)
     trained = _load_members(run, config, facts)
     autoencoders = trained | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
@@ -84,7 +87,7 @@ def evaluate(run: Path, step: int | None = None, n_tokens: int | None = None) ->
         "stories": len(measured.stories) if lm else None,
         "tokens_over_norm_limit": measured.over_norm_limit,
         "held_out": source.name,
-        "left_out": None if lm else "loss recovered: the run read activations from a file, without a language model",
+        "left_out": None if lm else "loss recovered: the run read activations, without a language model",
         "members": [_member_record(name, facts, measured, eigenvalues, recovered) for name in trained],
         "stability": _stabilities(trained, facts),
         "inputs": facts["inputs"],
@@ -117,18 +120,20 @@ def _config_of(run: Path, facts: Tree) -> Config:
         config,
         model=replace(config.model, path=now.model.path),
         text=replace(config.text, path=now.text.path, config=now.text.config, tokenizer=now.text.tokenizer),
-        activations=replace(config.activations, path=now.activations.path),
+        activations=replace(config.activations, path=now.activations.path, mask=now.activations.mask),
     )
 
 
-def _open_inputs(run: Path, config: Config, facts: Tree) -> tuple[Source, LanguageModel | None]:
+def _open_inputs(
+    run: Path, config: Config, facts: Tree, sources: Sources | None
+) -> tuple[Source, LanguageModel | None]:
     """The held-out source of a run, and the language model with all its blocks, where the run has one.
 
     Raises:
         BadInput: if one is not there, or its sha256 is not the one that the run began with.
     """
     try:
-        _, source, lines = open_sources(config)
+        _, source, lines = sources or open_sources(config)
     except BadInput as error:
         raise BadInput(f"{error} ({run} was trained on it: its paths stand in {run / 'config.json'})") from error
     say([f"run           {run} at step {facts['step']:,}", *lines])

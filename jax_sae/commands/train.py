@@ -24,6 +24,7 @@ MAY_CHANGE_ON_RESUME = (
     "text.config",
     "text.tokenizer",
     "activations.path",
+    "activations.mask",
 )
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")

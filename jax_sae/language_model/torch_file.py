@@ -11,7 +11,7 @@ import math
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class TensorReference:
         """
         entry, itemsize = self.entry, self.dtype.itemsize
         try:
-            with _open_zip(self.path) as archive:
+            with open_zip(self.path) as archive:
                 content = _read_entry(archive, entry, self.stored * itemsize)
         except (KeyError, *ZIP_ERRORS) as error:
             raise BadInput(f"{self.path}: {entry} cannot be read ({one_line(error)}); get the file again") from error
@@ -67,12 +67,18 @@ class TensorReference:
             raise BadInput(f"{self.path}: the size of {entry} has changed since the file was opened")
         if self.dtype == np.bool_ and content.max(initial=0) > 1:
             raise BadInput(f"{self.path}: {entry} should hold booleans, but has bytes other than 0 and 1")
+        return np.ascontiguousarray(self.view(content)).reshape(self.shape)  # the former makes a scalar one-dimensional
+
+    def view(self, content: np.ndarray) -> np.ndarray:
+        """The tensor, as a view of the bytes of its storage (uint8)."""
         if 0 in self.shape:
             return np.empty(self.shape, self.dtype)
         # The step along an axis of size 1 is never taken, and may be any number in the file
+        itemsize = self.dtype.itemsize
         steps = [step * itemsize if size > 1 else 0 for size, step in zip(self.shape, self.stride, strict=True)]
-        view = np.lib.stride_tricks.as_strided(content.view(self.dtype)[self.offset :], self.shape, steps)
-        return np.ascontiguousarray(view).reshape(self.shape)  # the former makes a scalar one-dimensional
+        return np.lib.stride_tricks.as_strided(
+            content.view(self.dtype)[self.offset :], self.shape, steps, writeable=content.flags.writeable
+        )
 
 
 def open_torch_file(path: str | Path) -> TensorReference | dict[str, TensorReference]:
@@ -84,7 +90,89 @@ def open_torch_file(path: str | Path) -> TensorReference | dict[str, TensorRefer
     Raises:
         BadInput: if it is no such file, is damaged, or holds anything but tensors and plain values.
     """
-    path = Path(path)
+    root = _open_root(Path(path))
+    if isinstance(root, TensorReference):
+        return root
+    if not isinstance(root, dict):
+        raise BadInput(f"{path}: holds a {type(root).__name__}; a tensor or a dictionary of tensors was expected")
+    return _tensors_in(Path(path), root, lists=False)
+
+
+def open_torch_arrays(path: Path) -> dict[str, TensorReference | list[TensorReference]]:
+    """The tensors and lists of tensors in such a file, by name; the name of one that is the whole file is ''.
+
+    Raises:
+        BadInput: as `open_torch_file`.
+    """
+    root = _open_root(path)
+    return _tensors_in(path, root if isinstance(root, dict) else {"": root}, lists=True)
+
+
+def map_tensors(tensors: Sequence[TensorReference]) -> list[np.ndarray]:
+    """Values of tensors of one file where they lie on disk, mapped into memory, read-only.
+
+    The checksums of their storages are verified, for which these are read once, a little at a time.
+
+    Raises:
+        BadInput: if the file is damaged, or is another one than when it was opened.
+    """
+    path = tensors[0].path
+    sizes = {tensor.entry: tensor.stored * tensor.dtype.itemsize for tensor in tensors}
+    storages = map_entries(path, sizes)
+    for entry, storage in storages.items():
+        if len(storage) != sizes[entry]:
+            raise BadInput(f"{path}: the size of {entry} has changed since the file was opened")
+    return [tensor.view(storages[tensor.entry]) for tensor in tensors]
+
+
+def map_entries(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The bytes (uint8) of uncompressed entries of a zip archive, mapped into memory, their checksums verified.
+
+    Raises:
+        BadInput: if there are no such entries, they are compressed or damaged.
+    """
+    found = {}
+    try:
+        whole = np.asarray(np.memmap(path, np.uint8, "r"))
+        with open_zip(path) as archive:
+            for name in names:
+                info = archive.getinfo(name)
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{name} is compressed, and cannot be read in parts")
+                if info.file_size > len(whole):
+                    raise zipfile.BadZipFile(f"{name} claims to have {info.file_size} bytes")
+                with archive.open(info) as stream:
+                    while stream.read(CHUNK_BYTES):
+                        pass
+                # What the zip format has before an entry's bytes: 30 bytes, the last of them the lengths of two texts
+                lengths = whole[info.header_offset + 26 : info.header_offset + 30].view("<u2")
+                start = info.header_offset + 30 + int(lengths.sum(dtype=np.int64))
+                found[name] = whole[start : start + info.file_size]
+                if len(found[name]) != info.file_size:
+                    raise zipfile.BadZipFile(f"{name} is cut short")
+    except (KeyError, *ZIP_ERRORS) as error:
+        raise BadInput(f"{path}: cannot be read ({one_line(error)}); get the file again") from error
+    return found
+
+
+def _tensors_in(path: Path, root: Mapping[str, Any], lists: bool) -> dict[str, Any]:
+    tensors = {
+        name: list(value) if isinstance(value, list | tuple) else value
+        for name, value in root.items()
+        if isinstance(value, TensorReference)
+        or (lists and isinstance(value, list | tuple) and value and all(isinstance(x, TensorReference) for x in value))
+    }
+    if not tensors:
+        what = ", a dictionary or a list of tensors" if lists else " or a dictionary of tensors"
+        holds = f"none of its {len(root)} entries is a tensor ({', '.join(map(_shown, list(root)[:5]))})"
+        if "" in root:
+            holds = f"holds a {type(root['']).__name__}"
+        raise BadInput(f"{path}: {holds}; a tensor{what} was expected")
+    return tensors
+
+
+def _open_root(path: Path) -> Any:
+    """What the file's pickle describes."""
     refuse_pointer(path)
     try:
         if not zipfile.is_zipfile(path):
@@ -92,7 +180,7 @@ def open_torch_file(path: str | Path) -> TensorReference | dict[str, TensorRefer
                 f"{path}: not a whole zip archive, as torch.save writes; get it again, or, if a torch before 1.6 wrote "
                 "it, convert it with torch.save(torch.load(path, weights_only=True), path)"
             )
-        with _open_zip(path) as archive:
+        with open_zip(path) as archive:
             return _open_archive(path, archive)
     except BadInput:
         raise
@@ -134,12 +222,13 @@ class _Bounded(io.BufferedReader):
 
 
 @contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip archive whose table of contents takes no more memory than CHUNK_BYTES; raises what is in ZIP_ERRORS."""
     with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
         yield archive
 
 
-def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dict[str, TensorReference]:
+def _open_archive(path: Path, archive: zipfile.ZipFile) -> Any:
     sizes = {info.filename: info.file_size for info in archive.infolist()}
     descriptions = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(descriptions) != 1 or len(sizes) != len(archive.namelist()):
@@ -161,16 +250,7 @@ def _open_archive(path: Path, archive: zipfile.ZipFile) -> TensorReference | dic
     # An opcode that finds the wrong things on the stack; and a text's bad escape, if the user made warnings errors
     except (IndexError, KeyError, TypeError, ValueError, DeprecationWarning) as error:
         raise BadInput(f"{path}: the description of its tensors is damaged ({type(error).__name__})") from error
-    if isinstance(root, TensorReference):
-        return root
-    if not isinstance(root, dict):
-        raise BadInput(f"{path}: holds a {type(root).__name__}; a tensor or a dictionary of tensors was expected")
-    tensors = {name: value for name, value in root.items() if isinstance(value, TensorReference)}
-    if not tensors:
-        raise BadInput(
-            f"{path}: none of its {len(root)} entries is a tensor ({', '.join(map(_shown, list(root)[:5]))})"
-        )
-    return tensors
+    return root
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, most: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize
 from jax_sae.activations.norms import norm_lines, norm_statistics
-from jax_sae.activations.sources import Source, open_sources
+from jax_sae.activations.sources import Source, Sources, open_sources, refuse_large_batch
 from jax_sae.autoencoder.centres import geometric_median
-from jax_sae.config import Config, DecoderBias
+from jax_sae.config import IN_MEMORY, Config, DecoderBias
 from jax_sae.errors import BadInput
 from jax_sae.sweep import report
 from jax_sae.sweep.checkpoints import Checkpoints
@@ -37,7 +37,14 @@ SECONDS_A_DISPATCH = 0.5
 state (docs/performance.md)."""
 
 
-def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[int], bool]) -> bool:
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool,
+    stop_requested: Callable[[int], bool],
+    sources: Sources | None = None,
+) -> bool:
     """Train a sweep from its beginning, or from its newest good checkpoint, and leave everything in `out`.
 
     Args:
@@ -46,6 +53,8 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         resume: go on from the newest checkpoint.
         stop_requested: is asked, with the number of steps done, between dispatches and while activations are made; once
             it is true, the run is saved and ended.
+        sources: instead of what `config` names, such as `array_sources` makes of arrays in memory. To resume or
+            evaluate the run, give them again: their digests are remembered.
 
     Returns:
         Whether the run is finished; False if it was stopped before its last step.
@@ -56,7 +65,10 @@ def train(config: Config, out: Path, *, resume: bool, stop_requested: Callable[[
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
     groups = make_groups(sweep_members(config.sweep))
-    source, held_out_source, lines = open_sources(config)
+    if sources:
+        config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
+        refuse_large_batch(config, sources[0])
+    source, held_out_source, lines = sources or open_sources(config)
     setup = Setup(config, groups, source.width, inputs(source, held_out_source))
     report.say(lines + report.describe(setup))
     progress: Progress | None = None
@@ -135,7 +147,7 @@ def begin(setup: Setup, source: Source) -> Progress:
     config = setup.config
     shuffle_seed = config.train.seed if config.train.batching == "tokens" else None
     sample = first_activations(source, NORMALIZATION_TOKENS, shuffle_seed, config.activations.norm_limit)
-    report.say(norm_lines(norm_statistics(sample, config.activations)))
+    report.say(norm_lines(norm_statistics(sample, config.activations, source.has_stories)))
     kind = config.activations.normalization
     normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
     metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)

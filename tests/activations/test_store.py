@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from jax_sae.activations import store
-from jax_sae.activations.store import Rows, check_new_directory, open_rows, read_manifest, sha256, write_store
+from jax_sae.activations.array_sources import open_activations
+from jax_sae.activations.arrays import Rows, sha256
+from jax_sae.activations.store import check_new_directory, read_manifest, write_store
 from jax_sae.errors import BadInput, RunFailed
 
 WRITTEN_BY_TORCH = Path(__file__).parents[1] / "data" / "torch_save"
@@ -52,7 +54,7 @@ def change_manifest(directory, change):
 def refused(path, *parts):
     """Opening it raises BadInput on one line that has all `parts` in it."""
     with pytest.raises(BadInput) as error:
-        open_rows(str(path))
+        open_activations(str(path))[0]
     message = str(error.value)
     assert "\n" not in message and len(message) < 600
     for part in parts:
@@ -71,7 +73,7 @@ def test_stories_come_back_in_order_whatever_the_shards(tmp_path, small_shards, 
     assert {name: manifest[name] for name in ("model", "layer", "dtype", "width", "rows", "text")} == {
         "model": "a/b", "layer": 2, "dtype": dtype, "width": D, "rows": 32, "text": "c/d",
     }  # fmt: skip
-    rows = open_rows(str(tmp_path / "acts"))
+    rows = open_activations(str(tmp_path / "acts"))[0]
     assert (len(rows), rows.width) == (32, D)
     read = rows.read(0, 32)
     assert read.dtype == np.float32
@@ -83,14 +85,14 @@ def test_a_story_may_be_of_any_floating_point_type(tmp_path, written):
     stories = make_stories(dtype=np.dtype(written))
     write_store(tmp_path / "acts", stories, model="a/b", layer=2)
     expected = np.concatenate(stories).astype(np.float32)
-    np.testing.assert_array_equal(open_rows(str(tmp_path / "acts")).read(0, 32), expected)
+    np.testing.assert_array_equal(open_activations(str(tmp_path / "acts"))[0].read(0, 32), expected)
 
 
 def test_stories_without_tokens_add_no_rows(tmp_path, small_shards):
     stories = make_stories((0, 10, 0, 3, 0))
     manifest = write_store(tmp_path / "acts", stories, model="a/b", layer=2)
     assert [shard["rows"] for shard in manifest["shards"]] == [10, 3]
-    np.testing.assert_array_equal(open_rows(str(tmp_path / "acts")).read(0, 13), np.concatenate(stories))
+    np.testing.assert_array_equal(open_activations(str(tmp_path / "acts"))[0].read(0, 13), np.concatenate(stories))
 
 
 def test_a_range_of_rows_equals_that_of_the_concatenation():
@@ -118,7 +120,7 @@ X = (np.arange(12).reshape(3, 4) - 5) / 4
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_an_npy_file_is_read(tmp_path, dtype, order):
     np.save(tmp_path / "x.npy", np.asarray(X, dtype, order=order))
-    read = open_rows(str(tmp_path / "x.npy")).read(0, 3)
+    read = open_activations(str(tmp_path / "x.npy"))[0].read(0, 3)
     assert read.dtype == np.float32
     np.testing.assert_array_equal(read, X)
 
@@ -126,7 +128,7 @@ def test_an_npy_file_is_read(tmp_path, dtype, order):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_a_safetensors_file_with_one_array_is_read(tmp_path, dtype):
     save_file({"any name": X.astype(dtype)}, tmp_path / "x.safetensors")
-    np.testing.assert_array_equal(open_rows(str(tmp_path / "x.safetensors")).read(0, 3), X)
+    np.testing.assert_array_equal(open_activations(str(tmp_path / "x.safetensors"))[0].read(0, 3), X)
 
 
 def write_torch_file(
@@ -145,11 +147,11 @@ def write_torch_file(
 @pytest.mark.parametrize(("kind", "dtype"), [(b"Half", "<f2"), (b"Float", "<f4"), (b"Double", "<f8")])
 def test_a_torch_file_with_one_tensor_is_read(tmp_path, names, kind, dtype):
     write_torch_file(tmp_path / "x.pt", names, kind, dtype)
-    np.testing.assert_array_equal(open_rows(str(tmp_path / "x.pt")).read(0, 3), X)
+    np.testing.assert_array_equal(open_activations(str(tmp_path / "x.pt"))[0].read(0, 3), X)
 
 
 def test_a_file_that_torch_wrote_is_read():
-    rows = open_rows(str(WRITTEN_BY_TORCH / "tensor.pt"))
+    rows = open_activations(str(WRITTEN_BY_TORCH / "tensor.pt"))[0]
     np.testing.assert_array_equal(rows.read(1, 3), np.arange(4, 12).reshape(2, 4) / 2)
 
 
@@ -166,7 +168,7 @@ def test_every_flipped_bit_of_a_shard_is_noticed(three_shards):
         shard.write_bytes(damaged)
         refused(three_shards, shard, "sha256")
     shard.write_bytes(content)
-    open_rows(str(three_shards))
+    open_activations(str(three_shards))[0]
 
 
 @pytest.mark.parametrize("kept", [0, 60, 128, 150, -1])
@@ -219,7 +221,7 @@ def test_a_manifest_with_a_missing_entry_or_one_of_a_wrong_type_is_refused(three
     change_manifest(three_shards, lambda m: m.pop(key))
     refused(three_shards, three_shards / "manifest.json", key)
     (three_shards / "manifest.json").write_text(manifest)
-    open_rows(str(three_shards))
+    open_activations(str(three_shards))[0]
 
 
 @pytest.mark.parametrize("key", ["file", "rows", "sha256"])
@@ -278,7 +280,7 @@ HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4), }"
     + [HEADER.replace("<f4", descr) for descr in ("O", "<f4,<f4", "<U0", "S0", "|V4", "|b1", "<c8")]
     + [
         HEADER.replace("(3, 4)", s)
-        for s in ("(3, -4)", "(-3, -4)", "(4, 4)", "(12,)", "()", "3", "(3, 2, 2)", "(3.0, 4)")
+        for s in ("(3, -4)", "(-3, -4)", "(4, 4)", "(12,)", "()", "3", "(3, 2, 2, 1)", "(3.0, 4)")
     ]
     + [HEADER.replace("3", str(huge)) for huge in (2**62, 2**62 + 1, 2**63 - 1, 2**64, 10**30)]
     + [HEADER.replace("False", "0"), HEADER.replace(" 'sh", "b'sh"), HEADER.replace("'descr'", "'a'")],
@@ -295,8 +297,11 @@ def test_an_npy_file_with_a_header_that_cannot_be_is_refused(tmp_path, header):
     refused(tmp_path, path)
 
 
-@pytest.mark.parametrize("array", [np.zeros(12), np.zeros((2, 2, 3)), np.zeros(()), np.zeros((0, 4)), np.zeros((3, 0))])
-def test_an_array_that_is_not_two_dimensional_or_is_empty_is_refused(tmp_path, array):
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros(12), np.zeros((2, 2, 3, 1)), np.zeros(()), np.zeros((0, 4)), np.zeros((3, 0)), np.zeros((3, 0, 4))],
+)
+def test_an_array_that_has_one_or_four_dimensions_or_is_empty_is_refused(tmp_path, array):
     np.save(tmp_path / "x.npy", array)
     refused(tmp_path / "x.npy", tmp_path / "x.npy")
     save_file({"x": array}, tmp_path / "x.safetensors")
@@ -361,7 +366,7 @@ def test_a_name_without_a_file_or_of_an_unknown_kind_is_refused(tmp_path):
 def test_a_float64_beyond_float32_is_read_as_infinite_without_a_warning(tmp_path):
     """Whoever reads it refuses it: see `batches.finite_activations`."""
     np.save(tmp_path / "x.npy", np.array([[1e300, 1.0]]))
-    np.testing.assert_array_equal(open_rows(str(tmp_path / "x.npy")).read(0, 1), [[np.inf, 1.0]])
+    np.testing.assert_array_equal(open_activations(str(tmp_path / "x.npy"))[0].read(0, 1), [[np.inf, 1.0]])
 
 
 # What cannot be written is refused
@@ -488,4 +493,4 @@ def test_looking_whether_a_directory_can_be_made_makes_none(tmp_path, monkeypatc
 def test_facts_do_not_stand_in_for_what_was_written(tmp_path):
     manifest = write_store(tmp_path / "acts", make_stories(), model="a/b", layer=2, rows=5, width=1, shards=[])
     assert (manifest["rows"], manifest["width"], len(manifest["shards"])) == (32, D, 1)
-    open_rows(str(tmp_path / "acts"))
+    open_activations(str(tmp_path / "acts"))[0]

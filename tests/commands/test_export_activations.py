@@ -13,7 +13,8 @@ import pytest
 from running import REPOSITORY
 
 from jax_sae.activations import text_to_store
-from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.activations.array_sources import open_activations
+from jax_sae.activations.store import read_manifest
 from jax_sae.commands import export_activations, harvest
 from jax_sae.language_model.text import load_tokenizer, tokenize
 
@@ -112,7 +113,7 @@ def test_rows_are_the_hidden_states_of_the_texts_in_order(
         export_activations.main(arguments(models[kind], text, tmp_path / "acts", "--batch-tokens", 60, layer=layer))
         == 0
     )
-    rows = open_rows(str(tmp_path / "acts"))
+    rows = open_activations(str(tmp_path / "acts"))[0]
     expected = np.concatenate([states[layer] for states in hidden_states[kind]])
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(rows.read(0, len(rows)), expected, rtol=0, atol=2e-5)
@@ -139,7 +140,7 @@ def test_the_manifest_and_the_closing_line_say_what_was_read(models, text, hidde
     line = capsys.readouterr().out
     assert f"{manifest['rows']} rows of width 24 in float16" in line
     assert f"8 stories; 2 had no text, 1 were cut at {POSITIONS} tokens ({lost} tokens lost)" in line
-    rows = open_rows(str(tmp_path / "acts")).read(0, manifest["rows"])
+    rows = open_activations(str(tmp_path / "acts"))[0].read(0, manifest["rows"])
     exact = np.concatenate([states[2] for states in hidden_states["gpt2"]])
     np.testing.assert_allclose(rows, exact, rtol=1e-3, atol=1e-4)
 
@@ -151,7 +152,9 @@ def test_longer_texts_are_cut_and_the_text_that_reaches_the_number_of_tokens_is_
     assert export_activations.main(arguments(models["gpt2"], text, tmp_path / "acts", *options)) == 0
     expected = np.concatenate([states[2][:7] for states in hidden_states["gpt2"][:3]])
     assert 15 <= len(expected) < 22
-    np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        open_activations(str(tmp_path / "acts"))[0].read(0, len(expected)), expected, rtol=0, atol=2e-5
+    )
     read = read_manifest(tmp_path / "acts")
     assert (read["rows"], read["text_read"]["stories"]) == (len(expected), 4)
 
@@ -160,7 +163,9 @@ def test_excluded_first_tokens_are_read_but_not_written(models, text, hidden_sta
     assert export_activations.main(arguments(models["gpt2"], text, tmp_path / "acts", "--exclude-first-tokens", 3)) == 0
     states = [states[2] for states in hidden_states["gpt2"]]
     expected = np.concatenate([x[3:] for x in states])
-    np.testing.assert_allclose(open_rows(str(tmp_path / "acts")).read(0, len(expected)), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        open_activations(str(tmp_path / "acts"))[0].read(0, len(expected)), expected, rtol=0, atol=2e-5
+    )
     manifest = read_manifest(tmp_path / "acts")
     excluded = sum(min(3, len(x)) for x in states)
     assert (manifest["rows"], manifest["exclude_first_tokens"]) == (len(expected), 3)
@@ -173,7 +178,7 @@ def test_excluded_first_tokens_are_read_but_not_written(models, text, hidden_sta
 def test_our_own_gpt_neo_writes_the_same(layer, models, text, tmp_path):
     assert export_activations.main(arguments(models["gpt_neo"], text, tmp_path / "torch", layer=layer)) == 0
     assert harvest.main(arguments(models["gpt_neo"], text, tmp_path / "jax", layer=layer)) == 0
-    torch_rows, rows = (open_rows(str(tmp_path / name)) for name in ("torch", "jax"))
+    torch_rows, rows = (open_activations(str(tmp_path / name))[0] for name in ("torch", "jax"))
     n = len(rows)
     np.testing.assert_allclose(rows.read(0, n), torch_rows.read(0, len(torch_rows)), rtol=0, atol=1e-4)
     torch_manifest, manifest = (read_manifest(tmp_path / name) for name in ("torch", "jax"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jax_sae.activations import store, text_to_store
-from jax_sae.activations.store import open_rows, read_manifest
+from jax_sae.activations.array_sources import open_activations
+from jax_sae.activations.store import read_manifest
 from jax_sae.commands import harvest, train
 from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
@@ -40,7 +41,7 @@ def test_rows_are_the_activations_of_the_stories_in_order(lm, block_tokens, tmp_
             break
         stories += lm.activations([text])
         n_tokens += len(stories[-1])
-    rows, manifest = open_rows(str(tmp_path / "acts")), read_manifest(tmp_path / "acts")
+    rows, manifest = open_activations(str(tmp_path / "acts"))[0], read_manifest(tmp_path / "acts")
     np.testing.assert_allclose(rows.read(0, len(rows)), np.concatenate(stories), rtol=1e-5, atol=1e-4)
     assert len(manifest["shards"]) > 1
     counts = {"stories": len(stories), "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
@@ -116,7 +117,7 @@ def test_excluded_first_tokens_are_read_but_not_written(lm, tmp_path, monkeypatc
     tokens = n_tokens[0] - 3 + 512 - 3 + 1  # the fifth story's first token that is written
     assert harvest.main(arguments(out, *text, "--exclude-first-tokens", 3, "--tokens", tokens)) == 0
     whole = [lm.activations([lm.tokenizer(texts[i])["input_ids"][:512]])[0] for i in (0, 3, 4)]
-    rows, manifest = open_rows(str(out)), read_manifest(out)
+    rows, manifest = open_activations(str(out))[0], read_manifest(out)
     expected = np.concatenate([x[3:] for x in whole])
     np.testing.assert_allclose(rows.read(0, len(rows)), expected, rtol=1e-5, atol=1e-4)
     assert manifest["exclude_first_tokens"] == 3

@@ -24,7 +24,7 @@ from running import REPOSITORY
 from safetensors.numpy import save
 
 from jax_sae import load_autoencoder
-from jax_sae.activations.store import open_rows
+from jax_sae.activations.array_sources import open_activations
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import load_language_model
@@ -116,12 +116,12 @@ CONFIGS: list[dict[str, Any]] = [
 
 CHILD = """
 import pathlib, resource, sys
-from jax_sae.activations.store import open_rows
+from jax_sae.activations.array_sources import open_activations
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import load_language_model
 
 def load(path):
-    return load_language_model(path, 1) if pathlib.Path(path).is_dir() else open_rows(path)
+    return load_language_model(path, 1) if pathlib.Path(path).is_dir() else open_activations(path)
 
 harmless, paths = sys.argv[1:4], sys.argv[4:]
 for path in harmless:
@@ -208,7 +208,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(path: Path, content: bytes) -> np.ndarray | None:
     """The rows in a file of that content; None where it is refused."""
     path.write_bytes(content)
-    opened = loaded_or_refused(lambda: open_rows(str(path)), "x.safetensors")
+    opened = loaded_or_refused(lambda: open_activations(str(path))[0], "x.safetensors")
     return None if opened is None else opened.read(0, len(opened))
 
 

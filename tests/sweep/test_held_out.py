@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import initial
 
+from jax_sae.activations.array_sources import Chunk
 from jax_sae.activations.normalize import Normalization, estimate_dataset, fold, identity, normalize
-from jax_sae.activations.sources import Chunk
 from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
 from jax_sae.autoencoder.model import Params, decode, encode
