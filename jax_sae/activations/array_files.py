@@ -101,11 +101,10 @@ def _name(path: Path, there: Mapping[str, Stored], array: str, mask: str | None)
         instead = ", ".join(shown) if [*there] != [""] else "one without a name"
         raise BadInput(f"{path} holds no array {array!r} (there are {instead}); name one of them by activations.array")
     names = [name for name in there if name != mask]
-    floats = [name for name in names if there[name].dtype.name in FLOATS]
-    if len(names) == 1 or USUAL_NAME in floats:
-        return names[0] if len(names) == 1 else USUAL_NAME
-    if len(floats) == 1:
-        return floats[0]
+    floats = [name for name in names if there[name].dtype.name in FLOATS or there[name].dtype == np.dtype("V2")]
+    for candidates in (names, floats, [name for name in floats if name == USUAL_NAME]):
+        if len(candidates) == 1:
+            return candidates[0]
     raise BadInput(
         f"{path} holds {len(there)} arrays ({', '.join(shown)}); one array [N, D] or [N, T, D] was expected, or "
         f"several with one called '{USUAL_NAME}': name one of them by activations.array"
