@@ -277,7 +277,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         [*ON_ROWS, "--activations.exclude-first-tokens", "1"],
         "activations.exclude_first_tokens is 1",
         "activations.path holds rows without their stories",
-        "export them again with --exclude-first-tokens, or use activations.norm_limit",
+        "export them again with --exclude-first-tokens, give an array [N, T, D], or use activations.norm_limit",
     ),
     "12 rows that are not finite": (
         ["--activations.path", "not_finite.npy"],
@@ -301,7 +301,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
     "15 a vector in place of rows": (
         ["--activations.path", "flat.npy"],
         "flat.npy: the array has shape [8]",
-        "[N, D], N tokens of D numbers, was expected",
+        "[N, D], N tokens of D numbers, or [N, T, D], N stories of T tokens, was expected",
         "",
     ),
     "15 whole numbers in place of rows": (
@@ -314,7 +314,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         ["--activations.path", "gone.npy"],
         "activations.path is 'gone.npy'",
         "there is no such file or directory",
-        "give a store's directory, or an .npy, .safetensors or .pt file with one array [N, D]",
+        "give a store's directory, a folder by save_to_disk, or a file with one array [N, D] or [N, T, D]",
     ),
     "15 a directory that is no store": (
         ["--activations.path", "used"],
@@ -676,7 +676,7 @@ def test_12_rows_that_are_not_finite_are_counted_wherever_they_are(
     at_a_time: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many are read at a time."""
-    monkeypatch.setattr("jax_sae.activations.sources.ROWS_CHECKED_AT_A_TIME", at_a_time)
+    monkeypatch.setattr("jax_sae.activations.arrays.ROWS_AT_A_TIME", at_a_time)
     error = refused(capsys, train_all, ["--activations.path", "not_finite.npy"])
     assert "3 of 1,000 rows are not finite in float32, the first of them row 17;" in error
 

@@ -1,7 +1,6 @@
 """Files of arrays that other programs wrote are read where they lie, or refused with BadInput that names them."""
 
 import json
-import resource
 import struct
 import sys
 import zipfile
@@ -194,9 +193,9 @@ def test_an_npz_file_that_cannot_be_read_in_parts_or_is_damaged_is_refused(tmp_p
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system tells a process's memory so")
 def test_no_file_is_copied_into_memory(tmp_path: Path) -> None:
-    """One of 256 MB of each kind is opened and read in part with little more memory than before."""
-    x = np.zeros((64, 1024, 1024), np.float32)
-    ids = np.zeros((64, 1024), np.int64)
+    """One of 64 MB of each kind is opened and read in part with little more memory than before."""
+    x = np.zeros((16, 1024, 1024), np.float32)
+    ids = np.zeros((16, 1024), np.int64)
     np.save(tmp_path / "x.npy", x)
     np.savez(tmp_path / "x.npz", x=x, attention_mask=ids + 1)
     save_file({"x": x, "attention_mask": ids + 1}, tmp_path / "x.safetensors")
@@ -208,11 +207,10 @@ def test_no_file_is_copied_into_memory(tmp_path: Path) -> None:
         return 1024 * int(next(line for line in parts if line.startswith("Anonymous:")).split()[1])
 
     before = resident()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("x.npy", "x.npz", "x.safetensors", "x.pt"):
         found, _ = open_activations(str(tmp_path / name))
-        assert len(found) == 64 and found.digest
-        assert resident() - before < 64 << 20, name
+        assert len(found) == 16 and found.digest
+        assert resident() - before < 24 << 20, name
 
 
 def write_zip_of_torch(path: Path, x: np.ndarray) -> None:

@@ -263,6 +263,38 @@ def test_paths_formats_and_chunks_change_no_digest(tmp_path: Path, monkeypatch: 
     assert digests(BIN, "x.parquet") == digests(tmp_path / "model", "x.jsonl")
 
 
+def test_token_ids_give_the_activations_of_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every bit, with a model that has no tokenizer, padded or not; they are known by their ids."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).symlink_to(MODEL / name)
+    tokenizer = load_language_model(str(MODEL), 0).tokenizer
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    T = max(map(len, ids))
+    Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / "text.parquet")
+    Dataset.from_dict({"input_ids": ids}).save_to_disk(tmp_path / "ids")
+    padded = {
+        "input_ids": [[0] * (T - len(x)) + x for x in ids],
+        "attention_mask": [[0] * (T - len(x)) + [1] * len(x) for x in ids],
+    }
+    Dataset.from_dict(padded).to_parquet(tmp_path / "padded.parquet")
+
+    def opened(model: Path, text: str, column: str) -> tuple[list[bytes], dict[str, str]]:
+        text_config = TextConfig(str(tmp_path / text), column=column)
+        config = Config(ModelConfig(str(model), 2), text_config, train=TrainConfig(batch_tokens=64))
+        training, held_out, _ = open_sources(config)
+        return [
+            x.tobytes() for source in (training, held_out) for x in first_activations(source, 10**6, 0)
+        ], training.digests()
+
+    expected, by_text = opened(MODEL, "text.parquet", "text")
+    found, by_ids = opened(tmp_path / "model", "ids", "input_ids")
+    assert found == expected and len(found) > 70
+    assert changed(by_text, by_ids) == {"text"}
+    assert opened(tmp_path / "model", "padded.parquet", "input_ids") == (found, by_ids)
+
+
 def test_a_store_is_known_by_its_shards_and_a_file_by_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
