@@ -165,7 +165,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / "manifest.json"
     if not path.is_file():
-        raise BadInput(f"{directory} is not a whole store of activations: it has no manifest.json; write it again")
+        raise BadInput(
+            f"{directory} is not a whole store of activations: it has no manifest.json; write it again, or "
+            "name one of its files"
+        )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise BadInput(f"{path} is not a manifest of the format {FORMAT!r}")
