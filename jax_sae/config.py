@@ -124,6 +124,8 @@ class Member:
     """Instead of train.decay."""
     penalty_warmup: float | None = None
     """Instead of train.penalty_warmup."""
+    clip: float | None = None
+    """Largest norm of the gradient of the loss averaged over the tokens of a batch; 0: any."""
     decoder_norm: DecoderNorm | None = None
     """unit: directions are kept at norm 1, their gradients projected. free: they are not."""
     initialization: Initialization | None = None
@@ -180,6 +182,8 @@ class SweepConfig:
     """Instead of train.decay, for each member."""
     penalty_warmup: tuple[float, ...] = ()
     """Instead of train.penalty_warmup, for each member."""
+    clip: tuple[float, ...] = ()
+    """Largest norm of a member's gradient, of the loss averaged over a batch's tokens, |x|^2 being D; 0: any."""
     decoder_norm: tuple[DecoderNorm, ...] = ()
     """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
     initialization: tuple[Initialization, ...] = ()

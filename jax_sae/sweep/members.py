@@ -22,6 +22,7 @@ SETTINGS = tuple(field.name for field in fields(Member))
 LISTS = {"kind": "kinds", "seed": "seeds", "learning_rate": "learning_rates"}
 """Settings of a member whose list in [sweep] has another name."""
 GENERAL: dict[str, Any] = {
+    "clip": 0.0,
     "decoder_norm": "free",
     "initialization": "transposed",
     "initial_norm": 1.0,
@@ -146,7 +147,7 @@ def check(member: Member) -> None:
     positive(_option("features"), member.features, 2**31 - 1)
     not_negative(_option("seed"), member.seed, LARGEST_SEED)
     positive(_option("learning_rate"), member.learning_rate, math.inf)
-    for name in ("l1_coefficient", "l0_coefficient", "auxk_coefficient", "encoder_bias"):
+    for name in ("l1_coefficient", "l0_coefficient", "auxk_coefficient", "clip", "encoder_bias"):
         not_negative(_option(name), getattr(member, name) or 0.0, math.inf)
     for name in ("target_l0", "k", "bandwidth", "initial_threshold", "initial_norm"):
         if getattr(member, name) is not None:

@@ -35,7 +35,7 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
         "penalty_warmup_steps": round(given["penalty_warmup"] * train.steps),
     }
     numbers = ["learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient"]
-    numbers += ["bandwidth", "initial_threshold"]
+    numbers += ["bandwidth", "initial_threshold", "clip"]
     return {
         **{name: np.int32(value) for name, value in whole.items()},
         **{name: np.float32(getattr(member, name) or 0.0) for name in numbers},
@@ -60,6 +60,22 @@ def penalty_ramp(step: jax.Array, settings: Values) -> jax.Array:
     """The part of the penalty that counts at a step, counted from 0: (step + 1) / (W + 1) in W steps, then 1."""
     W = settings["penalty_warmup_steps"]
     return jnp.minimum(jnp.float32(step + 1) / (W + 1), 1)
+
+
+def clipping(squared_norm: jax.Array, tokens: jax.Array, clip: jax.Array) -> jax.Array:
+    """What the gradient of a loss summed over `tokens` is multiplied by: min(1, clip / |g / tokens|); 1 where clip is 0.
+
+    So a batch with a few very large tokens moves the parameters no further than others. The unit of `clip` is that of
+    the loss averaged over tokens, with |x|^2 equal to D on average, and does not depend on B. Pascanu et al. 2013
+    (https://arxiv.org/abs/1211.5063), section 3.2; Anthropic, "Circuits Updates - April 2024", clips to 1.
+
+    Args:
+        squared_norm: [] |g|^2, over all parameters of one member.
+        tokens: [] of the batch.
+        clip: [] largest norm.
+    """
+    norm = jnp.sqrt(squared_norm) / jnp.maximum(tokens, 1)
+    return jnp.where((clip > 0) & (norm > clip), clip / norm, 1.0)
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
 from jax_sae.config import DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group
-from jax_sae.sweep.optimizer import make_optimizer, penalty_ramp, traced_settings
+from jax_sae.sweep.optimizer import clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample, resampling_steps
 
 METRICS = ("loss_per_element", "penalty_per_element", "l0")
@@ -136,11 +136,14 @@ def update_member(
     terms, gradient = terms_and_gradient(model, state.params, values, x, weights)
     if form.unit_decoder:
         gradient["W_dec"] = along_the_sphere(gradient["W_dec"], state.params["W_dec"])
+    tokens = jnp.sum(weights)
+    squared_norm = optax.tree.norm(gradient, squared=True)
+    factor = clipping(squared_norm, tokens, state.settings["clip"])
+    gradient = jax.tree.map(lambda g: factor * g, gradient)
     updates, opt_state = make_optimizer(state.settings, train).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if form.unit_decoder:
         params["W_dec"] = unit_rows(params["W_dec"])
-    tokens = jnp.sum(weights)
     memory = dict(model.remember(state.memory, terms))
     if form.counts_tokens:
         memory["tokens_since_fired"] = count_tokens(state.memory["tokens_since_fired"], terms.fired, tokens)
@@ -148,7 +151,7 @@ def update_member(
     if form.resamples:
         after = resample_at_its_steps(after, x, weights, step, form=form, train=train)
     total = terms.squared_error + terms.penalty
-    diverged = state.diverged | ~jnp.isfinite(total + optax.tree.norm(gradient, squared=True))
+    diverged = state.diverged | ~jnp.isfinite(total + squared_norm)
     after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
     metrics = jnp.stack(
         [
