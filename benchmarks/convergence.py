@@ -35,7 +35,7 @@ from jax_sae.command_line import run_script
 from jax_sae.config import Config, SweepConfig, load_config, validate
 from jax_sae.errors import BadInput
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.held_out import harvest_held_out, measure_held_out
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.update import update_many
@@ -196,7 +196,7 @@ def train(recipes: Recipes, source: Source, held_out_source: Source, looks: Sequ
                 continue
             fvus: dict[tuple[str, int], list[float]] = {}
             for of_group, group, form in zip(members, state, forms, strict=True):
-                for (name, member), (fvu, _) in zip(of_group, held_out_fvu_and_l0(held_out, group, form), strict=True):
+                for (name, member), (fvu, *_) in zip(of_group, measure_held_out(held_out, group, form), strict=True):
                     fvus.setdefault((name, member.features), []).append(fvu)
             for which, of_seeds in fvus.items():
                 found.setdefault(which, []).append((tokens, of_seeds))

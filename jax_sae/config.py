@@ -98,8 +98,8 @@ class Member:
     """Number of features F."""
     seed: int = 0
     """Seed of its initial values."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; without it, 0.1 / sqrt(F)."""
     kind: str = "relu"
     """A file of jax_sae/autoencoder/kinds."""
     l1_coefficient: float | None = None
@@ -164,16 +164,16 @@ class SweepConfig:
     """topk, batchtopk, matryoshka (default 32): active features a token."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial values."""
-    learning_rates: tuple[float, ...] = (1e-3,)
-    """Peak learning rates."""
+    learning_rates: tuple[float, ...] = ()
+    """Peak learning rates; without one, 0.1 / sqrt(F): 0.0036 for F = 768, 0.001 for F = 10,000."""
     scale_learning_rates: bool = False
     """Multiply them by 1 / sqrt(F / 2^14), as Gao et al. 2024 do."""
     auxk_coefficient: tuple[float, ...] = ()
     """topk, batchtopk, matryoshka (default 1/32): weight of what dead features make of the error; 0: none."""
     bandwidth: tuple[float, ...] = ()
-    """jumprelu (default 0.001): width of the window in which a threshold has a gradient, as a part of sqrt(D)."""
+    """jumprelu (default 0.05): width of the window in which a threshold has a gradient, as a part of sqrt(D)."""
     initial_threshold: tuple[float, ...] = ()
-    """jumprelu (default 0.001): each threshold at the start, as a part of sqrt(D)."""
+    """jumprelu (default 0.1): each threshold at the start, as a part of sqrt(D)."""
     schedule: tuple[Schedule, ...] = ()
     """Instead of train.schedule, for each member."""
     warmup: tuple[float, ...] = ()
@@ -183,20 +183,24 @@ class SweepConfig:
     penalty_warmup: tuple[float, ...] = ()
     """Instead of train.penalty_warmup, for each member."""
     clip: tuple[float, ...] = ()
-    """Largest norm of a member's gradient, of the loss averaged over a batch's tokens, |x|^2 being D; 0: any."""
+    """Largest norm of a member's gradient, of the loss averaged over a batch's tokens, |x|^2 being D; 0: any.
+    Default 1, but 0 for relu without a penalty."""
     decoder_norm: tuple[DecoderNorm, ...] = ()
     """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
     initialization: tuple[Initialization, ...] = ()
-    """torch: torch.nn.Linear's uniform values (relu's default). orthogonal: a random orthogonal W_dec. transposed (the
-    others' default): random directions of norm initial_norm. With the last two W_enc is W_dec's transpose."""
+    """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, the default of relu without a
+    penalty. transposed: random directions of norm initial_norm, the default of all others. With the last two W_enc is
+    W_dec's transpose."""
     initial_norm: tuple[float, ...] = ()
     """With transposed: norm of each direction at the start; default 1, for relu 0.1."""
     encoder_bias: tuple[float, ...] = ()
-    """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active."""
+    """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active. Default 2
+    where orthogonal is the default, else 0."""
     decoder_bias: tuple[DecoderBias, ...] = ()
     """What is added to the initial b_dec: zero, or the mean or geometric_median of the first activations."""
     dead_after_tokens: tuple[int, ...] = ()
-    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default 10 million."""
+    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default a tenth of the run's
+    tokens, 10 million at most."""
     resamples: tuple[int, ...] = ()
     """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
     members: tuple[Member, ...] = ()
@@ -217,11 +221,11 @@ class TrainConfig:
     """Adam's decay rate of the first moment."""
     beta2: float = 0.999
     """Adam's decay rate of the second moment."""
-    schedule: Schedule = "constant"
+    schedule: Schedule = "linear"
     """Learning rate after the warm-up: constant, or falling to zero at the last step along a cosine or a line."""
-    warmup: float = 0.0
+    warmup: float = 0.01
     """The part of the steps, from 0 to 1, over which the learning rate rises linearly from zero."""
-    decay: float = 1.0
+    decay: float = 0.2
     """The part of the steps after the warm-up, from 0 to 1, at their end, over which the learning rate falls."""
     penalty_warmup: float = 0.05
     """The part of the steps, from 0 to 1, over which the sparsity penalty (not k) rises linearly from zero."""

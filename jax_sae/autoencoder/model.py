@@ -85,6 +85,12 @@ class Autoencoder(nn.Module):
     pads: ClassVar[bool] = True
     """Whether it may be computed beside wider members, with features of zeros up to their number."""
 
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings that a member of this kind has where it does not say otherwise; `given` is what it says."""
+        del given
+        return cls.settings
+
     width: int
     features: int
     initialization: Initialization = "torch"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,34 +82,53 @@ def harvest_held_out(source: Source, fitted: Normalization, activations: Activat
     return HeldOut("story", x, rows, eigenvalues, scaled, n_over)
 
 
-@partial(jax.jit, static_argnames="model")
-def _errors_and_l0(
-    model: Autoencoder, group: MemberState, x: jax.Array, normalization: Normalization
-) -> tuple[jax.Array, jax.Array]:
-    """|x - x_hat|^2, in the language model's own scale, and the number of active features, [M, B] each."""
+class Measured(NamedTuple):
+    """What a member is worth on all held-out tokens."""
 
-    def of_member(member: MemberState) -> tuple[jax.Array, jax.Array]:
+    fvu: float
+    l0: float
+    """Mean number of active features."""
+    dead_features: int
+    """Features that are active on none of the tokens."""
+
+
+@partial(jax.jit, static_argnames="model")
+def _errors_and_active(
+    model: Autoencoder, group: MemberState, x: jax.Array, normalization: Normalization
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """|x - x_hat|^2 in the language model's own scale [M, B], active features [M, B], tokens of each feature [M, F]."""
+
+    def of_member(member: MemberState) -> tuple[jax.Array, jax.Array, jax.Array]:
         features = encode(model, member.params, {**member.settings, **member.memory}, normalize(normalization, x))
         x_hat = denormalize(normalization, decode(model, member.params, features))
-        return jnp.sum(jnp.square(x - x_hat), -1), jnp.sum(features > 0, -1)
+        return jnp.sum(jnp.square(x - x_hat), -1), jnp.sum(features > 0, -1), jnp.sum(features > 0, 0)
 
     return jax.lax.map(of_member, group)  # one after another: their features may be many
 
 
-def held_out_fvu_and_l0(held_out: HeldOut, group: MemberState, form: Form) -> list[tuple[float, float]]:
-    """FVU and L0 of each member of a group over all held-out tokens, errors summed in float64."""
+def measure_held_out(held_out: HeldOut, group: MemberState, form: Form) -> list[Measured]:
+    """FVU, L0 and dead features of each member of a group over all held-out tokens, errors summed in float64."""
     model = form.model(held_out.x.shape[1], "float32")
     total = float(held_out.eigenvalues.sum())
     errors, active = [], []
+    fired = np.zeros((len(group.diverged), form.features), np.int64)
     for start in range(0, len(held_out.x), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         normalization = held_out.normalization
         if held_out.kind == "story":
             normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
-        error, on = _errors_and_l0(model, group, held_out.x[rows], normalization)
+        error, on, of_feature = _errors_and_active(model, group, held_out.x[rows], normalization)
         errors.append(np.asarray(error, np.float64))
         active.append(np.asarray(on))
+        fired += np.asarray(of_feature)
+    each = zip(
+        np.concatenate(errors, axis=1),
+        np.concatenate(active, axis=1),
+        fired,
+        np.asarray(group.settings["features"]),
+        strict=True,
+    )
     return [
-        (fraction_of_variance_unexplained(error, total), float(on.mean()))
-        for error, on in zip(np.concatenate(errors, axis=1), np.concatenate(active, axis=1), strict=True)
+        Measured(fraction_of_variance_unexplained(error, total), float(on.mean()), int(np.sum(of_feature[:F] == 0)))
+        for error, on, of_feature, F in each
     ]

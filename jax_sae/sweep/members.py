@@ -19,21 +19,25 @@ from jax_sae.config import (
 from jax_sae.errors import BadInput
 
 SETTINGS = tuple(field.name for field in fields(Member))
+OPTIONAL = tuple(name for name in SETTINGS if name not in ("features", "seed", "learning_rate", "kind"))
+"""Settings that a member need not say, apart from the learning rate."""
 LISTS = {"kind": "kinds", "seed": "seeds", "learning_rate": "learning_rates"}
 """Settings of a member whose list in [sweep] has another name."""
 GENERAL: dict[str, Any] = {
-    "clip": 0.0,
+    "clip": 1.0,
     "decoder_norm": "free",
     "initialization": "transposed",
     "initial_norm": 1.0,
     "encoder_bias": 0.0,
     "decoder_bias": "zero",
-    "dead_after_tokens": 10_000_000,
     "resamples": 0,
 }
 """Settings that every kind has, with the default of those kinds that do not say otherwise."""
-OF_TRAIN = ("schedule", "warmup", "decay", "penalty_warmup")
-"""Settings that are those of [train] where a member does not say otherwise."""
+OF_TRAIN = ("schedule", "warmup", "decay", "penalty_warmup", "dead_after_tokens")
+"""Settings that [train] decides where a member does not say otherwise."""
+LEARNING_RATE_OF_ONE_FEATURE = 0.1
+"""The default learning rate is this / sqrt(F): about the best from F = 64 to 1152 (docs/LOG.md), and beyond by the law
+of Gao et al. 2024 (https://arxiv.org/abs/2406.04093), section 3."""
 LEARNING_RATE_WIDTH = 2**14
 """F at which `scale_learning_rates` changes nothing."""
 LABELS = {"learning_rate": "lr", "l1_coefficient": "lambda", "l0_coefficient": "lambda", "target_l0": "target"}
@@ -60,19 +64,14 @@ def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
     Raises:
         BadInput: if there is none, one stands there twice, or a value does not fit, or not its kind.
     """
-    members = [complete(member) for member in _explicit(sweep) or combinations(sweep)]
+    members = _explicit(sweep) or combinations(sweep)
+    if sweep.scale_learning_rates:
+        members = [_scaled(member) for member in members]
+    members = [complete(member) for member in members]
     if not members:
-        raise BadInput(
-            "the sweep has no members: sweep.kinds, sweep.features, sweep.seeds and sweep.learning_rates each need a "
-            "value"
-        )
+        raise BadInput("the sweep has no members: sweep.kinds, sweep.features and sweep.seeds each need a value")
     for member in members:
         check(member)
-    if sweep.scale_learning_rates:
-        members = [
-            replace(member, learning_rate=member.learning_rate / math.sqrt(member.features / LEARNING_RATE_WIDTH))
-            for member in members
-        ]
     for i, member in enumerate(members):
         if member in members[:i]:
             raise BadInput(f"the sweep has this member twice: {describe_member(member)}")
@@ -86,7 +85,7 @@ def _explicit(sweep: SweepConfig) -> list[Member]:
         BadInput: if a list has several values.
     """
     only, members = of_some_kinds(), list(sweep.members)
-    for name in SETTINGS[4:] if members else ():
+    for name in OPTIONAL if members else ():
         values = getattr(sweep, name)
         if len(values) > 1:
             raise BadInput(
@@ -110,7 +109,7 @@ def combinations(sweep: SweepConfig) -> list[Member]:
     for name, kinds in only.items():
         if lists[name] and not set(kinds) & set(sweep.kinds):
             raise _of_another_kind(name, lists[name][0], " or ".join(map(repr, sweep.kinds)), kinds)
-    order = ["features", *(n for n in SETTINGS[4:] if lists[n]), "seed", "learning_rate"]
+    order = ["features", *(n for n in OPTIONAL if lists[n]), "seed", *["learning_rate"] * bool(sweep.learning_rates)]
     found = []
     for kind in sweep.kinds:
         kind_named(kind)
@@ -118,6 +117,17 @@ def combinations(sweep: SweepConfig) -> list[Member]:
         for values in product(*(lists[name] for name in names)):
             found.append(Member(kind=kind, **dict(zip(names, values, strict=True))))
     return found
+
+
+def _scaled(member: Member) -> Member:
+    """The member with its learning rate times 1 / sqrt(F / 2^14)."""
+    if member.learning_rate is None:
+        raise BadInput(
+            "sweep.scale_learning_rates multiplies learning rates, but a member has none; give sweep.learning_rates, "
+            "or leave it out: the default falls with 1 / sqrt(F) by itself"
+        )
+    positive(_option("features"), member.features)
+    return replace(member, learning_rate=member.learning_rate / math.sqrt(member.features / LEARNING_RATE_WIDTH))
 
 
 def complete(member: Member) -> Member:
@@ -130,7 +140,10 @@ def complete(member: Member) -> Member:
     for name, kinds in of_some_kinds().items():
         if getattr(member, name) is not None and member.kind not in kinds:
             raise _of_another_kind(name, getattr(member, name), repr(member.kind), kinds)
-    defaults = GENERAL | dict(kind.settings)
+    defaults = GENERAL | dict(kind.defaults(settings_of(member)))
+    if (member.initialization or defaults["initialization"]) != "orthogonal":
+        defaults["encoder_bias"] = 0.0  # it belongs to that
+    defaults["learning_rate"] = LEARNING_RATE_OF_ONE_FEATURE / math.sqrt(max(1, member.features))
     return replace(member, **{name: value for name, value in defaults.items() if getattr(member, name) is None})
 
 
@@ -146,7 +159,7 @@ def check(member: Member) -> None:
     """Raise BadInput unless a complete member can be trained."""
     positive(_option("features"), member.features, 2**31 - 1)
     not_negative(_option("seed"), member.seed, LARGEST_SEED)
-    positive(_option("learning_rate"), member.learning_rate, math.inf)
+    positive(_option("learning_rate"), member.learning_rate or 0.0, math.inf)
     for name in ("l1_coefficient", "l0_coefficient", "auxk_coefficient", "clip", "encoder_bias"):
         not_negative(_option(name), getattr(member, name) or 0.0, math.inf)
     for name in ("target_l0", "k", "bandwidth", "initial_threshold", "initial_norm"):
@@ -157,7 +170,8 @@ def check(member: Member) -> None:
             within_float32(_option(name), value)
     for name in ("warmup", "decay", "penalty_warmup"):
         part_of_steps(_option(name), getattr(member, name) or 0.0)
-    positive(_option("dead_after_tokens"), member.dead_after_tokens or 0, 2**31 - 1)
+    if member.dead_after_tokens is not None:
+        positive(_option("dead_after_tokens"), member.dead_after_tokens, 2**31 - 1)
     not_negative(_option("resamples"), member.resamples or 0)
     for name in ("k", "target_l0"):
         if (value := getattr(member, name)) is not None and value > member.features:
@@ -185,9 +199,18 @@ def settings_of(member: Member) -> dict[str, Any]:
     return {name: value for name, value in asdict(member).items() if value is not None}
 
 
+def recorded_member(settings: Mapping[str, Any]) -> Member:
+    """The complete member that `settings_of` gave; what versions before 0.4 did not have is as it was there: no clip.
+
+    Defaults may have changed since; a member has those with which it began, because all of them are recorded.
+    """
+    return complete(Member(**{"clip": 0.0, **settings}))
+
+
 def describe_member(member: Member) -> str:
     """On one line what a complete member is: not how it begins, nor what its kind does by default, but k."""
-    defaults: Mapping[str, Any] = {"kind": "relu", **kind_named(member.kind).settings, "k": None}
+    its = kind_named(member.kind).defaults(settings_of(member))
+    defaults: Mapping[str, Any] = {"kind": "relu", **its, "k": None}
     shown = [
         (name.replace("_", " "), value)
         for name, value in settings_of(member).items()
@@ -206,7 +229,7 @@ def member_names(members: Sequence[Member]) -> list[str]:
     for member in members:
         alike = [other for other in members if (other.kind, other.features) == (member.kind, member.features)]
         name = f"{member.kind}-" * several_kinds + f"F{member.features}"
-        for setting in [*SETTINGS[4:], "seed", "learning_rate"]:
+        for setting in [*OPTIONAL, "seed", "learning_rate"]:
             value = getattr(member, setting)
             if value is not None and len({getattr(other, setting) for other in alike}) > 1:
                 name += f"-{LABELS.get(setting, setting)}{value}"

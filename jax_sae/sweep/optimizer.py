@@ -12,6 +12,9 @@ from jax_sae.autoencoder.model import Values
 from jax_sae.config import Member, Schedule, TrainConfig
 from jax_sae.sweep.members import OF_TRAIN, settings_of
 
+MOST_TOKENS_TO_DIE = 10_000_000
+"""After so many tokens without firing a feature is dead (Gao et al. 2024, A.2), or after a tenth of a shorter run."""
+
 SCHEDULES: tuple[str, ...] = typing.get_args(Schedule)
 
 
@@ -19,16 +22,18 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
     """The settings that a step of a complete member needs, as scalars that may be traced and differ in a group.
 
     Floats are NumPy's float32, whole numbers int32 (the seed uint32). Parts of the steps become `warmup_steps`,
-    `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`. What the kind does not have
-    is 0.
+    `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`; `dead_after_tokens` is a
+    tenth of the run's, MOST_TOKENS_TO_DIE at most, where the member does not say it. What the kind does not have is 0.
     """
-    of_train = {name: getattr(train, name) for name in OF_TRAIN}
+    of_train = {name: getattr(train, name) for name in OF_TRAIN if name != "dead_after_tokens"}
+    tenth_of_the_run = max(1, train.steps * train.batch_tokens // 10)
+    of_train["dead_after_tokens"] = min(MOST_TOKENS_TO_DIE, tenth_of_the_run)
     given = of_train | settings_of(member)
     warmup_steps = round(given["warmup"] * train.steps)
     whole = {
         "features": member.features,
         "k": member.k or 0,
-        "dead_after_tokens": member.dead_after_tokens,
+        "dead_after_tokens": given["dead_after_tokens"],
         "schedule": SCHEDULES.index(given["schedule"]),
         "warmup_steps": warmup_steps,
         "decay_steps": round(given["decay"] * (train.steps - warmup_steps)),
@@ -63,7 +68,7 @@ def penalty_ramp(step: jax.Array, settings: Values) -> jax.Array:
 
 
 def clipping(squared_norm: jax.Array, tokens: jax.Array, clip: jax.Array) -> jax.Array:
-    """What the gradient of a loss summed over `tokens` is multiplied by: min(1, clip / |g / tokens|); 1 where clip is 0.
+    """What the gradient g of a loss summed over `tokens` is multiplied by: min(1, clip / |g / tokens|); 1 if clip is 0.
 
     So a batch with a few very large tokens moves the parameters no further than others. The unit of `clip` is that of
     the loss averaged over tokens, with |x|^2 equal to D on average, and does not depend on B. Pascanu et al. 2013

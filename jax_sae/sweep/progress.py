@@ -1,5 +1,6 @@
 """All that changes while a run goes on, and its way into a checkpoint and back."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax_sae.config import Config, Member, config_to_dict
 from jax_sae.errors import BadInput
 from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
 from jax_sae.sweep.groups import Group
-from jax_sae.sweep.members import settings_of
+from jax_sae.sweep.members import member_names, recorded_member, settings_of
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.sweep.update import (
     METRICS,
@@ -138,6 +139,43 @@ def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
         return {"members": members, "normalization": normalization}, run
 
     checkpoints.save(progress.step, content)
+
+
+def members_begun_with(out: Path, members: Sequence[Member]) -> tuple[tuple[Member, ...], list[str]]:
+    """The members of the run in `out` as they began, in the order of `members`: defaults may have changed since.
+
+    Returns:
+        They, `members` themselves if no checkpoint can be read; and a line that says which settings differ.
+
+    Raises:
+        BadInput: if the run has other members.
+    """
+    if not (out / "checkpoints").is_dir():
+        return tuple(members), []
+    with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            try:
+                run = checkpoints.read_run(step)
+                break
+            except Damaged:  # `restore` says so
+                continue
+        else:
+            return tuple(members), []
+    names = member_names(members)
+    if set(names) != set(run["members"]):
+        has, makes = ", ".join(run["members"]), ", ".join(names)
+        raise BadInput(f"{out} has the members {has}, but its settings now make {makes}; resume with the run's own")
+    begun = tuple(recorded_member(run["members"][name]) for name in names)
+    changes = {
+        f"{name} {after} -> {before}"
+        for old, new in zip(begun, members, strict=True)
+        for (name, before), after in zip(asdict(old).items(), asdict(new).values(), strict=True)
+        if before != after
+    }
+    if not changes:
+        return begun, []
+    version = run["versions"]["jax_sae"]
+    return begun, [f"note          it keeps the defaults of version {version}: {', '.join(sorted(changes))}"]
 
 
 def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
+from jax_sae.sweep.advice import advice
 from jax_sae.sweep.figures import draw_losses, draw_training, member_colours
 from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
-from jax_sae.sweep.held_out import HeldOut, held_out_fvu_and_l0
-from jax_sae.sweep.members import describe_member, settings_of, sweep_members
+from jax_sae.sweep.held_out import HeldOut, measure_held_out
+from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.progress import Clock, Progress, Setup, device, versions
 from jax_sae.sweep.update import METRICS
@@ -161,7 +162,7 @@ def describe(setup: Setup) -> list[str]:
 def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> None:
     """Write the figures and, last, `summary.json`; print the closing table and how to use what was trained."""
     names, members = setup.names(), setup.members()
-    in_order = [members.index(member) for member in sweep_members(setup.config.sweep)]
+    in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
     summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
     width = held_out.x.shape[1]
@@ -204,6 +205,7 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
     say(
         [
             *lines,
+            *advice(summary["members"]),
             f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
             f"figures       {', '.join(map(str, figures))}",
@@ -217,12 +219,12 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
     measured = [
         each
         for group, state in zip(setup.groups, progress.state, strict=True)
-        for each in held_out_fvu_and_l0(held_out, state, group.form)
+        for each in measure_held_out(held_out, state, group.form)
     ]
     last = progress.metrics[-max(1, setup.config.train.steps // 100) :].mean(0, dtype=np.float64)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
-        floor, (fvu, l0) = held_out.fvu_floor(member.features), measured[i]
+        floor, (fvu, l0, dead) = held_out.fvu_floor(member.features), measured[i]
         found.append(
             {
                 "name": name,
@@ -233,6 +235,7 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
                 "loss_per_element": finite_or_none(last[i, METRICS.index("loss_per_element")]),
                 "penalty_per_element": finite_or_none(last[i, METRICS.index("penalty_per_element")]),
                 "l0": l0,
+                "dead_features": dead,
                 "fvu": finite_or_none(fvu),
                 "pca_floor_fvu": floor,
                 "fvu_over_floor": finite_or_none(fvu / floor) if floor > 0 else None,

@@ -26,7 +26,7 @@ from jax_sae.sweep.held_out import harvest_held_out
 from jax_sae.sweep.lock import locked
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.plan import is_checkpoint, plan
-from jax_sae.sweep.progress import Clock, Progress, Setup, restore, save
+from jax_sae.sweep.progress import Clock, Progress, Setup, members_begun_with, restore, save
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384
@@ -64,13 +64,16 @@ def train(
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
-    groups = make_groups(sweep_members(config.sweep))
+    members, changed = sweep_members(config.sweep), list[str]()
+    if resume:
+        members, changed = members_begun_with(out, members)
+    groups = make_groups(members)
     if sources:
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
     setup = Setup(config, groups, source.width, inputs(source, held_out_source))
-    report.say(lines + report.describe(setup))
+    report.say(lines + changed + report.describe(setup))
     progress: Progress | None = None
     with ExitStack() as stack:
         if resume:

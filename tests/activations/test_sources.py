@@ -25,7 +25,7 @@ from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.text import Stories
 from jax_sae.language_model.torch_file import open_torch_file
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.held_out import harvest_held_out, measure_held_out
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import init_sweep
 
@@ -84,7 +84,7 @@ def test_first_tokens_of_giant_norm_change_nothing_once_they_are_excluded(lm: La
         activations = ActivationsConfig(held_out_tokens=400, exclude_first_tokens=exclude)
         groups = make_groups((complete(Member(9)),))
         group = init_sweep(groups, source.width, TrainConfig(), NO_CENTRES)[0]
-        [(fvu, _)] = held_out_fvu_and_l0(harvest_held_out(source, fitted, activations), group, groups[0].form)
+        [(fvu, *_)] = measure_held_out(harvest_held_out(source, fitted, activations), group, groups[0].form)
         return fitted.mean.tobytes(), float(fitted.scale), fvu
 
     assert estimate_and_fvu(1, params) == estimate_and_fvu(1, lm.params)

@@ -20,7 +20,7 @@ from jax_sae.config import ActivationsConfig, Member, TrainConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.sweep import held_out as held_out_module
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import HeldOut, harvest_held_out, held_out_fvu_and_l0
+from jax_sae.sweep.held_out import HeldOut, harvest_held_out, measure_held_out
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import MemberState, stack, update_member
 
@@ -141,7 +141,7 @@ def group_of(*members: Arrays) -> MemberState:
 def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
     """FVU of each member of a group of ReLU autoencoders; L0 is counted by hand."""
     D, F = group.params["W_enc"].shape[1:]
-    found = held_out_fvu_and_l0(held_out, group, make_groups((complete(Member(F)),))[0].form)
+    found = measure_held_out(held_out, group, make_groups((complete(Member(F)),))[0].form)
     for (_, l0), params in zip(found, unstacked(group), strict=True):
         features = encode(ReLU(D, F), params, {}, normalized_rows(held_out).astype(np.float32))
         assert l0 == pytest.approx(float((features > 0).sum(1).mean()), rel=1e-3)  # of float32s that are nearly 0

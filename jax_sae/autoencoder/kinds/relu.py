@@ -14,15 +14,20 @@ class ReLU(Autoencoder):
     """f = relu(x W_enc + b_enc), minimising |x - x_hat|^2 + lambda sum_i f_i |W_dec_i|.
 
     Weighting by the norms of the directions keeps f from shrinking while W_dec grows, without a constraint: Anthropic,
-    "Circuits Updates - April 2024", Training Sparse Autoencoders. With lambda = 0 it is the plain autoencoder.
+    "Circuits Updates - April 2024", Training Sparse Autoencoders, which also clips gradients to 1 and begins with small
+    directions. With lambda = 0 it is the plain autoencoder, which begins with every feature active, as a random
+    projection (docs/LOG.md, "Recipe"), and is not clipped.
     """
 
-    settings: ClassVar[Mapping[str, Any]] = {
-        "l1_coefficient": 0.0,
-        "initialization": "torch",
-        "initial_norm": 0.1,
-    }
+    settings: ClassVar[Mapping[str, Any]] = {"l1_coefficient": 0.0, "initial_norm": 0.1}
     penalties = ("l1_coefficient",)
+
+    @classmethod
+    def defaults(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of the sparse autoencoder or, without a penalty, of the plain one."""
+        if given.get("l1_coefficient"):
+            return cls.settings
+        return {**cls.settings, "clip": 0.0, "initialization": "orthogonal", "encoder_bias": 2.0}
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """relu(x W_enc + b_enc)."""
