@@ -48,7 +48,7 @@ BAD = [
     ("[sweep]\nlearning_rates = [1e-38]", r"sweep.learning_rates is 1e-38, which float32 would make zero"),
     ("[[sweep.members]]\nfeatures = 3\nlearning_rate = 1e-50", r"sweep.learning_rates is 1e-50, which float32"),
     ("[sweep]\nseeds = [-1]", r"sweep.seeds is -1; 0 or more"),
-    ("[sweep]\nencoder_bias = 1.0", r"belongs to sweep.initialization = 'orthogonal'"),
+    ("[sweep]\ninitialization = 'torch'\nencoder_bias = 1.0", r"belongs to sweep.initialization = 'orthogonal'"),
     ("[[sweep.members]]\nseed = 1", r"'sweep.members.features' is missing"),
     ("[[sweep.members]]\nfeatures = 3\nwidth = 1", r"unknown key 'sweep.members.width'"),
     ("[activations]\nmask = 'm.npy'", r"activations.mask is 'm.npy', but activations.path is empty"),

@@ -130,7 +130,7 @@ def test_steps_of_training_are_adams(initialization: str) -> None:
     The rates are lr / 2, lr, then lr (1 - t) for t = 0, 1/4: a warm-up of 1 of 5 steps, then a line to zero.
     """
     lr, beta1, beta2, epsilon = 1e-2, 0.8, 0.95, 1e-8
-    train = TrainConfig(steps=5, warmup=0.2, schedule="linear", beta1=beta1, beta2=beta2)
+    train = TrainConfig(steps=5, warmup=0.2, schedule="linear", decay=1.0, beta1=beta1, beta2=beta2)
     bias = 0.5 if initialization == "orthogonal" else 0.0
     member = complete(Member(F, 3, lr, initialization=initialization, encoder_bias=bias))  # type: ignore[arg-type]
     state = initial(member, D, train)

@@ -5,10 +5,18 @@ from dataclasses import replace
 import pytest
 
 from jax_sae.autoencoder.kinds import kind_names
-from jax_sae.config import Member, SweepConfig
+from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.members import complete, describe_member, member_names, settings_of, sweep_members
+from jax_sae.sweep.members import (
+    complete,
+    describe_member,
+    member_names,
+    recorded_member,
+    settings_of,
+    sweep_members,
+)
+from jax_sae.sweep.optimizer import traced_settings
 
 SPARSE = SweepConfig(
     kinds=("relu", "topk", "jumprelu", "gated"),
@@ -30,19 +38,50 @@ def test_each_kind_is_combined_with_the_lists_that_it_has() -> None:
 
 
 def test_what_is_not_said_is_the_kinds_default() -> None:
-    """The papers': unit directions but for relu, 1/32 of AuxK, thresholds from 0.001; None where there is no such."""
+    """Unit directions but for relu, 1/32 of AuxK, thresholds from 0.1, clipping at 1; None where there is no such."""
     for kind in kind_names():
         needed = {"gated": {"l1_coefficient": 1.0}, "jumprelu": {"l0_coefficient": 1.0}}.get(kind, {})
         member = complete(Member(64, kind=kind, **needed))  # type: ignore[arg-type]
         assert member.decoder_norm == ("free" if kind == "relu" else "unit")
-        assert member.initialization == ("torch" if kind == "relu" else "transposed")
+        is_plain = kind == "relu"  # without a penalty
+        assert member.initialization == ("orthogonal" if is_plain else "transposed")
+        assert (member.encoder_bias, member.clip) == ((2.0, 0.0) if is_plain else (0.0, 1.0))
         is_topk = kind in ("topk", "batchtopk", "matryoshka")
         assert (member.k, member.auxk_coefficient) == ((32, 1 / 32) if is_topk else (None, None))
         assert member.decoder_bias == ("geometric_median" if is_topk else "zero")
-        assert member.bandwidth == member.initial_threshold == (0.001 if kind == "jumprelu" else None)
-        assert member.dead_after_tokens == 10_000_000 and member.resamples == 0
+        thresholds = (member.bandwidth, member.initial_threshold)
+        assert thresholds == ((0.05, 0.1) if kind == "jumprelu" else (None, None))
+        assert member.learning_rate == 0.1 / 8 and member.resamples == 0
         assert complete(member) == member
     assert complete(Member(8)).l1_coefficient == 0
+    sparse = complete(Member(8, l1_coefficient=0.5))
+    assert (sparse.initialization, sparse.encoder_bias, sparse.clip) == ("transposed", 0.0, 1.0)
+    assert complete(Member(8, initialization="torch")).encoder_bias == 0
+
+
+def test_a_feature_is_dead_after_a_tenth_of_the_run_or_ten_million_tokens() -> None:
+    """So that AuxK acts in short runs too; what a member says counts."""
+    short, long = TrainConfig(steps=100, batch_tokens=50), TrainConfig(steps=10**6, batch_tokens=4096)
+    member = complete(Member(8, kind="topk", k=2))
+    assert traced_settings(member, short)["dead_after_tokens"] == 500
+    assert traced_settings(member, long)["dead_after_tokens"] == 10_000_000
+    assert traced_settings(replace(member, dead_after_tokens=7), long)["dead_after_tokens"] == 7
+
+
+def test_a_recorded_member_is_as_it_began_whatever_defaults_are_now() -> None:
+    """Settings of version 0.3, which had no clip and other defaults, and of this one."""
+    of_0_3 = {"features": 8, "seed": 0, "learning_rate": 1e-3, "kind": "jumprelu", "target_l0": 2.0, "bandwidth": 0.001}
+    of_0_3 |= {"initial_threshold": 0.001, "decoder_norm": "unit", "initialization": "transposed", "initial_norm": 1.0}
+    of_0_3 |= {"encoder_bias": 0.0, "decoder_bias": "zero", "dead_after_tokens": 10_000_000, "resamples": 0}
+    assert settings_of(recorded_member(of_0_3)) == {**of_0_3, "clip": 0.0}
+    now = complete(Member(8, kind="jumprelu", target_l0=2.0))
+    assert recorded_member(settings_of(now)) == now
+
+
+def test_rates_cannot_be_scaled_where_none_is_given() -> None:
+    """The default has its own law."""
+    with pytest.raises(BadInput, match="multiplies learning rates, but a member has none"):
+        sweep_members(SweepConfig(features=(8,), scale_learning_rates=True))
 
 
 def test_names_say_what_tells_members_apart() -> None:

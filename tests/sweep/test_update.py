@@ -17,7 +17,7 @@ from jax_sae.config import Config, Initialization, Member, SweepConfig, TrainCon
 from jax_sae.sweep import update
 from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import complete, sweep_members
-from jax_sae.sweep.optimizer import make_optimizer, relative_learning_rate, traced_settings
+from jax_sae.sweep.optimizer import clipping, make_optimizer, relative_learning_rate, traced_settings
 from jax_sae.sweep.update import (
     METRICS,
     MemberState,
@@ -172,7 +172,7 @@ def test_dispatches_of_any_length_give_the_same_bits(data: tuple[jax.Array, jax.
 def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> None:
     """One step of a member against Optax applied by hand to the formula of the gradient."""
     x, weights = data[0][0], data[1][0]
-    member = complete(Member(7, learning_rate=1e-2))
+    member = complete(Member(7, learning_rate=1e-2, initialization="torch"))
     state = initial(member, D, TRAIN)
     p = {name: np.asarray(value, np.float64) for name, value in state.params.items()}
     pre = np.asarray(x, np.float64) @ p["W_enc"] + p["b_enc"]
@@ -193,6 +193,25 @@ def test_update_is_optax_on_the_gradient(data: tuple[jax.Array, jax.Array]) -> N
         np.testing.assert_allclose(new.params[name], value, atol=2e-6)
 
 
+def test_a_clip_limits_the_norm_of_the_members_own_mean_gradient(data: tuple[jax.Array, jax.Array]) -> None:
+    """min(1, clip / |g|) of the gradient of the mean loss, which does not depend on B."""
+    x, weights = data[0][0], data[1][0]
+    moments = {}
+    for clip in (0.0, 1e-3, 1e6):
+        member = complete(Member(7, learning_rate=1e-2, initialization="torch", clip=clip))
+        form = make_groups((member,))[0].form
+        state, _ = update.update_member(initial(member, D, TRAIN), x, weights, 0, False, form=form, train=TRAIN)
+        moments[clip] = state.opt_state[0].mu
+    assert all(map(np.array_equal, jax.tree.leaves(moments[0.0]), jax.tree.leaves(moments[1e6])))
+    norm = {clip: float(optax.tree.norm(mu)) / (1 - TRAIN.beta1) for clip, mu in moments.items()}
+    assert norm[1e-3] == pytest.approx(1e-3 * float(weights.sum()), rel=1e-4) and norm[0.0] > 2 * norm[1e-3]
+    for clipped, whole in zip(jax.tree.leaves(moments[1e-3]), jax.tree.leaves(moments[0.0]), strict=True):
+        np.testing.assert_allclose(clipped / norm[1e-3], whole / norm[0.0], rtol=1e-3, atol=1e-7)  # the same direction
+    once, twice = (clipping(jnp.float32(n) ** 2 * 9, jnp.float32(n * 4), jnp.float32(0.5)) for n in (1, 2))
+    assert float(once) == float(twice) == pytest.approx(0.5 / 0.75)
+    assert float(clipping(jnp.float32(0), jnp.float32(0), jnp.float32(0.5))) == 1
+
+
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
     """Warm-up from above 0 to 1, then constant, or 0 at the end."""
@@ -206,7 +225,7 @@ def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
 
 def test_groups_hold_members_of_nearly_equal_width() -> None:
     """Narrowest first; names say what tells members of one width apart."""
-    members = (Member(1000), Member(768, 1), Member(767), Member(100), Member(768, 0, 1e-2), Member(768, 0, 1e-3))
+    members = (Member(1000), Member(768, 1, 1e-3), Member(767), Member(100), Member(768, 0, 1e-2), Member(768, 0, 1e-3))
     groups = make_groups(members)
     assert [group.features for group in groups] == [100, 768, 1000]
     assert groups[1] == Group(
@@ -219,7 +238,7 @@ def test_groups_hold_members_of_nearly_equal_width() -> None:
 def test_model_is_what_it_says() -> None:
     """decode(encode(x)) is the call; features are never negative; torch's bounds hold for every parameter."""
     model = ReLU(width=9, features=400)
-    params = initial(Member(400), 9, TRAIN).params
+    params = initial(Member(400, initialization="torch"), 9, TRAIN).params
     x = jax.random.normal(jax.random.key(3), (5, 9))
     features = encode(model, params, {}, x)
     assert float(jnp.min(features)) == 0
@@ -244,7 +263,8 @@ def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() 
 
 def test_members_at_once_equal_members_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an accelerator does, whole batches and vmap, and what a CPU does, parts and members in turn."""
-    sweep, train = SweepConfig(features=(23, 24), seeds=(0, 1)), TrainConfig(batch_tokens=2048)
+    sweep = SweepConfig(features=(23, 24), seeds=(0, 1), initialization=("torch",))
+    train = TrainConfig(batch_tokens=2048)
     groups = make_groups(sweep_members(sweep))
     [group] = init_sweep(groups, D, train, NO_CENTRES)
     x, weights = jax.random.normal(jax.random.key(0), (4, 2048, D)), jnp.ones((4, 2048))
