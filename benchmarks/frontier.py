@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from timing import report
 
-from jax_sae.activations.store import open_rows
+from jax_sae.activations.array_sources import open_activations
+from jax_sae.activations.arrays import Rows
 from jax_sae.command_line import run_script
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -227,7 +228,9 @@ def demo_rows(directory: Path) -> str:
 
 def compare(options: Options, path: str) -> None:
     """Train everything and print it."""
-    rows = open_rows(path)
+    rows, _ = open_activations(path)
+    if not isinstance(rows, Rows):
+        raise BadInput(f"{path} holds stories; a store, or one array [N, D], was expected")
     n_held_out = min(65_536, len(rows) // 10)
     x, held_out = rows.read(0, len(rows) - n_held_out), rows.read(len(rows) - n_held_out, len(rows))
     theirs: dict[tuple[str, float], list[tuple[float, Reached]]] = {}
