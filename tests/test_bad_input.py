@@ -376,7 +376,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         ["--sweep.features"],
         "the sweep has no members",
         "",
-        "sweep.features, sweep.seeds and sweep.learning_rates each need a value",
+        "sweep.features and sweep.seeds each need a value",
     ),
     "20 no tokens": (["--train.batch-tokens", "0"], "train.batch_tokens is 0", "a number above 0 was expected", ""),
     "20 a negative batch": (["--train.batch-tokens", "-4"], "train.batch_tokens is -4", "a number above 0", ""),
