@@ -10,12 +10,13 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal
 
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, Contradiction
 
 Normalization = Literal["dataset", "story", "none"]
 Initialization = Literal["torch", "orthogonal", "transposed"]
@@ -152,8 +153,8 @@ class SweepConfig:
 
     kinds: tuple[str, ...] = ("relu",)
     """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds."""
-    features: tuple[int, ...] = (100, 767, 768, 1000)
-    """Numbers of features F."""
+    features: tuple[int, ...] = ()
+    """Numbers of features F; without one, 8 times the width D of the activations."""
     l1_coefficient: tuple[float, ...] = ()
     """relu (default 0, the plain autoencoder), gated: lambda of the L1 penalty, weighted by the directions' norms."""
     l0_coefficient: tuple[float, ...] = ()
@@ -257,25 +258,56 @@ def config_names() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(config: Path) -> Config:
-    """Read a TOML file whose tables are the fields of `Config`, or one that comes with the package, by its name.
+def find_config(name: Path) -> Path:
+    """The file of that name or, where there is none, the one that comes with the package under it."""
+    return name if name.is_file() else config_names().get(str(name), name)
+
+
+def load_config(path: Path) -> Config:
+    """Read a TOML file whose tables are the fields of `Config`; or one that comes with the package, by its name.
 
     Raises:
         BadInput: if the file is missing or is no TOML, or a key or value is not one of `Config`'s.
     """
-    known = config_names()
-    path = known.get(str(config), config) if not config.is_file() else config
+    return config_with(load_settings(path))
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """What a TOML file says, by dotted names such as `train.steps`; errors as for `load_config`."""
+    path = find_config(path)
     try:
         with open(path, "rb") as file:
             table = tomllib.load(file)
     except OSError as error:
         raise BadInput(
             f"cannot read the config {path}: {error.strerror}; give a TOML file, or the name of one that comes with "
-            f"the package: {', '.join(known)}"
+            f"the package: {', '.join(config_names())}"
         ) from error
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits or brackets
         raise BadInput(f"{path} is not valid TOML in UTF-8: {error}") from error
-    return config_from_dict(table, str(path))
+    settings = flatten(config_from_dict(table, str(path)))
+    return {f"{group}.{name}": settings[f"{group}.{name}"] for group, part in table.items() for name in part}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return {
+        f"{group.name}.{setting.name}": getattr(getattr(config, group.name), setting.name)
+        for group in dataclasses.fields(config)
+        for setting in dataclasses.fields(getattr(config, group.name))
+    }
+
+
+def config_with(settings: Mapping[str, Any], config: Config | None = None) -> Config:
+    """The settings, by dotted names, over those of a `Config`; without one, over the defaults."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        group, _, setting = name.partition(".")
+        tables.setdefault(group, {})[setting] = value
+    config = config or Config()
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **table) for group, table in tables.items()}
+    )
 
 
 def config_from_dict(table: dict[str, Any], where: str) -> Config:
@@ -424,8 +456,12 @@ def validate(config: Config) -> None:
             )
     not_negative("activations.norm_limit", activations.norm_limit, sys.float_info.max)
     if activations.norm_limit and (train.batching == "story" or activations.normalization == "story"):
-        raise BadInput(
-            f"activations.norm_limit is {activations.norm_limit}, but it needs tokens that do not depend on the rest "
-            "of their story, so train.batching and activations.normalization cannot be 'story'; use 'tokens' and "
-            "'dataset', or activations.exclude_first_tokens in place of the limit"
+        raise Contradiction(
+            "activations.norm_limit",
+            f"is {activations.norm_limit}",
+            "it needs tokens that do not depend on the rest of their story, so train.batching and "
+            "activations.normalization cannot be 'story'",
+            "use 'tokens' and 'dataset', or activations.exclude_first_tokens in place of the limit",
+            value=activations.norm_limit,
+            others=("train.batching", "activations.normalization"),
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal, TypeVar
 
-from jax_sae.config import Config, Member, expected, load_config, option_types, without_none
+from jax_sae.config import Config, Member, expected, flatten, option_types, without_none
 from jax_sae.errors import BadInput
 
 Options = TypeVar("Options")
@@ -19,23 +19,20 @@ MEMBER = "features=F,kind=KIND,seed=S,learning_rate=LR,..."
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """The command line apart from the settings of `Config`."""
+    """The command line of `jax-sae train`."""
 
-    config: Path
+    config: Path | None
     out: Path | None
     resume: bool
-    settings: Config
+    settings: dict[str, Any]
+    """Those settings of `Config` that flags give, by dotted names."""
 
 
-DEMO = Path("demo")
-"""The config without --config, one of those that come with the package."""
-
-
-def parse(argv: Sequence[str], defaults: Config | None = None) -> Arguments:
-    """Flags over `defaults`, or over those of the TOML file.
+def parse(argv: Sequence[str]) -> Arguments:
+    """Read the command line of `jax-sae train`.
 
     Raises:
-        BadInput: if a flag or the TOML file cannot be used.
+        BadInput: if a flag cannot be used.
         SystemExit: with code 0 after `--help`.
     """
     import tyro
@@ -58,31 +55,37 @@ def parse(argv: Sequence[str], defaults: Config | None = None) -> Arguments:
         )
 
     given = check_flags(argv)
-    start = defaults or load_config(Path(given["config"][0]) if "config" in given else DEMO)
 
     @dataclasses.dataclass(frozen=True)
     class CommandLine:
         """Train every autoencoder of a sweep at once on the activations of a language model.
 
-        A flag overrides the TOML file of --config, and that the defaults. Exit codes: 0 finished, 1 the run could not
-        go on (a full disk, every member diverged), 2 something given cannot be used, 130 or 143 stopped by Ctrl-C or
-        SIGTERM after saving.
+        A flag overrides the file of --config, and that the defaults, which stand here. With neither, it is the demo.
+        Exit codes: 0 finished, 1 the run could not go on (a full disk, every member diverged), 2 something given cannot
+        be used, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
         """
 
-        config: Path = DEMO
-        """TOML file with the settings of the run, or the name of one that comes with the package."""
+        config: Path | None = None
+        """TOML file with settings, or the name of one that comes with the package. Without it, demo; with
+        sweep.kinds or the like, demo_sparse as far as it is of those kinds; with model, text or activations of one's
+        own, the defaults."""
         out: Path | None = None
         """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
         resume: bool = False
         """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
         debug: bool = False
         """Show the traceback of an error, above its one line."""
-        settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=lambda: start)
+        settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     parsed = tyro.cli(
-        CommandLine, args=list(argv), registry=registry, prog="jax-sae train", config=(tyro.conf.FlagCreatePairsOff,)
+        CommandLine,
+        args=list(argv),
+        registry=registry,
+        prog="jax-sae train",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return Arguments(parsed.config, parsed.out, parsed.resume, parsed.settings)
+    values = flatten(parsed.settings)
+    return Arguments(parsed.config, parsed.out, parsed.resume, {name: values[name] for name in given if name in values})
 
 
 def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:

@@ -101,6 +101,8 @@ def elsewhere(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         yield
 
 
+OF_DEMO = ["--model.path", str(MODEL)]
+"""The demo's language model, for texts of one's own."""
 ABSENT = "no such file or directory, not complete in the local Hugging Face cache, and HF_HUB_OFFLINE is set"
 FORM = "not a name on the hub, which has the form owner/name"
 FLOAT32 = "1.1754944e-38 to 3.4028235e+38 was expected"
@@ -114,7 +116,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "Give a local directory, run `hf download nobody/nothing` first",
     ),
     "1 hub id absent: text": (
-        ["--text.path", "nobody/nothing"],
+        [*OF_DEMO, "--text.path", "nobody/nothing"],
         "cannot load dataset 'nobody/nothing'",
         ABSENT,
         "`hf download --repo-type dataset nobody/nothing --local-dir FOLDER` makes one",
@@ -126,7 +128,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "run `hf download nobody/nothing` first",
     ),
     "1 neither a path nor a hub id": (["--model.path", "no name"], "'no name': no such file or directory", FORM, ""),
-    "1 an empty name": (["--text.path", ""], "cannot load dataset ''", FORM, ""),
+    "1 an empty name": ([*OF_DEMO, "--text.path", ""], "cannot load dataset ''", FORM, ""),
     "1 a file in place of a model": (
         ["--model.path", "text.jsonl"],
         "text.jsonl: a file",
@@ -141,13 +143,13 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
     ),
     "1 damaged weights": (["--model.path", "broken"], "broken/pytorch_model.bin", "", ""),
     "1 a file of another kind in place of a text": (
-        ["--text.path", "rows.npy"],
+        [*OF_DEMO, "--text.path", "rows.npy"],
         "rows.npy: neither a folder nor a file that ends in",
         ".parquet, .json, .jsonl, .csv, .txt",
         "",
     ),
     "2 column missing": (
-        ["--text.path", "stories.jsonl"],
+        [*OF_DEMO, "--text.path", "stories.jsonl"],
         "stories.jsonl: no column 'text' in the split 'train'",
         "there are 'story'",
         "name one of them",
@@ -165,7 +167,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "name one of them",
     ),
     "3 too few stories to hold some out": (
-        ["--text.path", "three.jsonl"],
+        [*OF_DEMO, "--text.path", "three.jsonl"],
         "three.jsonl has 3 stories and no held-out split",
         "at least 20 are needed, a tenth held out",
         "",
@@ -177,31 +179,31 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "exclude fewer",
     ),
     "5 token ids beyond the vocabulary": (
-        ["--text.path", "token_ids.jsonl"],
+        [*OF_DEMO, "--text.path", "token_ids.jsonl"],
         "column 'text', row 0: the token id 2048",
         "the model's vocabulary has the ids 0 to 2047",
         "give ids of the model's own tokenizer",
     ),
     "5 token ids and a tokenizer": (
-        ["--text.path", "token_ids.jsonl", "--text.tokenizer", "other_vocabulary"],
+        [*OF_DEMO, "--text.path", "token_ids.jsonl", "--text.tokenizer", "other_vocabulary"],
         "the tokenizer 'other_vocabulary' is given",
         "the column 'text' holds token ids",
         "leave the tokenizer out",
     ),
     "5 a configuration of a file": (
-        ["--text.path", "text.jsonl", "--text.config", "en"],
+        [*OF_DEMO, "--text.path", "text.jsonl", "--text.config", "en"],
         "text.config is 'en'",
         "a file has no configurations",
         "leave it out",
     ),
     "5 numbers in place of text": (
-        ["--text.path", "numbers.jsonl"],
+        [*OF_DEMO, "--text.path", "numbers.jsonl"],
         "column 'text', row 0: a int",
         "text was expected",
         "name a column with stories as text",
     ),
     "6 a batch larger than the text": (
-        ["--text.path", "text.jsonl", "--train.batch-tokens", "4000"],
+        [*OF_DEMO, "--text.path", "text.jsonl", "--train.batch-tokens", "4000"],
         "train.batch_tokens is 4000",
         "but the text has 108 tokens to train on",
         "lower it",
@@ -224,33 +226,38 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "at least 20 are needed, a tenth of them held out",
         "",
     ),
-    "8 an empty file": (["--text.path", "none.jsonl"], "none.jsonl is empty", "stories were expected, one a row", ""),
+    "8 an empty file": (
+        [*OF_DEMO, "--text.path", "none.jsonl"],
+        "none.jsonl is empty",
+        "stories were expected, one a row",
+        "",
+    ),
     "8 a file that is no dataset": (
-        ["--text.path", "broken.parquet"],
+        [*OF_DEMO, "--text.path", "broken.parquet"],
         "broken.parquet: cannot be loaded as a dataset (ArrowInvalid: Parquet magic bytes not found",
         "",
         "",
     ),
     "8 a column of two types": (
-        ["--text.path", "mixed.jsonl", "--train.batch-tokens", "32"],
+        [*OF_DEMO, "--text.path", "mixed.jsonl", "--train.batch-tokens", "32"],
         "column 'text' is of the type ",
         "text was expected",
         "",
     ),
     "8 splits of two types": (
-        ["--text.path", "two_types"],
+        [*OF_DEMO, "--text.path", "two_types"],
         "two_types: cannot be loaded as a dataset (ArrowInvalid: Failed to parse string",
         "",
         "",
     ),
     "8 nothing but empty stories": (
-        ["--text.path", "empty.jsonl"],
+        [*OF_DEMO, "--text.path", "empty.jsonl"],
         "not one of 36 has any tokens",
         "",
         "is this the right text column?",
     ),
     "8 nothing but excluded tokens": (
-        ["--text.path", "text.jsonl", "--activations.exclude-first-tokens", "3"],
+        [*OF_DEMO, "--text.path", "text.jsonl", "--activations.exclude-first-tokens", "3"],
         "not one of 36 has any tokens but the first ones, which are excluded",
         "",
         "lower activations.exclude_first_tokens",
@@ -268,7 +275,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "name another tokenizer",
     ),
     "11 a limit below most norms": (
-        ["--activations.path", "giants.npy", "--activations.norm-limit", "1e-9"],
+        ["--activations.path", "giants.npy", "--activations.norm-limit", "1e-9", "--train.batch-tokens", "32"],
         "tokens have a larger norm than activations.norm_limit, 1e-09",
         "their norms are ",
         "raise the limit",
@@ -360,7 +367,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "name the model's own tokenizer",
     ),
     "20 features beyond memory": (
-        [*ON_ROWS, "--sweep.features", str(10**9)],
+        [*SMALL, *ON_ROWS, "--sweep.features", str(10**9)],
         "the sweep would take ",
         "of memory, but there are ",
         "give fewer or narrower members",
@@ -373,7 +380,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
     ),
     "20 no features": (["--sweep.features", "0"], "sweep.features is 0", "a number above 0 was expected", ""),
     "20 an empty list": (
-        ["--sweep.features"],
+        ["--sweep.seeds"],
         "the sweep has no members",
         "",
         "sweep.features and sweep.seeds each need a value",
@@ -463,7 +470,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
     ),
     "kind: k of 0": (["--sweep.kinds", "topk", "--sweep.k", "0"], "sweep.k is 0", "a number above 0", ""),
     "kind: the default k above F": (
-        ["--sweep.kinds", "topk"],
+        ["--config", "demo", "--sweep.kinds", "topk"],
         "sweep.k is 32, but the member has 8 features",
         "",
         "at most",
@@ -487,13 +494,13 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "",
     ),
     "kind: gated without lambda": (
-        ["--sweep.kinds", "gated"],
+        ["--config", "demo", "--sweep.kinds", "gated"],
         "kind 'gated' needs sweep.l1_coefficient",
         "",
         "",
     ),
     "kind: jumprelu without lambda or target": (
-        ["--sweep.kinds", "jumprelu"],
+        ["--config", "demo", "--sweep.kinds", "jumprelu"],
         "kind 'jumprelu' needs sweep.l0_coefficient or sweep.target_l0",
         "one of them, not neither",
         "",
@@ -511,7 +518,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "",
     ),
     "kind: more resampling than steps": (
-        [*ON_ROWS, "--sweep.resamples", "6", "--train.steps", "6", "--train.checkpoint-every", "2"],
+        [*SMALL, *ON_ROWS, "--sweep.resamples", "6"],
         "sweep.resamples is 6, but train.steps is 6",
         "",
         "give a smaller number",
@@ -523,7 +530,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "",
     ),
     "kind: a norm of directions that are kept at 1": (
-        ["--sweep.decoder-norm", "unit", "--sweep.initialization", "transposed", "--sweep.encoder-bias", "0"],
+        ["--sweep.decoder-norm", "unit", "--sweep.initialization", "transposed", "--sweep.initial-norm", "0.1"],
         "sweep.initial_norm is 0.1, but sweep.decoder_norm = 'unit' makes it 1",
         "",
         "drop one",
@@ -747,7 +754,7 @@ def test_20_a_disk_too_small_for_a_store(
 
 def test_a_process_of_its_own_prints_the_same_line(tmp_path: Path) -> None:
     """And nothing else: what libraries log about it is not shown."""
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), "--text.path", "two_types"]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *OF_DEMO, "--text.path", "two_types"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""

@@ -19,7 +19,7 @@ from jax_sae.config import (
     validate,
 )
 from jax_sae.errors import BadInput
-from jax_sae.sweep.members import complete, sweep_members
+from jax_sae.sweep.members import complete, sweep_members, with_features
 
 BAD = [
     ("[train]\nstep = 3", r"unknown key 'train.step'; did you mean 'train.steps'"),
@@ -35,7 +35,7 @@ BAD = [
     ("[train]\nwarmup = 1.5", r"train.warmup is 1.5; a part of the steps"),
     ("[train]\nbeta2 = 1.0", r"train.beta2 is 1.0"),
     ("[sweep]\nfeatures = [8, 0]", r"sweep.features is 0"),
-    ("[sweep]\nfeatures = []", r"no members"),
+    ("[sweep]\nseeds = []", r"no members"),
     ("[sweep]\nfeatures = '8'", r"sweep.features is '8'; a whole number"),
     ("[sweep]\nfeatures = [8, '9']", r"sweep.features is '9'; a whole number"),
     ("[sweep]\nfeatures = [8, 8]", r"this member twice"),
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_named(toml: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "bad.toml"
     path.write_text(toml)
     with pytest.raises(BadInput, match=message) as error:
-        sweep_members(load_config(path).sweep)
+        sweep_members(with_features(load_config(path).sweep, 64))
     assert "\n" not in str(error.value)
 
 
@@ -100,7 +100,7 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize("rate", [3.4028234e38, float(np.finfo(np.float32).max), 1e-37, np.finfo(np.float32).tiny])
 def test_every_learning_rate_that_float32_keeps_is_valid(rate: float) -> None:
     """Up to the largest and down to the smallest normal one; they become neither infinite nor zero."""
-    sweep_members(replace(Config().sweep, learning_rates=(float(rate),)))
+    sweep_members(replace(Config().sweep, features=(8,), learning_rates=(float(rate),)))
     assert 0 < np.float32(rate) < np.inf
 
 

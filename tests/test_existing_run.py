@@ -67,7 +67,8 @@ TEXTS[3:6] = ["", " \n\t", "A fox."]
 TEXTS[11] = "The sun was warm. " * 200
 TEXTS[13] = "The end.<|endoftext|>One day, Lily went to the river.<|endoftext|>"
 OF_STORIES = [
-    *("--text.path", "text", "--activations.exclude-first-tokens", "1", "--activations.norm-limit", "114"),
+    *("--model.path", str(MODEL), "--text.path", "text"),
+    *("--activations.exclude-first-tokens", "1", "--activations.norm-limit", "114"),
     *("--sweep.learning-rates", "1e-3", "1e30", "--train.steps", "40", "--out", "run"),
 ]
 
@@ -97,7 +98,7 @@ def of_rows(tmp_path_factory: pytest.TempPathFactory) -> Run:
     directory = tmp_path_factory.mktemp("of_rows")
     np.save(directory / "rows.npy", ROWS)
     np.save(directory / "giants.npy", GIANTS)
-    return run_in(directory, ["--activations.path", "giants.npy", "--out", "run"])
+    return run_in(directory, ["--config", "demo", "--activations.path", "giants.npy", "--out", "run"])
 
 
 @pytest.fixture(scope="module")

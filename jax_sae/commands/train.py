@@ -6,26 +6,11 @@ jax-sae train --config demo_sparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jax_sae.command_line import run_script
-from jax_sae.config import Config, config_from_dict, config_to_dict, validate
 from jax_sae.errors import BadInput
 from jax_sae.flags import Arguments, parse
-from jax_sae.language_model.hub import read_json
 from jax_sae.stop_signals import Signals
-
-MAY_CHANGE_ON_RESUME = (
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "model.path",
-    "text.path",
-    "text.config",
-    "text.tokenizer",
-    "activations.path",
-    "activations.mask",
-)
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
 """What a run leaves, with config.json."""
@@ -39,15 +24,25 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         arguments = parse(argv)
-        out = choose_directory(arguments)
-        config = settings_to_resume(arguments, out, argv) if arguments.resume else arguments.settings
-        validate(config)
         from jax_sae.activations.interruptible import Stopped
+        from jax_sae.commands.settings import base, merge, settings_to_resume
         from jax_sae.sweep.train import train
 
+        name, lower = base(arguments.config, arguments.settings)
+        out = choose_directory(arguments, name)
+        if arguments.resume:
+            settings = settings_to_resume(out, lower if arguments.config else None, arguments.settings)
+        else:
+            settings = merge(lower, arguments.settings)
         with Signals() as signals:
             try:
-                finished = train(config, out, resume=arguments.resume, stop_requested=lambda step: signals.received > 0)
+                finished = train(
+                    settings.config,
+                    out,
+                    resume=arguments.resume,
+                    stop_requested=lambda step: signals.received > 0,
+                    first_lines=settings.lines,
+                )
             except Stopped:
                 print("stopped before training began; there was nothing to save")
                 finished = False
@@ -56,14 +51,14 @@ def main(argv: Sequence[str]) -> int:
     return run_script(argv, work)
 
 
-def choose_directory(arguments: Arguments) -> Path:
-    """The directory of the run, which for a new one does not hold a run yet.
+def choose_directory(arguments: Arguments, name: str) -> Path:
+    """The directory of the run, without --out `runs/name`; for a new run it does not hold one yet.
 
     Raises:
         BadInput: if --out holds a run, or part of one, and --resume is not given, if there is no run to resume, or if
             --out cannot be a directory.
     """
-    default, out = Path("runs") / arguments.config.stem, arguments.out
+    default, out = Path("runs") / name, arguments.out
     try:
         numbered = [default]
         while numbered[-1].exists():
@@ -71,7 +66,9 @@ def choose_directory(arguments: Arguments) -> Path:
         if arguments.resume:
             runs = [path for path in (numbered if out is None else [out]) if holds_run(path)]
             if not runs:
-                raise BadInput(f"{out or default} holds no run to resume; start one without --resume")
+                raise BadInput(
+                    f"{out or default} holds no run to resume; name one by --out, or start one without --resume"
+                )
             return runs[-1]
         if out is None:
             return numbered[-1]
@@ -88,46 +85,10 @@ def choose_directory(arguments: Arguments) -> Path:
             raise BadInput(f"--out {out} cannot be a run's directory: {there} {problem}; give it another name")
         return out
     except OSError as error:  # such as a name that is too long
-        name = out or default
-        raise BadInput(f"--out {name} cannot be a run's directory: {error.strerror}; give it another name") from error
+        wanted = out or default
+        raise BadInput(f"--out {wanted} cannot be a run's directory: {error.strerror}; give it another name") from error
 
 
 def holds_run(directory: Path) -> bool:
     """Whether a run was started in a directory."""
     return (directory / "config.json").exists()
-
-
-def settings_to_resume(arguments: Arguments, out: Path, argv: Sequence[str]) -> Config:
-    """The settings with which the run in `out` goes on: its own, changed where flags say so and that is allowed.
-
-    With --config on the command line the settings are those of the file and the flags, as for a new run, so that the
-    command that started a run resumes it with --resume added; without, those in the run's config.json and the flags.
-
-    Raises:
-        BadInput: naming every setting that differs from the run's and must not.
-    """
-    saved = read_json(out / "config.json")
-    saved.pop("versions", None)
-    own = config_from_dict(saved, str(out / "config.json"))
-    config = arguments.settings
-    if not any(flag == "--config" or flag.startswith("--config=") for flag in argv):
-        config = parse(argv, own).settings
-    before, now = flatten(config_to_dict(own)), flatten(config_to_dict(config))
-    refused = [
-        f"{name} {before[name]!r} -> {now[name]!r}"
-        for name in before
-        if before[name] != now[name] and name not in MAY_CHANGE_ON_RESUME
-    ]
-    if refused:
-        raise BadInput(
-            f"{out} was started with other settings ({'; '.join(refused)}); resume with its own, or start a new run"
-        )
-    return config
-
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as {dotted name: value}."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

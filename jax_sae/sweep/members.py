@@ -16,7 +16,7 @@ from jax_sae.config import (
     positive,
     within_float32,
 )
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, Contradiction
 
 SETTINGS = tuple(field.name for field in fields(Member))
 OPTIONAL = tuple(name for name in SETTINGS if name not in ("features", "seed", "learning_rate", "kind"))
@@ -38,6 +38,8 @@ OF_TRAIN = ("schedule", "warmup", "decay", "penalty_warmup", "dead_after_tokens"
 LEARNING_RATE_OF_ONE_FEATURE = 0.1
 """The default learning rate is this / sqrt(F): about the best from F = 64 to 1152 (docs/LOG.md), and beyond by the law
 of Gao et al. 2024 (https://arxiv.org/abs/2406.04093), section 3."""
+EXPANSION = 8
+"""F / D where no number of features is given."""
 LEARNING_RATE_WIDTH = 2**14
 """F at which `scale_learning_rates` changes nothing."""
 LABELS = {"learning_rate": "lr", "l1_coefficient": "lambda", "l0_coefficient": "lambda", "target_l0": "target"}
@@ -78,6 +80,11 @@ def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
     return tuple(members)
 
 
+def with_features(sweep: SweepConfig, width: int) -> SweepConfig:
+    """The sweep, with F = EXPANSION times the width D of the activations where it says no number of features."""
+    return sweep if sweep.features or sweep.members else replace(sweep, features=(EXPANSION * width,))
+
+
 def _explicit(sweep: SweepConfig) -> list[Member]:
     """The explicit members, with the single values of the lists that they have and do not say.
 
@@ -88,10 +95,17 @@ def _explicit(sweep: SweepConfig) -> list[Member]:
     for name in OPTIONAL if members else ():
         values = getattr(sweep, name)
         if len(values) > 1:
-            raise BadInput(
-                f"{_option(name)} has {len(values)} values, but explicit members are not combined with lists; give one "
-                "value, for all members that do not say otherwise, or say it in sweep.members"
+            raise Contradiction(
+                _option(name),
+                f"has {len(values)} values",
+                "explicit members are not combined with lists",
+                "give one value, for all members that do not say otherwise, or say it in sweep.members",
+                value=values,
+                others=("sweep.members",),
             )
+        kinds = [member.kind for member in members]
+        if values and not set(kinds) & set(only.get(name, kinds)):
+            raise _of_another_kind(name, values, kinds, only[name])
         for i, member in enumerate(members):
             if values and getattr(member, name) is None and member.kind in only.get(name, [member.kind]):
                 members[i] = replace(member, **{name: values[0]})
@@ -108,7 +122,7 @@ def combinations(sweep: SweepConfig) -> list[Member]:
     only = of_some_kinds()
     for name, kinds in only.items():
         if lists[name] and not set(kinds) & set(sweep.kinds):
-            raise _of_another_kind(name, lists[name][0], " or ".join(map(repr, sweep.kinds)), kinds)
+            raise _of_another_kind(name, lists[name], sweep.kinds, kinds)
     order = ["features", *(n for n in OPTIONAL if lists[n]), "seed", *["learning_rate"] * bool(sweep.learning_rates)]
     found = []
     for kind in sweep.kinds:
@@ -139,16 +153,25 @@ def complete(member: Member) -> Member:
     kind = kind_named(member.kind)
     for name, kinds in of_some_kinds().items():
         if getattr(member, name) is not None and member.kind not in kinds:
-            raise _of_another_kind(name, getattr(member, name), repr(member.kind), kinds)
+            raise _of_another_kind(name, (getattr(member, name),), (member.kind,), kinds)
     defaults = GENERAL | dict(kind.defaults(settings_of(member)))
     if (member.initialization or defaults["initialization"]) != "orthogonal":
         defaults["encoder_bias"] = 0.0  # it belongs to that
     defaults["learning_rate"] = LEARNING_RATE_OF_ONE_FEATURE / math.sqrt(max(1, member.features))
+    if (member.decoder_norm or defaults["decoder_norm"]) == "unit":
+        defaults["initial_norm"] = 1.0
     return replace(member, **{name: value for name, value in defaults.items() if getattr(member, name) is None})
 
 
-def _of_another_kind(name: str, value: Any, kind: str, kinds: Sequence[str]) -> BadInput:
-    return BadInput(f"{_option(name)} is {value!r}, but kind {kind} does not have it; {', '.join(kinds)} have")
+def _of_another_kind(name: str, values: Sequence[Any], found: Sequence[str], kinds: Sequence[str]) -> Contradiction:
+    return Contradiction(
+        _option(name),
+        f"is {values[0]!r}",
+        f"kind {' or '.join(repr(kind) for kind in dict.fromkeys(found))} does not have it",
+        f"{', '.join(kinds)} have",
+        value=values,
+        others=("sweep.kinds", "sweep.members"),
+    )
 
 
 def _option(name: str) -> str:
@@ -175,14 +198,32 @@ def check(member: Member) -> None:
     not_negative(_option("resamples"), member.resamples or 0)
     for name in ("k", "target_l0"):
         if (value := getattr(member, name)) is not None and value > member.features:
-            raise BadInput(
-                f"{_option(name)} is {value:g}, but the member has {member.features} features; give at most that"
+            raise Contradiction(
+                _option(name),
+                f"is {value:g}",
+                f"the member has {member.features} features",
+                "give at most that",
+                value=value,
+                others=("sweep.features", "sweep.members"),
             )
+    start = ("sweep.initialization", "sweep.decoder_norm", "sweep.kinds", "sweep.members")
     if member.encoder_bias and member.initialization != "orthogonal":
-        raise BadInput("sweep.encoder_bias belongs to sweep.initialization = 'orthogonal'; set that, or leave it at 0")
+        raise Contradiction(
+            "sweep.encoder_bias",
+            f"is {member.encoder_bias:g}",
+            "it belongs to sweep.initialization = 'orthogonal'",
+            "set that, or leave it at 0",
+            value=member.encoder_bias,
+            others=start,
+        )
     if member.decoder_norm == "unit" and member.initialization == "transposed" and member.initial_norm != 1:
-        raise BadInput(
-            f"sweep.initial_norm is {member.initial_norm:g}, but sweep.decoder_norm = 'unit' makes it 1; drop one"
+        raise Contradiction(
+            "sweep.initial_norm",
+            f"is {member.initial_norm:g}",
+            "sweep.decoder_norm = 'unit' makes it 1",
+            "drop one",
+            value=member.initial_norm,
+            others=start,
         )
     needed = [name for name, default in kind_named(member.kind).settings.items() if default is None]
     given = [name for name in needed if getattr(member, name) is not None]

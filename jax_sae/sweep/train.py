@@ -24,7 +24,7 @@ from jax_sae.sweep.checkpoints import Checkpoints
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.held_out import harvest_held_out
 from jax_sae.sweep.lock import locked
-from jax_sae.sweep.members import sweep_members
+from jax_sae.sweep.members import sweep_members, with_features
 from jax_sae.sweep.plan import is_checkpoint, plan
 from jax_sae.sweep.progress import Clock, Progress, Setup, members_begun_with, restore, save
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
@@ -44,6 +44,7 @@ def train(
     resume: bool,
     stop_requested: Callable[[int], bool],
     sources: Sources | None = None,
+    first_lines: Sequence[str] = (),
 ) -> bool:
     """Train a sweep from its beginning, or from its newest good checkpoint, and leave everything in `out`.
 
@@ -55,6 +56,7 @@ def train(
             it is true, the run is saved and ended.
         sources: instead of what `config` names, such as `array_sources` makes of arrays in memory. To resume or
             evaluate the run, give them again: their digests are remembered.
+        first_lines: what is said before all else, once the inputs are open.
 
     Returns:
         Whether the run is finished; False if it was stopped before its last step.
@@ -64,16 +66,17 @@ def train(
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
-    members, changed = sweep_members(config.sweep), list[str]()
-    if resume:
-        members, changed = members_begun_with(out, members)
-    groups = make_groups(members)
     if sources:
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
+    config = replace(config, sweep=with_features(config.sweep, source.width))
+    members, changed = sweep_members(config.sweep), list[str]()
+    if resume:
+        members, changed = members_begun_with(out, members)
+    groups = make_groups(members)
     setup = Setup(config, groups, source.width, inputs(source, held_out_source))
-    report.say(lines + changed + report.describe(setup))
+    report.say([*first_lines, *lines, *changed, *report.describe(setup)])
     progress: Progress | None = None
     with ExitStack() as stack:
         if resume:

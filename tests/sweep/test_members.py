@@ -15,6 +15,7 @@ from jax_sae.sweep.members import (
     recorded_member,
     settings_of,
     sweep_members,
+    with_features,
 )
 from jax_sae.sweep.optimizer import traced_settings
 
@@ -151,3 +152,10 @@ def test_a_description_leaves_out_what_goes_without_saying() -> None:
     topk = complete(Member(64, 0, 1e-3, "topk", initialization="orthogonal", auxk_coefficient=0.5))
     assert describe_member(topk) == "features 64, seed 0, learning rate 0.001, kind topk, k 32, auxk coefficient 0.5"
     assert "l1_coefficient" not in settings_of(topk) and settings_of(topk)["initial_norm"] == 1
+
+
+def test_without_a_number_of_features_it_depends_on_the_width() -> None:
+    """Eight times as many; explicit members have their own."""
+    assert with_features(SweepConfig(), 64).features == (512,)
+    for sweep in (SPARSE, SweepConfig(members=(Member(3),))):
+        assert with_features(sweep, 64) == sweep

@@ -13,7 +13,7 @@ from running import NO_CENTRES, initial
 from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import squared_error
 from jax_sae.autoencoder.model import decode, encode, init_params
-from jax_sae.config import Config, Initialization, Member, SweepConfig, TrainConfig
+from jax_sae.config import Initialization, Member, SweepConfig, TrainConfig
 from jax_sae.sweep import update
 from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import complete, sweep_members
@@ -232,7 +232,6 @@ def test_groups_hold_members_of_nearly_equal_width() -> None:
         (members[2], members[1], members[4], members[5]),
         ("F767", "F768-seed1-lr0.001", "F768-seed0-lr0.01", "F768-seed0-lr0.001"),
     )  # fmt: skip
-    assert Config().sweep.features == (100, 767, 768, 1000)
 
 
 def test_model_is_what_it_says() -> None:
