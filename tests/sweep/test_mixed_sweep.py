@@ -18,8 +18,9 @@ D, B, STEPS, TOKENS = 24, 32, 16, 29
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="cosine", warmup=0.25, penalty_warmup=0.5)
 DEAD_SOON = TOKENS
 """Dead are those that did not fire in the last batch."""
+NEVER = 10**6
 MEMBERS = tuple(
-    complete(member)
+    complete(replace(member, dead_after_tokens=member.dead_after_tokens or NEVER))
     for member in (
         Member(23, 1, 3e-3, "relu", l1_coefficient=0.2),
         Member(24, 2, 1e-2, "relu", initialization="transposed", initial_norm=0.1, schedule="linear", decay=0.5),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import jax_sae
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Config, SweepConfig
+from jax_sae.sweep import members
 from jax_sae.sweep.checkpoints import Checkpoints, named_leaves
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete, sweep_members
@@ -119,9 +121,24 @@ def test_each_kind_encodes_as_it_says(whole: Path) -> None:
             np.testing.assert_allclose(np.linalg.norm(sae.params["W_dec"], axis=1), 1, atol=1e-6)
 
 
+def test_a_resume_keeps_the_defaults_with_which_the_run_began(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A later version with another default changes no bit of it, and says so."""
+    small = replace(config, sweep=SweepConfig(kinds=("gated",), features=(8,), l1_coefficient=(1.0,)))
+    assert train(small, tmp_path / "whole", resume=False, stop_requested=never)
+    assert not train(small, tmp_path / "run", resume=False, stop_requested=stop_at(7))
+    monkeypatch.setitem(members.GENERAL, "clip", 1e-3)
+    capsys.readouterr()
+    assert train(small, tmp_path / "run", resume=True, stop_requested=never)
+    assert f"it keeps the defaults of version {version('jax_sae')}: clip 0.001 -> 1.0" in capsys.readouterr().out
+    expected, found = arrays(tmp_path / "whole"), arrays(tmp_path / "run")
+    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+
+
 def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(config: Config, tmp_path: Path) -> None:
     """It has losses in place of metrics, members without a kind, and no memory."""
-    plain = replace(config, sweep=SweepConfig(features=(8,)))
+    plain = replace(config, sweep=SweepConfig(features=(8,), learning_rates=(1e-3,)))
     assert train(plain, tmp_path / "run", resume=False, stop_requested=never)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         run, state = checkpoints.read_run(12), checkpoints.read_state(12)
