@@ -81,7 +81,7 @@ def test_explicit_members(tmp_path: Path) -> None:
     given = [{name: value for name, value in member.items() if value is not None} for member in members]
     assert given == [
         {"features": 3, "seed": 2, "learning_rate": 1e-2, "kind": "relu"},
-        {"features": 5, "seed": 0, "learning_rate": 1e-3, "kind": "topk", "k": 2},
+        {"features": 5, "seed": 0, "kind": "topk", "k": 2},
     ]
 
 

@@ -37,11 +37,8 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
     "flags count": (DEMO, {"train.steps": 3, "sweep.features": (4,)}, {}, []),
     "no k of relu": (
         *(SPARSE, {"sweep.kinds": ("topk",)}),
-        dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0", "sweep.bandwidth", "sweep.initial_threshold"), ()),
-        [
-            "sweep.l1_coefficient, sweep.target_l0, sweep.bandwidth, sweep.initial_threshold of demo_sparse: "
-            "kind 'topk' does not have it"
-        ],
+        dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0"), ()),
+        ["sweep.l1_coefficient, sweep.target_l0 of demo_sparse: kind 'topk' does not have it"],
     ),
     "another start": (
         *(DEMO, {"sweep.initialization": ("transposed",)}, {"sweep.encoder_bias": ()}),
@@ -72,15 +69,13 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
     "members for lists": (
         *(SPARSE, {"sweep.members": K_THREE}),
         {
-            **{name: flatten(Config())[name] for name in ("sweep.kinds", "sweep.features", "sweep.learning_rates")},
+            **{name: flatten(Config())[name] for name in ("sweep.kinds", "sweep.features")},
             **dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0", "sweep.k"), ()),
-            **dict.fromkeys(("sweep.bandwidth", "sweep.initial_threshold"), ()),
         },
         [
-            "sweep.kinds, sweep.features, sweep.learning_rates of demo_sparse: sweep.members is given instead",
+            "sweep.kinds, sweep.features of demo_sparse: sweep.members is given instead",
             "sweep.l1_coefficient, sweep.target_l0, sweep.k of demo_sparse: explicit members are not combined with "
             "lists",
-            "sweep.bandwidth, sweep.initial_threshold of demo_sparse: kind 'topk' or 'relu' does not have it",
         ],
     ),
     "members and what they stand for": (
@@ -147,7 +142,7 @@ MODEL = ["--model.path", "jax_sae/demo/model"]
 PLAIN = {"sweep.initialization": ("orthogonal",), "sweep.encoder_bias": (2.0,), "sweep.learning_rates": (3e-3,)}
 DEFAULTS = {name: flatten(Config())[name] for name in (*PLAIN, "train.steps", "train.batch_tokens", "sweep.features")}
 OF_DEMO = {"model.path": "jax_sae/demo/model", "text.path": "jax_sae/demo/stories"}
-SPARSE_DEMO = {**OF_DEMO, "sweep.features": (256,), "train.steps": 4000, "sweep.initialization": ("transposed",)}
+SPARSE_DEMO = {**OF_DEMO, "sweep.features": (256,), "train.steps": 4000, "sweep.initialization": ()}
 BASES: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "nothing": ([], "demo", {**OF_DEMO, **PLAIN}),
     "sizes": (["--sweep.features", "4", "--model.layer", "1"], "demo", {**OF_DEMO, **PLAIN}),
