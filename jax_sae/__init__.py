@@ -28,8 +28,17 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import jax_sae` and `--help` take no time."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("jax_sae")
     if name not in _WHERE:
         raise AttributeError(f"module 'jax_sae' has no attribute {name!r}")
     import importlib
 
     return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What is there, imported yet or not."""
+    return sorted({*globals(), *__all__, "__version__"})

@@ -10,6 +10,7 @@ A normalisation is x_n = (x - mean) * scale. The kinds differ in where the two n
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.config import Normalization as Kind
@@ -58,6 +59,12 @@ def estimate_story(x: np.ndarray) -> Normalization:
             f"a story of {len(x)} tokens has activations that are all equal; it cannot be normalised by itself"
         )
     return Normalization(np.float32(mean), np.float32(np.sqrt(x.shape[-1]) / std))
+
+
+def estimate_story_traced(x: jax.Array) -> Normalization:
+    """`estimate_story` of a traced story: in float32, and differentiable; the scale is infinite where there is none."""
+    x = x.astype(jnp.float32)
+    return Normalization(jnp.mean(x), jnp.sqrt(x.shape[-1]) / jnp.std(x, ddof=1))
 
 
 def for_story(kind: Kind, fitted: Normalization, x: np.ndarray) -> Normalization:

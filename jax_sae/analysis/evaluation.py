@@ -34,7 +34,7 @@ from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
 from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
-from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
+from jax_sae.sweep.inference import Origin, TrainedAutoencoder, load_autoencoder
 from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.sweep.progress import device, versions
 from jax_sae.sweep.report import say, write_json
@@ -179,7 +179,9 @@ def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) 
     no_centre = dict.fromkeys(get_args(DecoderBias), 0.0)
     return {
         untrained(name): replace(
-            sae, name=untrained(name), params=init_member(sae.member, sae.width, config.train, no_centre).params
+            sae,
+            params=init_member(sae.member, sae.width, config.train, no_centre).params,
+            origin=Origin(untrained(name), sae.step, sae.member, sae.config),
         )
         for name, sae in trained.items()
     }

@@ -6,7 +6,7 @@ nats a token. The last token of a story predicts nothing and is not scored, nor 
 0 and by the mean activation, give the scale: a score is 1 where nothing is lost, 0 where as much as by the ablation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.norms import token_norms
+from jax_sae.arrays import widened
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest, padded_length, tokens_at_a_time
@@ -90,7 +91,7 @@ def story_by_story(reconstruct: Callable[[np.ndarray], ArrayLike]) -> Reconstruc
 
 def loss_recovered(
     lm: LanguageModel,
-    texts: Sequence[Text],
+    texts: Iterable[Text],
     autoencoders: Mapping[str, Reconstruct],
     mean: np.ndarray,
     exclude_first_tokens: int = 0,
@@ -120,6 +121,7 @@ def loss_recovered(
     if mean.shape != (lm.width,) or not np.isfinite(mean).all():
         raise BadInput(f"the mean has the shape {mean.shape}; {lm.width} finite numbers were expected: its width")
     model, params = lm.whole
+    texts = list(texts)  # which may be a generator
     stories = sorted((story for story in lm.token_ids(texts) if len(story) > 1), key=len, reverse=True)
     if not stories:
         raise BadInput(f"none of the {len(texts)} texts has 2 tokens or more, so no next token is predicted; give more")
@@ -199,7 +201,7 @@ def _losses_and_divergences(
     """
 
     def log_probabilities(x: jax.Array) -> jax.Array:
-        logits = cast(jax.Array, model.apply({"params": params}, x, layer, method="logits_from"))
+        logits = cast(jax.Array, model.apply({"params": widened(params)}, x, layer, method="logits_from"))
         return jax.nn.log_softmax(logits[:, :-1])
 
     def loss(log_p: jax.Array) -> jax.Array:

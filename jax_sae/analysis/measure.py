@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_sae.activations.batches import Position, finite_activations, walk
-from jax_sae.activations.normalize import Normalization, denormalize, for_story, identity, normalize
+from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.sources import Item, Source
 from jax_sae.analysis.baselines import Scatter, add_rows, no_scatter
@@ -98,14 +98,11 @@ def _of_rows(sae: TrainedAutoencoder, stories: Sequence[np.ndarray], lengths: Se
 
     A story without tokens to take one from has the identity.
     """
-    kind, N = sae.config.activations.normalization, sum(lengths)
-    if kind != "story":
+    N = sum(lengths)
+    if not sae.per_story:
         mean, scale = sae.normalization
         return Normalization(np.broadcast_to(mean, (N, sae.width)), np.broadcast_to(scale, (N, 1)))
-    each = [
-        for_story(kind, sae.normalization, x) if len(x) else Normalization(np.float32(0), np.float32(1))
-        for x in stories
-    ]
+    each = [estimate_story(x) if len(x) else Normalization(np.float32(0), np.float32(1)) for x in stories]
     return Normalization(*(np.repeat(np.array(numbers), lengths)[:, None] for numbers in zip(*each, strict=True)))
 
 
@@ -120,8 +117,7 @@ def _autoencode(
 
     Each row has its own normalisation, and neither its story nor its neighbours matter to an autoencoder.
     """
-    settings = replace(sae.config, activations=replace(sae.config.activations, normalization="none"))
-    normalized = replace(sae, normalization=identity(sae.width), config=settings)
+    normalized = replace(sae, normalization=identity(sae.width), per_story=False)
     for start in range(0, len(x), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         part, of_part = x[rows], _rows(normalization, rows)
@@ -144,7 +140,7 @@ def _add(sums: Sums | None, sae: TrainedAutoencoder, x: np.ndarray, normalizatio
 
 def reconstruction(sae: TrainedAutoencoder) -> Reconstruct:
     """An autoencoder as `loss_recovered` uses it: of each story the normalisation is that of training."""
-    exclude = sae.config.activations.exclude_first_tokens
+    exclude = sae.exclude_first_tokens
 
     def reconstruct(x: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         B, T, D = x.shape

@@ -69,8 +69,9 @@ class Autoencoder(nn.Module):
         feature active x is projected onto F random directions; b_enc = `encoder_bias`, b_dec = -`encoder_bias` * the
         sum of W_dec's rows, so that x = 0 is reconstructed as 0. It knows nothing of the data.
         'transposed': rows of W_dec in random directions, of norm `initial_norm`, W_enc its transpose, biases 0.
-    most_k: the largest k of the members that are computed together.
+    most_k: the largest k of the members that are computed together; 0 where there is none, or it is not known.
     penalised: whether any of them has a penalty above 0, so that it is computed.
+    is_trained: whether products have the gradients of `product`, fast in a step, but of reverse mode only.
     """
 
     settings: ClassVar[Mapping[str, Any]] = {}
@@ -80,6 +81,8 @@ class Autoencoder(nn.Module):
     """
     penalties: ClassVar[tuple[str, ...]] = ()
     """Those settings that weigh a term of the loss, which is not there if all are 0."""
+    encode_settings: ClassVar[tuple[str, ...]] = ()
+    """Those settings that `encode` reads."""
     couples_tokens: ClassVar[bool] = False
     """Whether the loss is other than a sum over tokens, so that it cannot be computed a part of a batch at a time."""
     pads: ClassVar[bool] = True
@@ -99,6 +102,7 @@ class Autoencoder(nn.Module):
     precision: Precision = "float32"
     most_k: int = 0
     penalised: bool = True
+    is_trained: bool = True
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -126,9 +130,15 @@ class Autoencoder(nn.Module):
             return torch_linear(self.width)
         return nn.initializers.constant(self.encoder_bias, jnp.float32)
 
+    def product(self, x: jax.Array, W: jax.Array) -> jax.Array:
+        """x[..., I] W[I, O] -> [..., O]."""
+        if self.is_trained:
+            return product(x, W, self.precision)
+        return dot_general(x, W, (((x.ndim - 1,), (0,)), ((), ())), self.precision)
+
     def pre_activations(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> x W_enc + b_enc, [..., F]."""
-        return product(x, self.W_enc, self.precision) + self.b_enc
+        return self.product(x, self.W_enc) + self.b_enc
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """x[..., D] -> features [..., F], none below 0, as they are used once training is over."""
@@ -136,7 +146,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, features: jax.Array) -> jax.Array:
         """features[..., F] -> reconstruction [..., D]."""
-        return product(features, self.W_dec, self.precision) + self.b_dec
+        return self.product(features, self.W_dec) + self.b_dec
 
     def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """What training minimises, on a batch x[B, D] with weights[B], 1 for a token and 0 for padding.

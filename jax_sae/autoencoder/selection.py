@@ -1,7 +1,12 @@
 """Keeping the largest features, exactly: ties go to the first."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+BOUNDS = (16, 64, 256)
+"""Of k, for each of which there is a program where k is not known when it is compiled."""
 
 
 def keep_largest_of_rows(candidates: jax.Array, k: jax.Array, most_k: int) -> jax.Array:
@@ -17,6 +22,22 @@ def keep_largest_of_rows(candidates: jax.Array, k: jax.Array, most_k: int) -> ja
     value, place = (jnp.take_along_axis(each, last, -1) for each in (largest, places))
     is_before = jnp.arange(candidates.shape[-1]) <= place
     return jnp.where((candidates > value) | ((candidates == value) & is_before), candidates, 0.0)
+
+
+def keep_largest_of_any(candidates: jax.Array, k: jax.Array) -> jax.Array:
+    """`keep_largest_of_rows` without a bound on k, from 1 to F: the time it takes follows k."""
+    F = candidates.shape[-1]
+    bounds = [bound for bound in BOUNDS if bound < F]
+
+    def halving(candidates: jax.Array) -> jax.Array:
+        rows = jax.vmap(keep_largest_of_batch, (0, None))(candidates.reshape(-1, F), k)
+        return rows.reshape(candidates.shape)
+
+    def within(bound: int) -> Callable[[jax.Array], jax.Array]:
+        return lambda candidates: keep_largest_of_rows(candidates, jnp.minimum(k, bound), bound)
+
+    smallest_bound = jnp.sum(k > jnp.array(bounds, jnp.int32), dtype=jnp.int32)
+    return jax.lax.switch(smallest_bound, [*map(within, bounds), halving], candidates)
 
 
 def keep_largest_of_batch(candidates: jax.Array, count: jax.Array) -> jax.Array:

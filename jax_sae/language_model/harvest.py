@@ -6,6 +6,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jax_sae.arrays import widened
 from jax_sae.language_model.gpt_neo import GPTNeo
 
 
@@ -29,8 +30,9 @@ def padded_length(n_tokens: int) -> int:
 
 
 @jax.jit(static_argnums=0)
-def _forward(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
-    return cast(jax.Array, model.apply({"params": params}, token_ids))
+def forward(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
+    """token_ids[B, T] -> the residual stream [B, T, D] float32; parameters kept in fewer bits compute as precisely."""
+    return cast(jax.Array, model.apply({"params": widened(params)}, token_ids))
 
 
 def harvest(
@@ -55,6 +57,6 @@ def harvest(
         token_ids = np.zeros((rows, length), np.int32)  # the model is causal: what is right of a story does not matter
         for row, i in enumerate(batch):
             token_ids[row, : len(stories[i])] = stories[i]
-        activations = np.asarray(_forward(model, params, token_ids))
+        activations = np.asarray(forward(model, params, token_ids))
         for row, i in enumerate(batch):
             yield i, activations[row, : len(stories[i])]

@@ -1,8 +1,8 @@
 """A GPT-Neo with the weights of a Hugging Face checkpoint: a directory or hub id -> parameters, activations, logits."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from reprlib import repr as shortened
@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from numpy.typing import ArrayLike
 
+from jax_sae.arrays import as_array, as_float32, is_traced, padded, padded_rows, unpadded, widened
+from jax_sae.card import card
 from jax_sae.config import Precision
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
-from jax_sae.language_model.harvest import harvest, padded_length
+from jax_sae.language_model.harvest import forward, harvest, padded_length
 from jax_sae.language_model.hub import (
     JSON_BYTES,
     find_model_files,
@@ -49,15 +52,116 @@ class _Weight:
     read: Callable[[], np.ndarray]
 
 
-@dataclass(frozen=True, eq=False)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class LanguageModel:
-    """A language model with the parameters of the blocks below `layer`; what layer n means stands in `GPTNeo`."""
+    """A language model with the parameters of the blocks below `layer`; what layer n means stands in `GPTNeo`.
 
-    name: str
-    layer: int
-    directory: Path
-    model: GPTNeo
+    `activations` and `logits` take texts. For JAX it is a pytree of its parameters with pure methods, which can be
+    jitted, differentiated and vmapped: `lm(token_ids)` gives activations, `lm.logits_from(x)` what the rest of the
+    network makes of them, and `lm.logits_of(token_ids)` is both. So the loss with reconstructions in place of
+    activations is a function of `lm.logits_from(sae(lm(token_ids)))`.
+
+    All is computed in float32, whatever the parameters are kept in. Values are looked at where they are known: not
+    inside a transform. There a token id beyond the vocabulary gives NaN, and one below 0 counts from its end.
+    """
+
+    name: str = field(metadata={"static": True})
+    layer: int = field(metadata={"static": True})
+    directory: Path = field(metadata={"static": True})
+    model: GPTNeo = field(metadata={"static": True})
     params: Mapping[str, Any]
+    rest: Mapping[str, Any] = field(default_factory=dict)
+    """The parameters from `layer` on, where `with_rest` has put them in; empty: they are read when they are needed."""
+
+    def __call__(self, token_ids: ArrayLike) -> jax.Array:
+        """token_ids[T] or [B, T] -> the residual stream after `layer` blocks, [T, D] or [B, T, D] float32.
+
+        A row is a text from its first token on. It is causal: what is right of a token does not matter to it, so rows
+        may be padded on the right with any id.
+
+        Raises:
+            BadInput: if these are no token ids, more than the model has positions, or known to be beyond its
+                vocabulary.
+        """
+        return self._of_rows(partial(forward, self.model, self.params), self._checked_ids(token_ids))
+
+    def logits_of(self, token_ids: ArrayLike) -> jax.Array:
+        """token_ids[T] or [B, T] -> logits [T, vocab_size] or [B, T, vocab_size] float32 of the whole network.
+
+        Raises:
+            BadInput: as for `lm(token_ids)`; and, inside a transform with this language model as an argument, if it
+                lacks the blocks from `layer` on.
+        """
+        return self._of_rows(partial(_logits, *self.whole), self._checked_ids(token_ids))
+
+    def logits_from(self, x: ArrayLike) -> jax.Array:
+        """The rest of the network: x[T, D] or [B, T, D] in place of `lm(token_ids)` -> logits as of `logits_of`.
+
+        Raises:
+            BadInput: if x is not numbers, or of another shape; and as for `logits_of`.
+        """
+        x = as_float32(x, "x")
+        if x.ndim not in (2, 3) or x.shape[-1] != self.width:
+            raise BadInput(f"x has shape {x.shape}; {self.name} expects [T, {self.width}] or [B, T, {self.width}]")
+        self._refuse_length("x", x.shape[-2])
+        model, params = self.whole
+        return self._of_rows(partial(_logits_from, model, self.layer, params), x, axes=2)
+
+    def with_rest(self) -> "LanguageModel":
+        """The same with the parameters of the whole network, for transforms of which it is an argument."""
+        _, params = self.whole
+        return replace(self, rest={name: its for name, its in params.items() if name not in self.params})
+
+    def _of_rows(self, compute: Callable[[Any], jax.Array], rows: np.ndarray | jax.Array, axes: int = 1) -> jax.Array:
+        """compute([B, T, ...]) of rows[T, ...] or [B, T, ...]; outside of transforms B and T take few values."""
+        leading = rows.shape[: rows.ndim - axes + 1]
+        batch = rows if len(leading) == 2 else rows[None]
+        if is_traced(self, rows):
+            return compute(batch).reshape(*leading, -1)
+        B, T = batch.shape[:2]
+        sizes = padded_rows(B), min(padded_length(max(T, 1)), self.model.config.max_position_embeddings)
+        return unpadded(compute(padded(batch, sizes)), (B, T), leading)
+
+    def _checked_ids(self, token_ids: ArrayLike) -> np.ndarray | jax.Array:
+        ids = as_array(token_ids, "token_ids")
+        if ids.size == 0 and not is_traced(ids):
+            ids = np.zeros(ids.shape, np.int32)  # of an empty list NumPy makes floats
+        if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise BadInput(
+                f"token_ids has shape {ids.shape} and dtype {ids.dtype}; whole numbers [T] or [B, T] were expected"
+            )
+        self._refuse_length("token_ids", ids.shape[-1])
+        if is_traced(ids):
+            return ids
+        self._refuse_ids("token_ids", np.asarray(ids))
+        return np.asarray(ids).astype(np.int32)
+
+    def _refuse_length(self, what: str, tokens: int) -> None:
+        if tokens > (positions := self.model.config.max_position_embeddings):
+            raise BadInput(f"{what} has {tokens} tokens, but the model {positions} positions: cut it")
+
+    def _refuse_ids(self, what: str, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.model.config.vocab_size:
+            raise BadInput(
+                f"{what} has token ids from {ids.min()} to {ids.max()}; those of {self.name} go from 0 to "
+                f"{self.model.config.vocab_size - 1}"
+            )
+
+    def _facts(self) -> dict[str, str]:
+        """What tells it apart, by name, shown."""
+        c = self.model.config
+        facts = {"layer": f"{self.layer} of {c.num_layers}", "D": str(self.width), "vocabulary": f"{c.vocab_size:,}"}
+        facts["positions"] = f"{c.max_position_embeddings:,}"
+        return facts | ({} if self.model.precision == "float32" else {"precision": self.model.precision})
+
+    def __repr__(self) -> str:
+        """On one line."""
+        return f"LanguageModel({self.name!r}, {', '.join(f'{name} {value}' for name, value in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        """A card, in a notebook."""
+        return card(f"LanguageModel {self.name}", self._facts())
 
     @property
     def width(self) -> int:
@@ -77,7 +181,7 @@ class LanguageModel:
             return load_tokenizer(GPT_NEO_TOKENIZER)
         return load_tokenizer(str(self.directory))
 
-    def activations(self, texts: Sequence[Text]) -> list[np.ndarray]:
+    def activations(self, texts: Iterable[Text]) -> list[np.ndarray]:
         """The residual stream after `layer` blocks: one array [T, D] float32 for each text, in the order given.
 
         Args:
@@ -93,7 +197,7 @@ class LanguageModel:
             activations[i] = np.array(story)  # a copy: `story` is a view of a larger array
         return activations
 
-    def logits(self, texts: Sequence[Text]) -> list[np.ndarray]:
+    def logits(self, texts: Iterable[Text]) -> list[np.ndarray]:
         """The logits [T, vocab_size] float32 of the whole network after each token of each text.
 
         The blocks from `layer` on are loaded at the first call, and kept. Arguments and errors as for `activations`.
@@ -102,7 +206,7 @@ class LanguageModel:
         logits = []
         for story in self.token_ids(texts):
             length = min(padded_length(max(len(story), 1)), model.config.max_position_embeddings)
-            token_ids = np.pad(story, (0, length - len(story)))[None]  # causal: the padding does not matter
+            token_ids = padded(story, (length,))[None]  # causal: the padding does not matter
             logits.append(np.array(_logits(model, params, token_ids)[0, : len(story)]))
         return logits
 
@@ -111,19 +215,27 @@ class LanguageModel:
         """The network with all its blocks, and its parameters, of which those of the first `layer` blocks are shared.
 
         Raises:
-            BadInput: if the files that it is loaded from are damaged, or gone.
+            BadInput: if the files that it is loaded from are damaged, or gone; inside a transform, if it is not there.
         """
         config = self.model.config
         if self.layer == config.num_layers:
             return self.model, self.params
         model = GPTNeo(config, config.num_layers, self.model.precision)
-        return model, _load_params(self.directory, model, self.params)
+        if self.rest:
+            return model, {**self.params, **self.rest}
+        if is_traced(self.params):
+            raise BadInput(
+                f"{self.name} has the blocks below layer {self.layer} only; take `lm = lm.with_rest()` before the "
+                "transform of which it is an argument"
+            )
+        with jax.ensure_compile_time_eval():  # kept, so it must be values
+            return model, _load_params(self.directory, model, self.params)
 
-    def token_ids(self, texts: Sequence[Text]) -> list[np.ndarray]:
+    def token_ids(self, texts: Iterable[Text]) -> list[np.ndarray]:
         """The token ids [T] int32 of each text, strings or token ids. Errors as for `activations`."""
         if isinstance(texts, str):
             raise BadInput("texts is a string; a list of strings or of token ids was expected: put it in [ ]")
-        config = self.model.config
+        texts = list(texts)  # which may be a generator
         strings = [text for text in texts if isinstance(text, str)]
         for string in strings:
             if any("\ud800" <= character <= "\udfff" for character in string):
@@ -137,22 +249,20 @@ class LanguageModel:
                     f"text {i} is an array of shape {ids.shape} and dtype {ids.dtype}; a string or a list of token ids "
                     "was expected"
                 )
-            if len(ids) > config.max_position_embeddings:
-                raise BadInput(
-                    f"text {i} has {len(ids)} tokens, but the model {config.max_position_embeddings} positions: cut it"
-                )
-            if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
-                raise BadInput(
-                    f"text {i} has token ids from {ids.min()} to {ids.max()}; those of {self.name} go from 0 to "
-                    f"{config.vocab_size - 1}"
-                )
+            self._refuse_length(f"text {i}", len(ids))
+            self._refuse_ids(f"text {i}", ids)
             stories.append(ids.astype(np.int32))
         return stories
 
 
 @jax.jit(static_argnums=0)
 def _logits(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
-    return cast(jax.Array, model.apply({"params": params}, token_ids, method="logits"))
+    return cast(jax.Array, model.apply({"params": widened(params)}, token_ids, method="logits"))
+
+
+@jax.jit(static_argnums=(0, 1))
+def _logits_from(model: GPTNeo, layer: int, params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    return cast(jax.Array, model.apply({"params": widened(params)}, x, layer, method="logits_from"))
 
 
 def load_language_model(name: str, layer: int, precision: Precision = "float32") -> LanguageModel:
@@ -161,8 +271,8 @@ def load_language_model(name: str, layer: int, precision: Precision = "float32")
     Weights in float16, bfloat16 or float64 are converted to float32.
 
     Args:
-        name: a directory with config.json and model.safetensors or pytorch_model.bin (or one of them in parts, with an
-            index), or an id on the Hugging Face hub, such as "roneneldan/TinyStories-33M".
+        name: a directory (~ is the home directory) with config.json and model.safetensors or pytorch_model.bin (or one
+            of them in parts, with an index), or an id on the Hugging Face hub, such as "roneneldan/TinyStories-33M".
         layer: 0 for the embeddings, up to the number of blocks.
         precision: of the blocks' matrix products, as `precision.dot_general` says; logits are always float32's.
 

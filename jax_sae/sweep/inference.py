@@ -1,75 +1,185 @@
 """Use of a trained autoencoder from a run's directory."""
 
+import os
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
+from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, estimate_story_traced, normalize
+from jax_sae.arrays import as_float32, by_rows, is_traced, widened
+from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
+from jax_sae.card import card
 from jax_sae.config import Config, Member, config_from_dict
 from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import read_json
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.optimizer import traced_settings
 
 
-@partial(jax.jit, static_argnames="model")
-def _encode(
-    model: Autoencoder, params: Params, values: Values, normalization: Normalization, x: jax.Array
-) -> jax.Array:
+def _encode(model: Autoencoder, params: Params, values: Values, normalization: Normalization, x: Any) -> jax.Array:
+    params, values, normalization = widened((params, values, normalization))
+    values = {**values, "k": values["k"].astype(jnp.int32)} if "k" in values else values
     return encode(model, params, values, normalize(normalization, x))
 
 
-@partial(jax.jit, static_argnames="model")
-def _decode(model: Autoencoder, params: Params, normalization: Normalization, features: jax.Array) -> jax.Array:
+def _decode(model: Autoencoder, params: Params, normalization: Normalization, features: Any) -> jax.Array:
+    params, normalization = widened((params, normalization))
     return denormalize(normalization, decode(model, params, features))
 
 
+_encode_compiled = jax.jit(_encode, static_argnames="model")
+_decode_compiled = jax.jit(_decode, static_argnames="model")
+
+
+@lru_cache(maxsize=256)
+def _model(kind: str, width: int, features: int, most_k: int) -> Autoencoder:
+    return kind_named(kind)(width, features, most_k=most_k, is_trained=False)
+
+
 @dataclass(frozen=True, eq=False)
-class TrainedAutoencoder:
-    """An autoencoder at a checkpoint; takes and gives activations in the language model's own scale."""
+class Origin:
+    """Which member of which run an autoencoder is: a label, which no computation depends on.
+
+    All are equal to each other, so that members that differ only in numbers are one form to JAX: they can be stacked,
+    and what is compiled for one serves all.
+    """
 
     name: str
     step: int
     member: Member
-    """Its settings, its kind first of all."""
+    config: Config
+    l0: float | None = None
+    """Active features a token on the run's held-out tokens, and the fraction of variance unexplained; None where the
+    run has measured another step, or none."""
+    fvu: float | None = None
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to every other."""
+        return isinstance(other, Origin | NoOrigin)
+
+    def __hash__(self) -> int:
+        """The same for all."""
+        return hash(Origin)
+
+
+class NoOrigin:
+    """In place of an `Origin` where an autoencoder is no particular one: traced, stacked, or made by hand."""
+
+    __eq__, __hash__ = Origin.__eq__, Origin.__hash__
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False, repr=False)
+class TrainedAutoencoder:
+    """An autoencoder at a checkpoint; takes and gives activations in the language model's own scale.
+
+    It is a pytree of floating point arrays, with pure methods: `jax.jit(sae.encode)`, `jax.grad(loss)(sae)`,
+    `jax.vmap`, `jax.tree.map`, `jax.device_put`. Members of one kind and F can be stacked,
+    `jax.tree.map(lambda *leaves: jnp.stack(leaves), *saes)`, for `jax.vmap` and `jax.lax.scan`.
+
+    All is computed in float32: x in any other precision is converted, and so are parameters in bfloat16 or float16,
+    which only take less memory. Values are looked at where they are known: not inside a transform, where shapes and
+    dtypes alone are.
+
+    Outside of transforms, rows are padded to few shapes, since each is compiled (`jax_sae/arrays.py`).
+    """
+
     params: Params
     """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations. A kind may have more."""
     memory: dict[str, jax.Array]
     """What its kind remembers from training: of batchtopk and matryoshka the `threshold`."""
+    settings: dict[str, jax.Array]
+    """What else it encodes with: of topk `k`, a float32, so that gradients with respect to all leaves can be taken."""
     normalization: Normalization
-    config: Config = field(repr=False)
-    """Of its run."""
+    """What was fitted to the run's activations; the identity where each story has its own."""
+    kind: str = field(metadata={"static": True})
+    """A file of jax_sae/autoencoder/kinds."""
+    per_story: bool = field(default=False, metadata={"static": True})
+    """Whether the run normalised each story by its own mean and scale."""
+    exclude_first_tokens: int = field(default=0, metadata={"static": True})
+    """Tokens at the start of a story that do not count for its mean and scale."""
+    origin: Origin | NoOrigin = field(default=NoOrigin(), metadata={"static": True})
+    """The run's name for it, and more, behind `name`, `step`, `member` and `config`."""
+
+    def __post_init__(self) -> None:
+        """Take the label off what is no particular autoencoder; JAX calls this with leaves of any type."""
+        if is_traced(self.params) or getattr(self.params.get("W_enc"), "ndim", 2) != 2:
+            object.__setattr__(self, "origin", NoOrigin())
+        k = self.settings.get("k")
+        if isinstance(k, jax.Array | np.ndarray | np.generic) and not is_traced(k) and k.dtype.itemsize < 4:
+            exact = 2 ** (jnp.finfo(k.dtype).nmant + 1)
+            if np.any(np.asarray(k, np.float32) >= exact):  # which the next number has been rounded to
+                raise BadInput(
+                    f"k may not be the same in {k.dtype}, which has whole numbers up to {exact} only: convert "
+                    "sae.params, by dataclasses.replace, and leave sae.settings as they are"
+                )
+
+    @property
+    def name(self) -> str:
+        """The member's name in its run; what it is, where it has none."""
+        if isinstance(self.origin, Origin):
+            return self.origin.name
+        return f"the {self.kind} autoencoder"
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return self._origin("step").step
+
+    @property
+    def member(self) -> Member:
+        """The settings it was trained with."""
+        return self._origin("member").member
+
+    @property
+    def config(self) -> Config:
+        """Of its run."""
+        return self._origin("config").config
+
+    def _origin(self, wanted: str) -> Origin:
+        if isinstance(self.origin, Origin):
+            return self.origin
+        raise BadInput(
+            f"{self.name} has no {wanted}: it is traced, stacked or made by hand, so it is no particular member of a "
+            f"run; take {wanted} from the one that was loaded, outside of the transform"
+        )
 
     @property
     def width(self) -> int:
         """D."""
-        return self.params["W_enc"].shape[0]
+        return self.params["W_enc"].shape[-2]
 
     @property
     def features(self) -> int:
         """F."""
-        return self.params["W_enc"].shape[1]
+        return self.params["W_enc"].shape[-1]
 
     def encode(self, x: ArrayLike) -> jax.Array:
         """x[..., D], activations as the language model gives them -> features [..., F] float32, none below 0.
 
         Where the run normalised per story, x[T, D] has to be one whole story, whose mean and scale are then used: those
-        of its tokens after the first `exclude_first_tokens`, as in training.
+        of its tokens after the first `exclude_first_tokens`, as in training. Inside a transform they are computed in
+        float32, and a story of equal numbers, which is refused elsewhere, gives NaN.
 
         Raises:
-            BadInput: if the last axis is not D, or per story, if x is not one story with tokens after the first.
+            BadInput: if x is not numbers, the last axis is not D, or per story, if x is not one story with tokens after
+                the first.
         """
         x = self._checked(x)
-        values = {**traced_settings(self.member, self.config.train), **self.memory}
-        return _encode(self._model, self.params, values, self._normalization_of(x), x)
+        values, normalization = {**self.settings, **self.memory}, self._normalization_of(x)
+        if is_traced(self, x):
+            return _encode(self._model(), self.params, values, normalization, x)
+        model = self._model()
+        return by_rows(lambda rows: _encode_compiled(model, self.params, values, normalization, rows), x)
 
     def decode(self, features: ArrayLike, story: ArrayLike | None = None) -> jax.Array:
         """features [..., F] -> x_hat[..., D] float32, in the language model's own scale.
@@ -78,30 +188,39 @@ class TrainedAutoencoder:
         activations [T, D] that were encoded. Else it is not used.
 
         Raises:
-            BadInput: if the last axis is not F, or `story` is missing where it is needed.
+            BadInput: if features are not numbers, the last axis is not F, or `story` is missing where it is needed.
         """
-        features = jnp.asarray(features, jnp.float32)
+        features = as_float32(features, "features")
         if features.shape[-1:] != (self.features,):
             raise BadInput(f"features have shape {features.shape}; {self.name} expects [..., {self.features}]")
-        if story is None and self.config.activations.normalization == "story":
+        if story is None and self.per_story:
             raise BadInput(
                 "this run normalised each story by itself, so decode() needs the story's activations: "
                 "decode(features, story=x), or sae(x) for both steps at once"
             )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
-        return _decode(self._model, self.params, normalization, features)
+        model = self._model()
+        if is_traced(self, features, normalization):
+            return _decode(model, self.params, normalization, features)
+        return by_rows(lambda rows: _decode_compiled(model, self.params, normalization, rows), features)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """x[..., D] -> its reconstruction, decode(encode(x))."""
-        per_story = self.config.activations.normalization == "story"
-        return self.decode(self.encode(x), story=x if per_story else None)
+        x = self._checked(x)
+        return self.decode(self.encode(x), story=x if self.per_story else None)
 
-    @property
     def _model(self) -> Autoencoder:
-        return Group((self.member,), (self.name,)).form.model(self.width, "float32")
+        """The Flax module of its kind; how many features topk looks at follows from k, where that is known."""
+        k = self.settings.get("k", 0)
+        return _model(self.kind, self.width, self.features, 0 if is_traced(k) else int(k))
 
-    def _checked(self, x: ArrayLike) -> jax.Array:
-        x = jnp.asarray(x, jnp.float32)
+    def _checked(self, x: ArrayLike) -> np.ndarray | jax.Array:
+        if (ndim := self.params["W_enc"].ndim) != 2:
+            raise BadInput(
+                f"{self.name} has W_enc with {ndim} axes: several are stacked. Take one, jax.tree.map(lambda leaf: "
+                "leaf[0], sae), or map over them with jax.vmap or jax.lax.scan"
+            )
+        x = as_float32(x, "x")
         if x.shape[-1:] != (self.width,):
             raise BadInput(
                 f"x has shape {x.shape}; {self.name} expects [..., {self.width}]: "
@@ -109,18 +228,46 @@ class TrainedAutoencoder:
             )
         return x
 
-    def _normalization_of(self, x: jax.Array) -> Normalization:
-        kind = self.config.activations.normalization
-        if kind == "story" and x.ndim != 2:
+    def _normalization_of(self, x: np.ndarray | jax.Array) -> Normalization:
+        if not self.per_story:
+            return self.normalization
+        if x.ndim != 2:
             raise BadInput(
                 f"x has shape {x.shape}; this run normalised per story, so give one whole story [T, {self.width}]"
             )
-        k = self.config.activations.exclude_first_tokens
-        if kind == "story" and len(x) <= k:
+        k = self.exclude_first_tokens
+        if len(x) <= k:
             raise BadInput(
                 f"x has {len(x)} tokens; this run normalised per story without its first {k}: give a story with more"
             )
-        return for_story(kind, self.normalization, np.asarray(x)[k:] if kind == "story" else np.asarray(x))
+        return estimate_story_traced(jnp.asarray(x)[k:]) if is_traced(x) else estimate_story(np.asarray(x)[k:])
+
+    def _facts(self) -> dict[str, str]:
+        """What tells it apart, by name, shown; of anything that JAX may put in place of its arrays."""
+        shape = getattr(self.params.get("W_enc"), "shape", ())
+        k, dtype = self.settings.get("k"), getattr(self.params.get("W_enc"), "dtype", None)
+        facts = {"kind": self.kind, "F": str(shape[-1]) if shape else "?", "D": str(shape[-2]) if shape else "?"}
+        if len(shape) > 2:
+            facts["stacked"] = " x ".join(map(str, shape[:-2]))
+        if k is not None and not is_traced(k) and getattr(k, "ndim", None) == 0:
+            facts["k"] = f"{float(k):g}"
+        if dtype is not None and dtype != np.float32:
+            facts["dtype"] = str(dtype)
+        if isinstance(self.origin, Origin):
+            facts["step"] = f"{self.origin.step:,}"
+            measured = {"L0": self.origin.l0, "FVU": self.origin.fvu}
+            facts |= {name: f"{value:.3g}" for name, value in measured.items() if value is not None}
+        return facts
+
+    def __repr__(self) -> str:
+        """On one line."""
+        facts = ", ".join(f"{name} {value}" for name, value in self._facts().items())
+        label = f"{self.origin.name!r}, " if isinstance(self.origin, Origin) else ""
+        return f"TrainedAutoencoder({label}{facts})"
+
+    def _repr_html_(self) -> str:
+        """A card, in a notebook."""
+        return card(f"TrainedAutoencoder {self.name}", self._facts())
 
 
 def load_autoencoder(
@@ -129,7 +276,7 @@ def load_autoencoder(
     """Load one member of a run; only its arrays are read from disk.
 
     Args:
-        run: the run's directory.
+        run: the run's directory; ~ is the home directory.
         features: the member's number of features F, where that says which.
         step: of the checkpoint; the newest if left out.
         name: the member's name as in `summary.json`, such as F768 or F768-seed1.
@@ -141,7 +288,8 @@ def load_autoencoder(
     Warns:
         UserWarning: if the member had diverged; it is then as it was before that step.
     """
-    with Checkpoints(Path(run) / "checkpoints", read_only=True) as checkpoints:
+    run = Path(os.path.expanduser(run))  # which, unlike Path.expanduser, leaves the name of an unknown user as it is
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.step_or_newest(step)
         facts = checkpoints.read_run(step)
         found = _choose(facts["members"], features, name, run)
@@ -156,10 +304,34 @@ def load_autoencoder(
         state = checkpoints.read_state(step, only_that_member)
     if (diverged := facts["diverged_at_step"].get(found)) is not None:
         warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
-    its = jax.tree.map(jnp.asarray, {"memory": {}, **state["members"][found]})
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
-    member, normalization = complete(Member(**facts["members"][found])), Normalization(**state["normalization"])
-    return TrainedAutoencoder(found, step, member, its["params"], its["memory"], normalization, config)
+    member = complete(Member(**facts["members"][found]))
+    kind, its = kind_named(member.kind), {"memory": {}, **state["members"][found]}
+    memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
+    settings = traced_settings(member, config.train)
+    arrays = {
+        "params": its["params"],
+        "memory": memory,
+        "settings": {name: np.float32(settings[name]) for name in kind.encode_settings},
+        "normalization": Normalization(**state["normalization"]),
+    }
+    return TrainedAutoencoder(
+        **jax.tree.map(jnp.asarray, arrays),
+        kind=member.kind,
+        per_story=config.activations.normalization == "story",
+        exclude_first_tokens=config.activations.exclude_first_tokens,
+        origin=Origin(found, step, member, config, *_measured(run, found, step)),
+    )
+
+
+def _measured(run: Path, name: str, step: int) -> tuple[float | None, float | None]:
+    """L0 and FVU of a member in the run's summary, if that is of this step; a run that goes on has none yet."""
+    try:
+        members = {member["name"]: member for member in read_json(run / "summary.json")["members"]}
+        its = members[name]
+        return (its["l0"], its["fvu"]) if its["steps"] == step else (None, None)
+    except (BadInput, OSError, LookupError, TypeError):  # they are only shown
+        return None, None
 
 
 def _choose(members: Tree, features: int | None, name: str | None, run: str | Path) -> str:

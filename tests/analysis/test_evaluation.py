@@ -79,7 +79,7 @@ def rows_of(sae: TrainedAutoencoder, source: Source) -> tuple[np.ndarray, np.nda
     """x, features and x_hat of all held-out tokens: each story at once by the public functions."""
     activations = sae.config.activations
     found = []
-    alone = replace(sae, config=replace(sae.config, activations=replace(activations, exclude_first_tokens=0)))
+    alone = replace(sae, exclude_first_tokens=0)
     for x in first_activations(source, activations.held_out_tokens, None, activations.norm_limit):
         features = alone.encode(x)  # the first tokens are left out already
         found.append((x, np.asarray(features), np.asarray(alone.decode(features, story=x))))

@@ -22,10 +22,8 @@ def kind_named(name: str) -> type[Autoencoder]:
     Raises:
         BadInput: if there is none of that name.
     """
-    module = sys.modules.get(f"{__name__}.{name}")  # without a look at the disk, as each use of an autoencoder asks
-    if module is None:
-        if name not in kind_names():
-            raise BadInput(f"there is no kind {name!r}; the kinds are {', '.join(kind_names())}")
-        module = import_module(f"{__name__}.{name}")
-    kind: type[Autoencoder] = module.KIND
+    file = f"{__name__}.{name}"
+    if file not in sys.modules and name not in kind_names():  # which looks at the disk, but each use asks for its kind
+        raise BadInput(f"there is no kind {name!r}; the kinds are {', '.join(kind_names())}")
+    kind: type[Autoencoder] = import_module(file).KIND  # sys.modules has it half made while another thread imports it
     return kind

@@ -21,6 +21,7 @@ class BatchTopK(TopK):
     """
 
     couples_tokens = True
+    encode_settings = ()
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """The candidates that exceed the threshold."""

@@ -35,7 +35,7 @@ class Gated(Autoencoder):
 
     def gate_and_magnitude(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x[..., D] -> g and f, [..., F] each."""
-        p = product(x - self.b_dec, self.W_enc, self.precision)
+        p = self.product(x - self.b_dec, self.W_enc)
         gate = p + self.b_gate
         return gate, jnp.where(gate > 0, nn.relu(p * jnp.exp(self.r_mag) + self.b_mag), 0.0)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jax_sae.autoencoder.loss import Terms, squared_error, terms
 from jax_sae.autoencoder.model import Autoencoder, Values, product
-from jax_sae.autoencoder.selection import keep_largest_of_rows
+from jax_sae.autoencoder.selection import keep_largest_of_any, keep_largest_of_rows
 from jax_sae.autoencoder.sparse import topk_reconstruct
 
 
@@ -36,6 +36,7 @@ class TopK(Autoencoder):
         "decoder_bias": "geometric_median",
     }
     penalties = ("auxk_coefficient",)
+    encode_settings: ClassVar[tuple[str, ...]] = ("k",)
 
     def candidates(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> relu((x - b_dec) W_enc + b_enc), [..., F]."""
@@ -43,6 +44,8 @@ class TopK(Autoencoder):
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """The k largest candidates of each token."""
+        if not self.most_k:
+            return keep_largest_of_any(self.candidates(x), values["k"])
         return keep_largest_of_rows(self.candidates(x), values["k"], self.most_k)
 
     def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
