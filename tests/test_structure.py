@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from running import REPOSITORY
 
+import jax_sae
 from jax_sae.config import config_names
 
 PACKAGE = REPOSITORY / "jax_sae"
@@ -77,6 +79,14 @@ def test_importing_starts_no_backend_and_help_needs_no_jax() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     code = "import sys, jax_sae.commands.train, jax_sae.config, jax_sae; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_says_its_version_and_what_it_has() -> None:
+    """Before any of it is imported."""
+    assert jax_sae.__version__ == version("jax_sae")
+    assert set(jax_sae.__all__) | {"__version__"} <= set(dir(jax_sae))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jax_sae.nothing
 
 
 def test_readme_prints_the_file_tree() -> None:

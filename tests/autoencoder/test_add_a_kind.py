@@ -3,8 +3,10 @@
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +74,21 @@ def test_it_is_not_there_otherwise() -> None:
     assert kind_names() == ["batchtopk", "gated", "jumprelu", "matryoshka", "relu", "topk"]
     with pytest.raises(BadInput, match=r"there is no kind 'tanh'; the kinds are batchtopk, gated, jumprelu,"):
         sweep_members(SweepConfig(kinds=("relu", "tanh")))
+
+
+def test_a_kind_that_another_thread_is_importing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else servers whose first act, in several threads, is to load an autoencoder find half of its file."""
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(0.3)\nKIND = 'the class'\n")
+    monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            together = Barrier(4)
+
+            def first_act() -> object:
+                together.wait()
+                return kind_named("slow")
+
+            found = [threads.submit(first_act) for _ in range(4)]
+            assert [each.result() for each in found] == ["the class"] * 4
+    finally:
+        sys.modules.pop("jax_sae.autoencoder.kinds.slow", None)

@@ -1,5 +1,6 @@
 """A trained autoencoder takes and gives activations in the language model's own scale."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def test_wrong_widths_are_named(demo_run: Path, x: np.ndarray) -> None:
         sae.encode(x[:, :5])
     with pytest.raises(BadInput, match=r"expects \[\.\.\., 63\]"):
         sae.decode(np.zeros((2, 64)))
+
+
+def test_what_the_run_measured_is_shown_where_it_is_of_that_step(
+    demo_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what the summary says; the run is found below ~."""
+    monkeypatch.setenv("HOME", str(demo_run.parent))
+    newest, early = (jax_sae.load_autoencoder(f"~/{demo_run.name}", features=64, step=step) for step in (None, 5))
+    [its] = [each for each in json.loads((demo_run / "summary.json").read_text())["members"] if each["name"] == "F64"]
+    assert repr(newest) == (
+        f"TrainedAutoencoder('F64', kind relu, F 64, D 64, step 12, L0 {its['l0']:.3g}, FVU {its['fvu']:.3g})"
+    )
+    assert repr(early) == "TrainedAutoencoder('F64', kind relu, F 64, D 64, step 5)"
 
 
 def test_members_are_found_by_features_or_name(demo_run: Path) -> None:
