@@ -19,7 +19,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 LAYERS = {
     "errors": 0,
     "card": 0,
-    "arrays": 1,
+    "rows": 1,
     "analysis": 6,
     "config": 1,
     "precision": 2,

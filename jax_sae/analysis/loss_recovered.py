@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.norms import token_norms
-from jax_sae.arrays import widened
 from jax_sae.errors import BadInput
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest, padded_length, tokens_at_a_time
 from jax_sae.language_model.pretrained import LanguageModel, Text
+from jax_sae.rows import widened
 
 MOST_TOKENS_AT_A_TIME = 8192
 """Logits are large: with GPT-2's vocabulary, 8192 tokens of them take 1.6 GB."""

@@ -6,8 +6,8 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jax_sae.arrays import widened
 from jax_sae.language_model.gpt_neo import GPTNeo
+from jax_sae.rows import widened
 
 
 def tokens_at_a_time() -> int:

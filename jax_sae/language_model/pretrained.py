@@ -14,7 +14,6 @@ import numpy as np
 from flax import traverse_util
 from numpy.typing import ArrayLike
 
-from jax_sae.arrays import as_array, as_float32, is_traced, padded, padded_rows, unpadded, widened
 from jax_sae.card import card
 from jax_sae.config import Precision
 from jax_sae.errors import BadInput
@@ -31,6 +30,7 @@ from jax_sae.language_model.hub import (
 )
 from jax_sae.language_model.text import load_tokenizer, tokenize
 from jax_sae.language_model.torch_file import TensorReference, is_plain_name, open_torch_file, refuse_pointer
+from jax_sae.rows import as_array, as_float32, is_traced, padded, padded_rows, unpadded, widened
 
 Text = str | Sequence[int] | np.ndarray
 """A string, or the token ids of one."""

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, estimate_story_traced, normalize
-from jax_sae.arrays import as_float32, by_rows, is_traced, widened
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
 from jax_sae.card import card
 from jax_sae.config import Config, Member, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
+from jax_sae.rows import as_float32, by_rows, is_traced, widened
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.optimizer import traced_settings
@@ -90,7 +90,7 @@ class TrainedAutoencoder:
     which only take less memory. Values are looked at where they are known: not inside a transform, where shapes and
     dtypes alone are.
 
-    Outside of transforms, rows are padded to few shapes, since each is compiled (`jax_sae/arrays.py`).
+    Outside of transforms, rows are padded to few shapes, since each is compiled (`jax_sae/rows.py`).
     """
 
     params: Params
