@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import prepare_jax
+from jax_sae.command_line import caches
 from jax_sae.commands.settings import base
 from jax_sae.commands.train import choose_directory, main
 from jax_sae.config import Member
@@ -49,8 +49,8 @@ def test_compiled_programs_are_kept_where_the_environment_says(tmp_path: Path, m
     names += ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_PYTHON_CLIENT_PREALLOCATE"]
     for name in names:
         monkeypatch.setenv(name, "set by the user")
-    prepare_jax()
-    assert [os.environ[name] for name in names] == ["set by the user"] * 4
+    with caches() as lines:
+        assert [os.environ[name] for name in names] == ["set by the user"] * 4 and not lines
     for name in names:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -28,6 +28,7 @@ LAYERS = {
     "activations": 4,
     "sweep": 5,
     "stop_signals": 0,
+    "streams": 0,
     "flags": 2,
     "command_line": 2,
     "commands": 7,

@@ -14,6 +14,7 @@ import numpy as np
 from jax_sae.activations.store import write_store
 from jax_sae.errors import BadInput
 from jax_sae.language_model.text import Stories, Story
+from jax_sae.streams import progress_bar
 
 BLOCK_TOKENS = 65_536
 """Tokens that are computed before they are written: enough for batches of equal length, few enough for memory."""
@@ -49,14 +50,12 @@ def write_text(
             disk is too small for all of them.
         RunFailed: as `write_store`.
     """
-    from tqdm import tqdm
-
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
     counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
 
     def in_order() -> Generator[np.ndarray]:
-        with tqdm(total=n_tokens or len(stories), unit=" tokens" if n_tokens else " stories") as bar:
+        with progress_bar(total=n_tokens or len(stories), unit=" tokens" if n_tokens else " stories") as bar:
             for number, block in enumerate(_blocks(stories, n_tokens, counts)):
                 found: list[Any] = [None] * len(block)
                 for i, x in activations_of([story.token_ids for story in block]):

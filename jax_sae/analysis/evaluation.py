@@ -11,6 +11,7 @@ Activations are read a piece at a time, so memory does not grow with their numbe
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -33,7 +34,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
+from jax_sae.sweep.frontier import FrontierPoint, draw_each, draw_frontier
 from jax_sae.sweep.inference import Origin, TrainedAutoencoder, load_autoencoder
 from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.sweep.progress import device, versions
@@ -68,6 +69,7 @@ def evaluate(
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"--tokens is {n_tokens}; a number of held-out tokens above 0 was expected")
     facts, suffix = _read_facts(run, step)
+    _refuse_read_only(run)
     config = _config_of(run, facts)
     source, lm = _open_inputs(run, config, facts, sources)
     trained = _load_members(run, config, facts)
@@ -107,6 +109,13 @@ def _read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         newest, step = checkpoints.step_or_newest(None), checkpoints.step_or_newest(step)
         return checkpoints.read_run(step), "" if step == newest else f"-step{step}"
+
+
+def _refuse_read_only(run: Path) -> None:
+    """Raise BadInput if results cannot be written into a run's directory, before they are computed."""
+    for folder in (run, run / "figures"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise BadInput(f"{folder} is read-only, and results are written there; copy the run, and evaluate the copy")
 
 
 def _config_of(run: Path, facts: Tree) -> Config:
@@ -289,7 +298,11 @@ def _finite(content: Any) -> Any:
 
 
 def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured, eigenvalues: np.ndarray) -> None:
-    """The figures and, last, the JSON; says what was written."""
+    """The JSON, then the figures; says what was written."""
+    file = run / f"evaluation{suffix}.json"
+    again = ", in place of those of before" if file.exists() else ""
+    write_json(file, record)
+    say([f"written       {file}{again}"])
     good = [member for member in record["members"] if member["fvu"] is not None]
     where = f"{run.resolve().name} at step {record['step']:,}, {record['tokens']:,} held-out tokens"
     frontier, density = (run / "figures" / f"{name}{suffix}.png" for name in ("frontier", "feature_density"))
@@ -299,18 +312,19 @@ def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured
         )
         for member in good
     ]
-    draw_frontier(frontier, points, eigenvalues, where)
     histograms = {
         _named(member): (np.array(of["log10_density_edges"]), np.array(of["features"]))
         for member in good
         for of in [member["feature_density"]]
     }
     dead = {_named(member): member["dead_features"] for member in good}
-    draw_feature_density(density, histograms, dead, record["tokens"], where)
-    file = run / f"evaluation{suffix}.json"
-    again = ", in place of those of before" if file.exists() else ""
-    write_json(file, record)
-    say([f"written       {file}, {frontier}, {density}{again}"])
+    lines = draw_each(
+        [
+            ([frontier], lambda: draw_frontier(frontier, points, eigenvalues, where)),
+            ([density], lambda: draw_feature_density(density, histograms, dead, record["tokens"], where)),
+        ]
+    )
+    say(lines)
 
 
 def _named(member: Mapping[str, Any]) -> str:

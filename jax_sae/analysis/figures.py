@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_sae.analysis.statistics import DENSE
-from jax_sae.sweep.frontier import COLOURS, save_figure
+from jax_sae.sweep.frontier import COLOURS, new_figure, save_figure
 
 
 def draw_feature_density(
@@ -25,11 +25,9 @@ def draw_feature_density(
         tokens: N, on which both were counted.
         title: of the figure.
     """
-    from matplotlib.figure import Figure
-
     columns = min(4, len(histograms))
     rows = -(-len(histograms) // columns)
-    figure = Figure(figsize=(max(6.0, 3.4 * columns), 1 + 2.2 * rows), layout="constrained")
+    figure = new_figure(figsize=(max(6.0, 3.4 * columns), 1 + 2.2 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (name, (edges, counts)) in zip(grid.flat, histograms.items(), strict=False):
         axes.stairs(counts, edges, fill=True, color=COLOURS[0])

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jax_sae.activations.batches import Position, finite_activations, walk
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
@@ -15,6 +14,7 @@ from jax_sae.analysis.baselines import Scatter, add_rows, no_scatter
 from jax_sae.analysis.loss_recovered import Reconstruct
 from jax_sae.analysis.statistics import Sums, add_tokens, no_tokens
 from jax_sae.errors import BadInput
+from jax_sae.streams import progress_bar
 from jax_sae.sweep.inference import TrainedAutoencoder
 
 ROWS_AT_A_TIME = 1024
@@ -50,7 +50,7 @@ def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_to
     activations = some.config.activations
     sums: dict[str, Sums | None] = {name: no_tokens(sae.width, sae.features) for name, sae in autoencoders.items()}
     scatter, token_ids, over = no_scatter(some.width), [], 0
-    with tqdm(total=n_tokens, unit=" tokens", desc="held out", leave=False) as bar:
+    with progress_bar(total=n_tokens, unit=" tokens", desc="held out", leave=False) as bar:
         for items in _pieces(source, n_tokens):
             stories: list[Any] = [None] * len(items)
             for i, story in finite_activations(source, items):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import refuse_missing_platform, run_script
 from jax_sae.flags import read_options
 
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         options = read_options(Options, argv, "jax-sae evaluate")
+        refuse_missing_platform()
         from jax_sae.analysis.evaluation import evaluate
 
         evaluate(options.run, options.step, options.tokens)

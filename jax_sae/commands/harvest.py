@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import refuse_missing_platform, run_script
 from jax_sae.config import ModelConfig, TextConfig
 from jax_sae.flags import read_options
 
@@ -96,7 +96,9 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
 
     def work() -> int:
-        print(harvest_to_store(read_options(Options, argv, "jax-sae harvest")))
+        options = read_options(Options, argv, "jax-sae harvest")
+        refuse_missing_platform()
+        print(harvest_to_store(options))
         return 0
 
     return run_script(argv, work)

@@ -7,19 +7,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_sae.command_line import run_script
+from jax_sae.command_line import BROKEN_PIPE, refuse_missing_platform, run_script
 from jax_sae.errors import BadInput
 from jax_sae.flags import Arguments, parse
 from jax_sae.stop_signals import Signals
+from jax_sae.streams import reader_is_gone
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
 """What a run leaves, with config.json."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code, as `run_script`, and 130 or 143 after Ctrl-C or SIGTERM.
+    """The command line; returns the exit code, as `run_script`, and 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
 
-    A first signal saves at the next step boundary and ends; a second one ends at once.
+    A first signal, or the end of the program that reads what is told, saves at the next step boundary and ends; a
+    second Ctrl-C or SIGTERM ends at once.
     """
 
     def work() -> int:
@@ -34,19 +36,28 @@ def main(argv: Sequence[str]) -> int:
             settings = settings_to_resume(out, lower if arguments.config else None, arguments.settings)
         else:
             settings = merge(lower, arguments.settings)
+        refuse_missing_platform()
         with Signals() as signals:
+            if not signals.is_listening:
+                print(
+                    "note          this is not the main thread: Ctrl-C and other signals are not heard here", flush=True
+                )
+
+            def stop_requested(step: int) -> bool:
+                return signals.received > 0 or reader_is_gone()
+
             try:
                 finished = train(
                     settings.config,
                     out,
                     resume=arguments.resume,
-                    stop_requested=lambda step: signals.received > 0,
+                    stop_requested=stop_requested,
                     first_lines=settings.lines,
                 )
             except Stopped:
                 print("stopped before training began; there was nothing to save")
                 finished = False
-        return 0 if finished else 128 + signals.received
+        return 0 if finished else 128 + (signals.received or BROKEN_PIPE)
 
     return run_script(argv, work)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.config import Member
-from jax_sae.sweep.frontier import COLOURS
+from jax_sae.sweep.frontier import COLOURS, import_matplotlib, new_figure, save_figure
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
@@ -19,8 +19,7 @@ def member_colours(members: Sequence[Member], width: int) -> list[str]:
     The first member of each such width has its colour; the others share out cividis, a colour-blind-safe map, from dark
     blue to yellow. Where there are several kinds, each has its colour of the frontier, in shades from light to full.
     """
-    import matplotlib
-
+    matplotlib = import_matplotlib()
     kinds = list(dict.fromkeys(member.kind for member in members))
     if len(kinds) > 1:
         return [_shade(kinds, members, i) for i in range(len(members))]
@@ -73,11 +72,8 @@ def draw_training(
         features: F of the members.
         title: of the figure.
     """
-    from matplotlib.figure import Figure
-
-    directory.mkdir(parents=True, exist_ok=True)
     steps, curves, width = _means(metrics)
-    figure = Figure(figsize=(15, max(4.5, 0.2 * len(names))), layout="constrained")
+    figure = new_figure(figsize=(15, max(4.5, 0.2 * len(names))), layout="constrained")
     panels: Any = figure.subplots(1, len(PANELS))
     for axes, (label, metric) in zip(panels, PANELS, strict=True):
         values = curves[..., METRICS.index(metric)]
@@ -93,7 +89,7 @@ def draw_training(
         axes.set_ylabel(label)
     figure.legend(lines, names, loc="outside right center", frameon=False, fontsize="small")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(directory / "training.png", dpi=150)
+    save_figure(figure, directory / "training.png")
 
 
 def _means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -132,14 +128,11 @@ def draw_losses(
         floors: of the members, least loss per element on the held-out tokens; 0 where F >= D.
         title: of both figures.
     """
-    from matplotlib.figure import Figure
-
-    directory.mkdir(parents=True, exist_ok=True)
     steps, curves, width = _means(losses)
     first = curves[0][np.isfinite(curves[0])]
     for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
         entries = len(names) + len({floor for floor in floors if floor > 0}) + 1
-        figure = Figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
+        figure = new_figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
         axes: Any = figure.subplots()
         for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
             finite = np.isfinite(losses[:, i])
@@ -156,4 +149,4 @@ def draw_losses(
         axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
         axes.set_title(title, fontsize="medium")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
-        figure.savefig(directory / file, dpi=150)
+        save_figure(figure, directory / file)

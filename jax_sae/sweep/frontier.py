@@ -1,6 +1,10 @@
 """The frontier of sparsity and quality: FVU, and loss recovered, against L0."""
 
-from collections.abc import Sequence
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from jax_sae.autoencoder.baselines import pca_fvu
+from jax_sae.language_model.hub import one_line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too."""
 MARKERS = "osD^vPX"
 BESIDE = ((0, 8), (-11, 3), (11, -8), (11, 3), (-11, -8), (0, 14), (0, -14))
 """Of the points of each kind, where their numbers stand, in points of print."""
+
+
+Figures = list[tuple[list[Path], Callable[[], None]]]
+"""Files, and what draws them."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,10 @@ def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.n
         eigenvalues: [D], of the tokens' scatter, largest first, for the line of PCA with L0 directions.
         title: of the figure.
     """
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(point.kind for point in points))
     ordered = sorted(points, key=lambda point: (kinds.index(point.kind), point.l0))
     scored = any(point.ce_loss_score is not None for point in points)
-    figure = Figure(figsize=(15 if scored else 10, max(5.0, 1 + 0.22 * len(points))), layout="constrained")
+    figure = new_figure(figsize=(15 if scored else 10, max(5.0, 1 + 0.22 * len(points))), layout="constrained")
     left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
 
     l0s = [point.l0 for point in points if point.l0 > 0]
@@ -111,6 +118,46 @@ def _draw_lines(axes: Any, kinds: Sequence[str], values: Sequence[tuple[int, Fro
 
 
 def save_figure(figure: Any, file: Path) -> None:
-    """Write a PNG; its folder is made."""
+    """Write a PNG; its folder is made, and the file is replaced as a whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    temporary = file.with_name(file.name + ".partial")
+    figure.savefig(temporary, format="png", dpi=150)
+    os.replace(temporary, file)
+
+
+def import_matplotlib() -> Any:
+    """The module matplotlib, whose import fails by itself where MPLBACKEND names what is not there.
+
+    Such as the backend of a notebook that started this process. One that is there stays pyplot's.
+    """
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
+        return importlib.import_module("matplotlib")
+    backend = os.environ.pop("MPLBACKEND")
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
+    return matplotlib
+
+
+def new_figure(**settings: Any) -> Any:
+    """An empty matplotlib `Figure`, of which pyplot and its backend know nothing."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(**settings)
+
+
+def draw_each(figures: Figures) -> list[str]:
+    """Draw them, and return lines that say where they are; one that fails is said too, and ends nothing."""
+    drawn, problems = [], []
+    for files, draw in figures:
+        try:
+            draw()
+            drawn += files
+        except Exception as error:  # of matplotlib and its settings, fonts and folders, or of a full disk
+            names = ", ".join(map(str, files))
+            problems.append(f"warning       {names} could not be drawn ({one_line(error)}); all numbers are saved")
+    return ([f"figures       {', '.join(map(str, drawn))}"] if drawn else []) + problems

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
+from jax_sae.streams import progress_bar
 from jax_sae.sweep.advice import advice
 from jax_sae.sweep.figures import draw_losses, draw_training, member_colours
-from jax_sae.sweep.frontier import FrontierPoint, draw_frontier
+from jax_sae.sweep.frontier import Figures, FrontierPoint, draw_each, draw_frontier
 from jax_sae.sweep.held_out import HeldOut, measure_held_out
 from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
@@ -50,7 +50,7 @@ class Log:
         settings = [traced_settings(member, train) for member in self._members]
         self._settings = {name: jnp.stack([each[name] for each in settings]) for name in settings[0]}
         self._steps = train.steps
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
         self._file = open(path, "a")  # noqa: SIM115 - as long as the run
@@ -160,33 +160,11 @@ def describe(setup: Setup) -> list[str]:
 
 
 def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> None:
-    """Write the figures and, last, `summary.json`; print the closing table and how to use what was trained."""
-    names, members = setup.names(), setup.members()
+    """Write `summary.json`, then the figures; print the closing table and how to use what was trained."""
+    names = setup.names()
     in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
     summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
-    width = held_out.x.shape[1]
-    ordered = [members[i] for i in in_order]
-    curves = [names[i] for i in in_order], member_colours(ordered, width)
-    floors = [held_out.loss_floor(member.features) for member in ordered]
-    title = f"{out.name}: reconstruction of activations of width {width}"
-    draw_losses(out / "figures", *curves, progress.losses[:, in_order], floors, title)
-    draw_training(
-        out / "figures",
-        *curves,
-        progress.metrics[:, in_order],
-        [member.features for member in ordered],
-        f"{out.name}: training",
-    )
-    figures = [out / "figures" / f"{name}.png" for name in ("loss", "loss_zoomed", "training")]
-    points = [
-        FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
-        for member in summary["members"]
-        if member["fvu"] is not None
-    ]
-    if points and any(group.form.is_sparse for group in setup.groups):
-        figures.append(out / "figures" / "frontier.png")
-        draw_frontier(figures[-1], points, held_out.eigenvalues, f"{out.name}: {len(held_out.x):,} held-out tokens")
     write_json(out / "summary.json", summary)
     good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
     lines = ["", closing_table(summary["members"]), ""]
@@ -208,10 +186,50 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
             *advice(summary["members"]),
             f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
-            f"figures       {', '.join(map(str, figures))}",
-            f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)",
         ]
     )
+    say(draw_each(run_figures(out, setup, progress, held_out, summary["members"], in_order)))
+    say([f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"])
+
+
+def run_figures(
+    out: Path,
+    setup: Setup,
+    progress: Progress,
+    held_out: HeldOut,
+    measured: Sequence[dict[str, Any]],
+    in_order: Sequence[int],
+) -> Figures:
+    """What draws the figures of a run whose members `in_order` were `measured`; nothing is drawn yet."""
+    names, members = [setup.names()[i] for i in in_order], [setup.members()[i] for i in in_order]
+    width, folder = held_out.x.shape[1], out / "figures"
+    losses, metrics = progress.losses[:, in_order], progress.metrics[:, in_order]
+    features = [member.features for member in members]
+    floors = [held_out.loss_floor(F) for F in features]
+    title = f"{out.name}: reconstruction of activations of width {width}"
+
+    def curves() -> tuple[list[str], list[str]]:
+        return names, member_colours(members, width)
+
+    figures: Figures = [
+        (
+            [folder / "loss.png", folder / "loss_zoomed.png"],
+            lambda: draw_losses(folder, *curves(), losses, floors, title),
+        ),
+        (
+            [folder / "training.png"],
+            lambda: draw_training(folder, *curves(), metrics, features, f"{out.name}: training"),
+        ),
+    ]
+    points = [
+        FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
+        for member in measured
+        if member["fvu"] is not None
+    ]
+    if points and any(group.form.is_sparse for group in setup.groups):
+        file, tokens = folder / "frontier.png", f"{out.name}: {len(held_out.x):,} held-out tokens"
+        figures.append(([file], lambda: draw_frontier(file, points, held_out.eigenvalues, tokens)))
+    return figures
 
 
 def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def test_another_step_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixt
     assert read(run / "evaluation-step5.json") == early and early["step"] == 5
     assert (run / "figures/frontier-step5.png").exists() and (run / "figures/feature_density-step5.png").exists()
     assert early["members"][0]["fvu"] > json.loads(before["evaluation.json"])["members"][0]["fvu"]
-    assert f"written       {run}/evaluation-step5.json, " in capsys.readouterr().out
+    assert f"written       {run}/evaluation-step5.json\n" in capsys.readouterr().out
     again = evaluate(run, step=12)
     assert again["members"] == json.loads(before["evaluation.json"])["members"]
     assert "in place of those of before" in capsys.readouterr().out

@@ -22,7 +22,8 @@ def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(printed.count(f"\n{name} ") == 2 for name in ("F8", "F63", "F64", "F83"))
     found = json.loads((run / "evaluation-step10.json").read_text())
     assert f"of {found['tokens']:,} held-out tokens: a feature is dead if it is never on in these" in printed
-    names = printed.splitlines()[-1].removeprefix("written       ").split(", ")
+    *_, written, figures = printed.splitlines()
+    names = [written.removeprefix("written       "), *figures.removeprefix("figures       ").split(", ")]
     assert len(names) == 3 and all(Path(name).is_file() for name in names)
     assert f"{found['members'][0]['fvu']:.4g}" in printed
 

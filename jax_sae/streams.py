@@ -1,0 +1,117 @@
+"""Standard output and standard error of a command, which may be closed, full, in ASCII, or read by nobody any more."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_A_LINE = 30.0
+"""Between two lines of progress in a log file."""
+
+
+class Lasting(io.FileIO):
+    """An open file to which every write succeeds: what cannot be written is dropped, and `lost` is the first reason.
+
+    What a command computes must not be lost because it cannot be told.
+    """
+
+    lost = 0
+    """The number of an `OSError`; 0: nothing was dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write the bytes, or drop them."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = self.lost or error.errno or errno.EIO
+            return len(data)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Within it standard output and standard error are `Lasting`, and what their encoding does not have is escaped.
+
+    One that is closed (`>&-`, pythonw) leads nowhere. Streams that someone else has put in their place stay.
+    """
+    _occupy_missing_descriptors()
+    with ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            stack.callback(setattr, sys, name, stream)
+            if stream is None:
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+            elif isinstance(_raw(stream), io.FileIO):
+                with suppress(OSError):
+                    stream.flush()
+                lasting = io.TextIOWrapper(
+                    io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False)),
+                    encoding=stream.encoding,
+                    errors="backslashreplace",
+                    line_buffering=True,
+                )
+                stack.callback(lasting.flush)
+                setattr(sys, name, lasting)
+        yield
+
+
+def _occupy_missing_descriptors() -> None:
+    """Else the next file that is opened has the number of a standard stream, and gets what libraries write there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+
+
+def _raw(stream: Any) -> Any:
+    """The open file below a text stream; with PYTHONUNBUFFERED there is no buffer between them."""
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
+def lost_output() -> set[int]:
+    """Why some of what was told could not be written, as numbers of an `OSError`; empty if all of it was."""
+    return {getattr(_raw(stream), "lost", 0) for stream in (sys.stdout, sys.stderr)} - {0}
+
+
+def reader_is_gone() -> bool:
+    """Whether the program that reads what is told has ended, as in `| head -1`."""
+    return errno.EPIPE in lost_output()
+
+
+def progress_bar(**settings: Any) -> tqdm:
+    """A progress bar on standard error; where a command's goes to a file, a line now and then."""
+    if isinstance(_raw(sys.stderr), Lasting) and not sys.stderr.isatty():
+        return _Lines(**settings | {"mininterval": SECONDS_A_LINE})
+    return tqdm(**settings, disable=sys.stderr is None)
+
+
+class _Lines(tqdm):
+    """Progress in lines of text, without control characters."""
+
+    disable: bool
+    leave: bool
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line."""
+        self.fp.write(f"{self if msg is None else msg}\n")
+
+    def clear(self, nolock: bool = False) -> None:
+        """Do nothing: a line stays."""
+
+    def close(self) -> None:
+        """Write the last line, unless the bar is one that goes away."""
+        if self.disable:
+            return
+        if self.leave:
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
