@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line
-from jax_sae.stop_signals import raising_signals
+from jax_sae.stop_signals import STOPPED, free_quietly, raising_signals
 from jax_sae.streams import lasting_streams, lost_output
 
 BROKEN_PIPE = 13
@@ -47,8 +47,9 @@ def _exit_code(argv: Sequence[str], work: Callable[[], int]) -> int:
     try:
         return work()
     except KeyboardInterrupt as error:
-        print("\nstopped before it was done", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+        print(f"\n{STOPPED}", file=sys.stderr)
+        free_quietly(error)
+        return 128 + int((*error.args, signal.SIGINT)[0])
     except (BadInput, RunFailed, OSError, MemoryError) as error:
         if "--debug" in argv:
             traceback.print_exc()

@@ -6,6 +6,7 @@ Files in `configs/` and flags on the command line only override what stands here
 
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 import types
@@ -277,7 +278,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     path = find_config(path)
     try:
         with open(path, "rb") as file:
-            table = tomllib.load(file)
+            table = tomllib.loads(file.read().decode("utf-8-sig"))  # some editors begin with a byte order mark
     except OSError as error:
         raise BadInput(
             f"cannot read the config {path}: {error.strerror}; give a TOML file, or the name of one that comes with "

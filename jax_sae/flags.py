@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     values = flatten(parsed.settings)
-    return Arguments(parsed.config, parsed.out, parsed.resume, {name: values[name] for name in given if name in values})
+    settings = {name: values[name] for name in given if name in values}
+    return expand_home(Arguments(parsed.config, parsed.out, parsed.resume, settings))
 
 
 def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:
@@ -102,7 +104,14 @@ def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Opti
     fields = dataclasses.fields(options)  # type: ignore[arg-type]
     required = [field.name for field in fields if field.default is dataclasses.MISSING]
     values_given(argv, typing.get_type_hints(options), positional, required)
-    return tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,))
+    return expand_home(tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def expand_home(options: Options) -> Options:
+    """The same with `~` and `~user` expanded at the start of each path, as no shell does in `--out=~/x`."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    paths = {name: Path(os.path.expanduser(value)) for name, value in values.items() if isinstance(value, Path)}
+    return dataclasses.replace(options, **paths)  # type: ignore[type-var]
 
 
 def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:

@@ -1,17 +1,26 @@
 """Ctrl-C, SIGTERM and SIGHUP: in training the first asks for a stop; elsewhere each is an exception."""
 
+import gc
 import os
 import signal
 import socket
+import sys
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from traceback import walk_stack
+from types import FrameType
 from typing import Any
 
 HANGUP = getattr(signal, "SIGHUP", None)
 """What a terminal or an ssh session sends when it is closed, often twice; some systems do not have it."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM) + ((HANGUP,) if HANGUP else ())
+
+
+STOPPED = "stopped before it was done"
 
 
 class Signals(AbstractContextManager["Signals"]):
@@ -70,17 +79,47 @@ def _is_ignored(number: int) -> bool:
 
 @contextmanager
 def raising_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise `KeyboardInterrupt(number)`, as Ctrl-C does, so that what is open is closed.
+    """Within it the signals of STOPPING raise `KeyboardInterrupt(number)`, so that what is half-written is removed.
 
-    Only where they would end the process at once, and in the main thread.
+    Only where they would end the process anyway, and in the main thread. While a module is imported the process ends at
+    once: libraries in C abort there, or swallow the exception, and nothing is written yet.
     """
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if any("importlib" in each.f_code.co_filename for each, _ in walk_stack(frame)):
+            with suppress(OSError):
+                os.write(2, f"\n{STOPPED}\n".encode())
+            os._exit(128 + number)
         raise KeyboardInterrupt(number)
+
+    hook = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):  # it came while memory was freed, where nobody hears it
+            number = (*unraisable.exc_value.args, signal.SIGINT)[0]
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(unraisable)
 
     with ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
+            undo.callback(setattr, sys, "unraisablehook", hook)
+            sys.unraisablehook = again
             for number in STOPPING:
-                if signal.getsignal(number) == signal.SIG_DFL:
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     undo.callback(signal.signal, number, signal.signal(number, interrupt))
         yield
+
+
+def free_quietly(error: BaseException) -> None:
+    """Let go of what an exception holds on to; what libraries say of being interrupted half-way is dropped."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            error.__traceback__ = error.__context__ = None
+            gc.collect()
+            time.sleep(0.1)  # for their threads
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook

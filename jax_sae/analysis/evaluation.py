@@ -66,6 +66,7 @@ def evaluate(
         BadInput: if there is no such run or step, the checkpoint is damaged, the language model, its tokenizer or the
             held-out text is not there or not the one of the run, or not one member gives finite numbers.
     """
+    run = Path(os.path.expanduser(run))
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"--tokens is {n_tokens}; a number of held-out tokens above 0 was expected")
     facts, suffix = _read_facts(run, step)

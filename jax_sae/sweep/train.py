@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -66,6 +67,7 @@ def train(
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
+    out = Path(os.path.expanduser(out))
     if sources:
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
