@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from jax_sae.commands.settings import base
 from jax_sae.commands.train import choose_directory, main
 from jax_sae.config import Member
 from jax_sae.flags import parse
-from jax_sae.stop_signals import STOPPING, Signals
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [
@@ -144,21 +142,33 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends(number: int, code: int, tmp_path: Path) -> None:
-    """In a process of its own: the run stops at a step boundary, and resumes from there."""
+    """In a process of its own: the run stops at a step boundary, and resumes from there.
+
+    SIGHUP comes when its terminal is closed, to which nothing can be written any more.
+    """
     flags = [*SMALL, "--sweep.features", "4", "--train.steps", "100000", "--train.checkpoint-every", "100000"]
     flags += ["--out", "x"]
     command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "x" / "metrics.jsonl").exists() or not (tmp_path / "x" / "metrics.jsonl").stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code, error
-    assert "Traceback" not in error
+    ours, theirs = os.openpty()
+    with open(ours, "rb") as terminal:
+        process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        told, deadline = b"", time.monotonic() + 120
+        while not (tmp_path / "x" / "metrics.jsonl").exists() or not (tmp_path / "x" / "metrics.jsonl").stat().st_size:
+            assert process.poll() is None and time.monotonic() < deadline
+            told += terminal.read() or b""
+            time.sleep(0.05)
+        if number == signal.SIGHUP:
+            terminal.close()
+        os.kill(process.pid, number)
+        while process.poll() is None and time.monotonic() < deadline:
+            told += b"" if terminal.closed else terminal.read() or b""
+            time.sleep(0.05)
+    assert process.wait(60) == code, told
+    assert b"Traceback" not in told
     (step,) = [int(path.name) for path in (tmp_path / "x" / "checkpoints").iterdir()]
     lines = (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] <= step < 100000
@@ -193,18 +203,3 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     assert process.returncode == 143
     assert not [path for path in (tmp_path / "x" / "checkpoints").iterdir() if path.name.isdigit()]
-
-
-def test_signals_are_heard_within_the_block_only() -> None:
-    """Handlers, the wake-up socket and the thread are gone afterwards."""
-    handlers, threads = [signal.getsignal(number) for number in STOPPING], threading.active_count()
-    with Signals() as signals:
-        assert signals.received == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while not signals.received:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        assert signals.received == signal.SIGTERM
-    assert [signal.getsignal(number) for number in STOPPING] == handlers
-    assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
