@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.language_model.hub import one_line
 from jax_sae.stop_signals import STOPPED, free_quietly, raising_signals
 from jax_sae.streams import lasting_streams, lost_output
 
@@ -149,7 +148,7 @@ def refuse_missing_platform() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        why = f" ({one_line(error)})" if str(error) else ""
+        why = f" ({' '.join(str(error).split())})" if str(error) else ""
         raise BadInput(
             f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}{why}; unset it to use what "
             "is there, or install JAX for that device: jax[cuda12] for a GPU"
