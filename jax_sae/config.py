@@ -261,6 +261,7 @@ def config_names() -> dict[str, Path]:
 
 def find_config(name: Path) -> Path:
     """The file of that name or, where there is none, the one that comes with the package under it."""
+    name = Path(os.path.expanduser(name))
     return name if name.is_file() else config_names().get(str(name), name)
 
 

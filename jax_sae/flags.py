@@ -63,7 +63,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
         A flag overrides the file of --config, and that the defaults, which stand here. With neither, it is the demo.
         Exit codes: 0 finished, 1 the run could not go on (a full disk, every member diverged), 2 something given cannot
-        be used, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+        be used, 130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP after saving.
         """
 
         config: Path | None = None

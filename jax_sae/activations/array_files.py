@@ -6,6 +6,7 @@ Arrays are mapped into memory, never copied, so that a file may be larger than m
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ def open_arrays(path: Path, array: str, mask: str) -> tuple[Rows | StoryArrays, 
     if mask_name is not None:
         masks = there[mask_name].open()
     elif mask:
-        masks = _mask_in_file(Path(mask).expanduser())
+        masks = _mask_in_file(Path(os.path.expanduser(mask)))
     if name and len(there) > 1:
         also = f", with the mask '{mask_name}'" if mask_name is not None else ""
         notes.append(f"note          {path}: the array '{name}' of {len(there)}{also}")

@@ -1,5 +1,6 @@
 """Activations that are there already, on disk or in memory -> the source to train on and the held-out one."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def open_activations(path: str, array: str = "", mask: str = "") -> tuple[Rows |
     Raises:
         BadInput: if there is nothing to read at `path`, it is damaged, or it is not one array of activations.
     """
-    where = Path(path).expanduser()
+    where = Path(os.path.expanduser(path))
     if where.is_dir() and not is_saved_to_disk(where):
         if array or mask:
             given = "activations.array" if array else "activations.mask"
