@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_sae.analysis.statistics import DENSE
-from jax_sae.sweep.frontier import COLOURS, new_figure, save_figure
+from jax_sae.sweep.frontier import COLOURS, new_figure, save_figure, write_title
 
 
 def draw_feature_density(
@@ -42,5 +42,5 @@ def draw_feature_density(
         f"log10 of the fraction of {tokens:,} tokens on which a feature fires (dashed: 10 %)", fontsize="small"
     )
     figure.supylabel("features", fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    write_title(figure, title)
     save_figure(figure, file)

@@ -221,11 +221,13 @@ def hub_switched_off() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def one_line(error: BaseException) -> str:
-    """An error of another library on one line, shortened, and printable whatever it quotes from a file."""
-    text = " ".join(str(error).split())[:300]
+def one_line(said: BaseException | str) -> str:
+    """An error or a message of another library on one line, shortened, printable whatever it quotes from a file."""
+    text = " ".join(str(said).split())[:300]
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(said, str):
+        return text
+    return f"{type(said).__name__}: {text}" if text else type(said).__name__
 
 
 def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[Path], bool]) -> Path:

@@ -12,8 +12,9 @@
 Arrays and JSON only, no class of this package: plain Orbax reads it where this package does not exist. A member's
 arrays are apart from the others', so using one member reads that member alone.
 
-Orbax writes a step under a temporary name and renames it, so a step that is there is whole; but it does not notice
-when bits change afterwards. The digests do, and they are committed by the same renaming.
+Orbax writes a step under a temporary name and renames it, but it does not notice when a part of it is not there, or
+when bits change afterwards. The digests do: each checkpoint is read back as soon as it is written, from what lies on
+disk, and one that is not what was saved ends the run.
 """
 
 import errno
@@ -22,13 +23,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
+import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +40,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from tqdm import tqdm
 
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line
@@ -46,43 +51,67 @@ SPACE_TO_SPARE = 1_000_000
 """Bytes that a checkpoint may need beyond its arrays: JSON, Orbax's index, block sizes of the file system."""
 
 
+PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)(/|$))(/[\w.,+=@ -]+)+")
+"""Absolute paths in which Orbax and TensorStore see nothing but names.
+
+Elsewhere they take `[`, `*` and `?` for patterns, a backslash for a slash, `/gs/` and `gs:/` for addresses of a cloud,
+and cannot take bytes that are not UTF-8.
+"""
+
+
 class Damaged(BadInput):
     """A checkpoint is not what was saved."""
+
+    def __init__(self, message: str, what: str) -> None:
+        """`what` is amiss with it, of which the message says more."""
+        super().__init__(message)
+        self.what = what
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run; saving goes on in a thread until the `with` block ends."""
 
     def __init__(self, directory: Path, *, read_only: bool = False) -> None:
-        """Open `directory`; unless `read_only` it is created, and what a killed run left half-written is removed."""
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates; what goes wrong is raised
+        """Open `directory`; unless `read_only` it is created, and what a killed run left half-written is removed.
+
+        Raises:
+            BadInput: if it is to be read and is not there, or if Orbax can neither use its path nor a link to it.
+        """
         if read_only and not directory.is_dir():
             raise BadInput(f"there are no checkpoints: {directory} does not exist; give the directory of a run")
         self.directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "run": ocp.JsonCheckpointHandler(),
-                "digests": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only,
-                read_only=read_only,
-                max_to_keep=None,
-                cleanup_tmp_directories=not read_only,
-                enable_async_checkpointing=False,  # the thread below also computes the digests
-            ),
-        )
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            self._plain = stack.enter_context(_plain_path(self.directory))
+            with _orbax.called():
+                self._manager = ocp.CheckpointManager(
+                    self._plain,
+                    item_handlers={
+                        "state": ocp.PyTreeCheckpointHandler(),
+                        "run": ocp.JsonCheckpointHandler(),
+                        "digests": ocp.JsonCheckpointHandler(),
+                    },
+                    options=ocp.CheckpointManagerOptions(
+                        create=False,
+                        read_only=read_only,
+                        max_to_keep=None,
+                        cleanup_tmp_directories=not read_only,
+                        enable_async_checkpointing=False,  # the thread below also computes the digests
+                    ),
+                )
+            self._opened = stack.pop_all()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
+        self._said: set[tuple[str, int]] = set()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait for a save under way, and raise what went wrong in it unless something else is being raised."""
         self._thread.shutdown(wait=True)
-        self._manager.close()
+        with self._opened, _orbax.called():
+            self._manager.close()
         if error is None:
             self.raise_failure()
 
@@ -113,35 +142,71 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             saving.result()
 
     def _write(self, step: int, content: Callable[[], tuple[Tree, Tree]]) -> None:
-        state, run = content()
+        before = self.steps()
+        kept = f"the last one is at step {before[-1]}" if before else "there is none before it"
+        digests = self._commit(step, *content(), kept)
+        if problem := self._difference(step, digests):
+            with suppress(OSError):  # where even that fails, those who read it are told
+                problem += f"; it is now {self.set_aside(step).name}"
+            raise RunFailed(
+                f"the checkpoint at step {step} in {self.directory} was written, but what was read back is not what "
+                f"was saved: {problem}; {kept}. Look at the disk and at the warnings above, and go on with --resume"
+            )
+
+    def _commit(self, step: int, state: Tree, run: Tree, kept: str) -> Tree:
+        """Write a checkpoint, and return its digests; what of earlier ones is `kept` is said if that fails."""
         state = jax.tree.map(np.asarray, state)
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) + SPACE_TO_SPARE
-        before = self.steps()
-        with _without_echoes():
+        problem = None
+        with _orbax.called() as heard:
             try:
                 if needed > shutil.disk_usage(self.directory).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                digests = {"arrays": {name: array_digest(array) for name, array in named_leaves(state)}}
+                arrays = {name: array_digest(array) for name, array in named_leaves(state)}
+                digests = {"arrays": arrays, "run": json_digest(run)}
                 arguments = ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
-                    run=ocp.args.JsonSave(run),
-                    digests=ocp.args.JsonSave({**digests, "run": json_digest(run)}),
+                    state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run), digests=ocp.args.JsonSave(digests)
                 )
-                if self._manager.save(step, args=arguments, force=True):
-                    return
-                problem = f"Orbax declined, and there are checkpoints at {before}"
+                if not self._manager.save(step, args=arguments, force=True):
+                    problem = f"Orbax declined, and there are checkpoints at {self.steps()}"
             except Exception as error:  # Orbax's own message names many paths before it comes to the point
                 full = os.strerror(errno.ENOSPC)
-                problem = full if full in str(error) else one_line(error)
-            _wait_for_echoes()
+                problem = full if full in str(error) else self._one_line(error)
+            if problem is not None:
+                _wait_for_echoes()
+        self._say(step, heard if problem is None else [it for it in heard if it.levelno < logging.ERROR])
+        if problem is None:
+            return digests
         free = shutil.disk_usage(self.directory).free
         for half_written in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(half_written, ignore_errors=True)
-        kept = f"the last one is at step {before[-1]}" if before else "there is none before it"
         raise RunFailed(
             f"the checkpoint at step {step} could not be written: {self.directory} has {free / 1e6:,.1f} MB left, it "
             f"needs {needed / 1e6:,.1f} MB ({problem}); {kept}. Make room, and go on with --resume"
         )
+
+    def _difference(self, step: int, digests: Tree) -> str | None:
+        """What is amiss with a checkpoint that was written, read as others will read it; None if nothing is."""
+        try:
+            with Checkpoints(self.directory, read_only=True) as written:
+                return None if written.verify(step) == digests else "its digests are not those of what was saved"
+        except Damaged as error:
+            return error.what
+        except BadInput as error:
+            return str(error)
+
+    def _say(self, step: int, records: Iterable[logging.LogRecord]) -> None:
+        """A line beside the progress bar for what was logged while a step was saved, once for a place in the code."""
+        for record in records:
+            place = record.pathname, record.lineno
+            if place not in self._said:
+                self._said.add(place)
+                text = self._one_line(record.getMessage())
+                tqdm.write(f"warning       while step {step} was saved, Orbax ({record.filename}) said: {text}")
+
+    def _one_line(self, what: BaseException | str) -> str:
+        """What Orbax says, on one line, with the directory's own name."""
+        return one_line(what).replace(str(self._plain), str(self.directory))
 
     def step_or_newest(self, step: int | None) -> int:
         """`step`, or the newest one if it is None.
@@ -185,12 +250,33 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         Raises:
             Damaged: if an array is missing, or one of those that are read is not what was saved; it is named.
         """
+        names, digests = self._read_names(step)
+        return self._read_arrays(step, wanted(names), digests)
+
+    def verify(self, step: int) -> Tree:
+        """Read all of a checkpoint, one member's arrays at a time, and return its digests.
+
+        Raises:
+            Damaged: if something is not what was saved.
+        """
+        names, digests = self._read_names(step)
+        members = names.pop("members", {})
+        for part in [names, *({"members": {name: its}} for name, its in members.items())]:
+            if part:
+                self._read_arrays(step, part, digests)
+        return digests
+
+    def _read_names(self, step: int) -> tuple[Tree, Tree]:
+        """The names of the arrays, as a tree with something without meaning at its leaves, and the digests."""
         _, digests = self._read_json(step)
         names = self._try(step, "its arrays", lambda: self._manager.item_metadata(step)["state"].tree)
         found = {name for name, _ in named_leaves(names)}
         for name in sorted(found ^ set(digests["arrays"])):
             raise self._damaged(step, f"the array {name} {'has no digest' if name in found else 'is missing'}")
-        target = wanted(names)
+        return names, digests
+
+    def _read_arrays(self, step: int, target: Tree, digests: Tree) -> Tree:
+        """The arrays of that part of the tree of names, each verified."""
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
         arguments = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
         state = self._try(
@@ -213,13 +299,13 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
     def _try(self, step: int, what: str, read: Callable[[], Any]) -> Any:
         """What `read` returns; damage makes Orbax raise an error of any kind, which becomes Damaged."""
-        with _without_echoes():
+        with _orbax.called():
             try:
                 return read()
             except MemoryError:
                 raise
             except Exception as error:
-                problem = one_line(error)
+                problem = self._one_line(error)
             _wait_for_echoes()
         raise self._damaged(step, f"{what} cannot be read ({problem})")
 
@@ -227,28 +313,93 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         others = ", ".join(str(other) for other in self.steps() if other != step)
         return Damaged(
             f"the checkpoint at step {step} in {self.directory} is damaged: {what}; "
-            + (f"the others are at {others}" if others else "there is no other")
+            + (f"the others are at {others}" if others else "there is no other"),
+            what,
         )
 
 
 @contextmanager
-def _without_echoes() -> Iterator[None]:
-    """Orbax reads and writes arrays side by side; when one fails, the others print that their event loop is gone."""
-    hook, asyncio_logger = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def quieter(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    sys.unraisablehook = quieter
-    asyncio_logger.disabled = True
+def _plain_path(directory: Path) -> Iterator[Path]:
+    """The path by which Orbax knows a directory: its own, or while the context lasts a link to it with a plain one."""
+    if PLAIN_PATH.fullmatch(str(directory)):
+        yield directory
+        return
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-            yield
-    finally:
-        sys.unraisablehook = hook
-        asyncio_logger.disabled = False
+        folder = tempfile.TemporaryDirectory(prefix="jax_sae-")
+    except OSError as error:
+        raise _no_link(directory, error.strerror or str(error)) from error
+    with folder as name:
+        link = Path(name).absolute() / "checkpoints"
+        if not PLAIN_PATH.fullmatch(str(link)):
+            raise _no_link(directory, f"{name} has such characters too")
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+def _no_link(directory: Path, why: str) -> BadInput:
+    return BadInput(
+        f"{directory} has characters that Orbax cannot write to, and a link to it cannot be made in the folder for "
+        f"temporary files ({why}); give the run another name, or set TMPDIR to a folder with a plain name"
+    )
+
+
+class _Orbax(logging.Filter):
+    """What is changed in this process while any of its threads calls Orbax; all of it is undone after the last call.
+
+    Orbax's log is kept from everyone else: below warnings it narrates, and errors come with an exception. And it reads
+    and writes arrays side by side; when one fails, the others print that their event loop is gone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._calls: list[tuple[int, list[logging.LogRecord]]] = []
+        self._undo = ExitStack()
+
+    @contextmanager
+    def called(self) -> Iterator[list[logging.LogRecord]]:
+        """For the time of calls to Orbax from this thread; yields a list that grows by what it logs as a warning."""
+        call: tuple[int, list[logging.LogRecord]] = threading.get_ident(), []
+        with self._lock:
+            if not self._calls:
+                self._change()
+            self._calls.append(call)
+        try:
+            yield call[1]
+        finally:
+            with self._lock:
+                self._calls = [other for other in self._calls if other is not call]
+                if not self._calls:
+                    self._undo.close()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether others see a record; one of a thread that Orbax itself began may belong to any of the calls."""
+        if "orbax" not in Path(record.pathname).parts:
+            return True
+        if record.levelno >= logging.WARNING:
+            calls = list(self._calls)
+            for heard in [of for thread, of in calls if thread == record.thread] or [of for _, of in calls]:
+                heard.append(record)
+        return False
+
+    def _change(self) -> None:
+        hook, asyncio_logger, absl_logger = sys.unraisablehook, logging.getLogger("asyncio"), logging.getLogger("absl")
+
+        def quieter(unraisable: Any) -> None:
+            if "Event loop is closed" not in str(unraisable.exc_value):
+                hook(unraisable)
+
+        self._undo.callback(setattr, sys, "unraisablehook", hook)
+        sys.unraisablehook = quieter
+        self._undo.callback(setattr, asyncio_logger, "disabled", asyncio_logger.disabled)
+        asyncio_logger.disabled = True
+        self._undo.callback(absl_logger.removeFilter, self)
+        absl_logger.addFilter(self)
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+
+
+_orbax = _Orbax()
 
 
 def _wait_for_echoes() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.config import Member
-from jax_sae.sweep.frontier import COLOURS, import_matplotlib, new_figure, save_figure
+from jax_sae.sweep.frontier import COLOURS, import_matplotlib, new_figure, save_figure, write_title
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
@@ -88,7 +88,7 @@ def draw_training(
         _over_steps(axes, len(metrics), width)
         axes.set_ylabel(label)
     figure.legend(lines, names, loc="outside right center", frameon=False, fontsize="small")
-    figure.suptitle(title, fontsize="medium")
+    write_title(figure, title)
     save_figure(figure, directory / "training.png")
 
 
@@ -147,6 +147,6 @@ def draw_losses(
             axes.set_ylim(0, 1.05 * first.max())
         _over_steps(axes, len(losses), width)
         axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
-        axes.set_title(title, fontsize="medium")
+        write_title(figure, title)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
         save_figure(figure, directory / file)

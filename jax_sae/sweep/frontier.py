@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.n
         title="L0, FVU" + (", loss recovered" if scored else ""),
         title_fontsize="small",
     )
-    figure.suptitle(title, fontsize="medium")
+    write_title(figure, title)
     save_figure(figure, file)
 
 
@@ -117,11 +118,22 @@ def _draw_lines(axes: Any, kinds: Sequence[str], values: Sequence[tuple[int, Fro
     axes.grid(alpha=0.3)
 
 
+def write_title(figure: Any, title: str) -> None:
+    """Write the title of a figure, in which a run's name stands as it is: `$` begins no formula."""
+    printable = title.encode(errors="replace").decode()  # a name may have bytes that are not UTF-8
+    figure.suptitle(printable, fontsize="medium", parse_math=False)
+
+
 def save_figure(figure: Any, file: Path) -> None:
-    """Write a PNG; its folder is made, and the file is replaced as a whole or not at all."""
+    """Write a PNG; its folder is made, and the file is replaced as a whole or not at all.
+
+    A sign that no font here has, as a run's name may have, is an empty box.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".partial")
-    figure.savefig(temporary, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(temporary, format="png", dpi=150)
     os.replace(temporary, file)
 
 

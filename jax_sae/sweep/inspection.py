@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
-from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, named_leaves
+from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree
 from jax_sae.sweep.report import table
 
 
@@ -55,9 +55,9 @@ def _look(checkpoints: Checkpoints, step: int, verify: bool) -> tuple[Tree | Non
         facts = checkpoints.read_run(step)
         if not verify:
             return facts, "there"
-        return facts, f"verified, {len(list(named_leaves(checkpoints.read_state(step))))} arrays"
+        return facts, f"verified, {len(checkpoints.verify(step)['arrays'])} arrays"
     except Damaged as error:
-        return None, str(error).partition(" is ")[2].rpartition("; ")[0]
+        return None, f"damaged: {error.what}"
 
 
 def _members(run: Path, facts: Tree) -> list[str]:
