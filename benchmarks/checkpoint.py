@@ -78,7 +78,7 @@ def main(seeds: tuple[int, ...] = (0, 1), saves: int = 8, steps_between: int = 3
     print(f"state {megabytes:.0f} MB in {len(arrays)} arrays; a step of B = {B} takes {step * 1e3:.0f} ms")
     print(f"a save keeps training waiting {spread(waits)} ms, the first one {waits[0]:.3g} ms")
     print(f"it is written after {spread(writes)} s, and is read and verified in {read:.2g} s")
-    print(f"digests take {digests * 1e3:.0f} ms, {100 * digests / between:.2g} % of the {between:.0f} s of 5000 steps")
+    print(f"digests take {digests * 1e3:.0f} ms, {100 * digests / between:.3g} % of the {between:.0f} s of 5000 steps")
     results = {"wait_ms": waits, "write_s": writes, "read_s": read, "digest_s": digests, "step_s": step}
     device = jax.devices()[0].device_kind
     print(json.dumps({"benchmark": "checkpoint", "megabytes": megabytes, "device": device, "results": results}))

@@ -95,7 +95,7 @@ def norm_lines(found: NormStatistics) -> list[str]:
     return [
         *lines,
         f"warning       {found.large_tokens:,} of {found.tokens:,} tokens have more than {LARGE:g} times the median "
-        f"norm and hold {100 * found.large_share:.2g} % of the summed squared norms{where}; {advice}",
+        f"norm and hold {100 * found.large_share:.3g} % of the summed squared norms{where}; {advice}",
     ]
 
 

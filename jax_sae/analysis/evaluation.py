@@ -22,13 +22,14 @@ from typing import Any, get_args
 import numpy as np
 
 from jax_sae.activations.sources import Source, Sources, StorySource, open_sources
-from jax_sae.analysis.baselines import baselines, principal_directions
+from jax_sae.analysis.baselines import baselines
 from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
 from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
+from jax_sae.autoencoder.baselines import principal_directions
 from jax_sae.config import Config, DecoderBias, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_model_files, read_json
@@ -64,7 +65,8 @@ def evaluate(
 
     Raises:
         BadInput: if there is no such run or step, the checkpoint is damaged, the language model, its tokenizer or the
-            held-out text is not there or not the one of the run, or not one member gives finite numbers.
+            held-out text is not there or not the one of the run, all activations are equal, or not one member gives
+            finite numbers.
     """
     run = Path(os.path.expanduser(run))
     if n_tokens is not None and n_tokens < 1:
@@ -83,6 +85,11 @@ def evaluate(
     if all(measured.sums[name] is None for name in trained):
         raise BadInput(f"{run}: not one member gives finite numbers at step {facts['step']}; take an earlier --step")
     eigenvalues, directions = principal_directions(measured.scatter)
+    if not eigenvalues.sum() > 0:
+        raise BadInput(
+            f"{source.name}: the {N:,} activations are all equal, so there is no variance to explain; evaluate more "
+            "--tokens"
+        )
     recovered = {} if lm is None else _recover(lm, measured, autoencoders, directions, config)
     record = {
         "step": facts["step"],

@@ -10,9 +10,9 @@ from jax_sae.activations.batches import Position, finite_activations, walk
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.sources import Item, Source
-from jax_sae.analysis.baselines import Scatter, add_rows, no_scatter
 from jax_sae.analysis.loss_recovered import Reconstruct
 from jax_sae.analysis.statistics import Sums, add_tokens, no_tokens
+from jax_sae.autoencoder.baselines import Scatter, add_rows, no_scatter
 from jax_sae.errors import BadInput
 from jax_sae.streams import progress_bar
 from jax_sae.sweep.inference import TrainedAutoencoder
@@ -44,7 +44,7 @@ def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_to
     The tokens are those of `first_activations`, but no more than a piece of them is in memory.
 
     Raises:
-        BadInput: if an activation is not finite, more than half are over the norm limit, or all are equal.
+        BadInput: if an activation is not finite, or more than half are over the norm limit.
     """
     some = next(iter(autoencoders.values()))
     activations = some.config.activations
@@ -64,16 +64,13 @@ def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_to
             for name, sae in autoencoders.items():
                 sums[name] = _add(sums[name], sae, x, normalization)
             token_ids += [item.token_ids for item in items if hasattr(item, "token_ids")]
-            bar.update(len(x))
+            bar.update(sum(map(len, stories)))
+        bar.total = bar.n  # whole stories, and all there are, may be fewer
+        bar.refresh()
     if over > scatter.tokens:
         raise BadInput(
             f"{source.name}: {over:,} of {over + scatter.tokens:,} tokens have a larger norm than "
             f"activations.norm_limit, {activations.norm_limit:g}; evaluate more --tokens"
-        )
-    if not np.trace(scatter.matrix) > 0:
-        raise BadInput(
-            f"{source.name}: the {scatter.tokens:,} activations are all equal, so there is no variance to explain; "
-            "evaluate more --tokens"
         )
     return Measured(sums, scatter, token_ids, over)
 

@@ -64,9 +64,11 @@ def test_a_few_tokens_that_dominate_are_warned_of() -> None:
     norm, warning = norm_lines(norm_statistics(with_norms(*[[100.0, 90.0] + [1.0] * 98] * 20), *STORIES))
     assert norm.startswith("norms ")
     assert warning == (
-        "warning       40 of 2,000 tokens have more than 10 times the median norm and hold 99 % of the summed squared "
-        "norms, all among the first 4 of their story; --activations.exclude-first-tokens 2 leaves these out"
+        "warning       40 of 2,000 tokens have more than 10 times the median norm and hold 99.5 % of the summed "
+        "squared norms, all among the first 4 of their story; --activations.exclude-first-tokens 2 leaves these out"
     )
+    for large, share in [(1.2e2, "12.6 %"), (9e3, "99.9 %"), (1e9, "100 %")]:
+        assert f"and hold {share} of" in norm_lines(norm_statistics(with_norms([large] + [1.0] * 99_999), STORIES))[1]
 
 
 def test_the_option_that_is_named_leaves_them_out() -> None:

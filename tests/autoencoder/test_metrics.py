@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
+from jax_sae.autoencoder.baselines import add_rows, covariance_eigenvalues, no_scatter, pca_floor, principal_directions
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 
 X = (np.random.default_rng(0).normal(size=(500, 8)) * np.array([5, 4, 3, 2, 1, 0.5, 0.1, 0.01]) + 100).astype(
@@ -49,12 +49,50 @@ def test_eigenvalues_sum_to_the_variance() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 499, 500, 8192])
 def test_eigenvalues_depend_neither_on_chunks_nor_on_the_mean(rows: int) -> None:
     """Those of a singular value decomposition of the centred rows in float64, at a mean of 10,000 too."""
-    for x in (X, X * np.float32(0.01) + np.float32(10_000), X[:5]):
+    for x in (X, X + np.float32(10_000), X[:5]):
         exact = x.astype(np.float64)
         singular = np.linalg.svd(exact - exact.mean(0), compute_uv=False)
         expected = np.pad(singular**2, (0, 8 - len(singular)))
         found = covariance_eigenvalues(x, rows_at_a_time=rows)
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * expected[0])
+
+
+def rows_of_rank(kind: str, width: int) -> tuple[np.ndarray, int]:
+    """Float32 rows as layers give them, and the number of directions in which they vary."""
+    chance = np.random.default_rng(0)
+    x = (chance.normal(size=(700, width)) * np.exp(chance.normal(size=width))).astype(np.float32)
+    x[:, 3] += 300  # as the residual streams of most models have it
+    centred = x - x.mean(-1, keepdims=True)
+    gain, bias = chance.normal(size=(2, width)).astype(np.float32)
+    match kind:
+        case "centred":
+            return centred, width - 1
+        case "layer-normed":
+            return centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5) * gain + bias, width - 1
+        case "rank 5":
+            factors = chance.normal(size=(700, 5)), chance.normal(size=(5, width))
+            return factors[0].astype(np.float32) @ factors[1].astype(np.float32) + 20 * bias, 5
+        case "equal":
+            return np.broadcast_to(bias * np.float32(0.1), (700, width)), 0
+        case "steep":  # standard deviations from 1 to 1e-5
+            turned = np.linalg.qr(chance.normal(size=(width, width)))[0]
+            return ((chance.normal(size=(700, width)) * np.geomspace(1, 1e-5, width)) @ turned).astype(
+                np.float32
+            ), width
+    return x, width
+
+
+@pytest.mark.parametrize("width", [8, 64, 512])
+@pytest.mark.parametrize("kind", ["centred", "layer-normed", "rank 5", "equal", "steep", "full"])
+def test_eigenvalues_that_are_rounding_are_zero_and_no_others(kind: str, width: int) -> None:
+    """At once and in pieces. No floor, and no ratio to one, is made of what float32 has added to the last digits."""
+    x, rank = rows_of_rank(kind, width)
+    scatter = no_scatter(width)
+    for start in range(0, 700, 97):
+        scatter = add_rows(scatter, x[start : start + 97])
+    for eigenvalues in (covariance_eigenvalues(x), principal_directions(scatter)[0]):
+        assert (eigenvalues > 0).tolist() == [True] * rank + [False] * (width - rank)
+        assert pca_floor(eigenvalues, rank) == 0 and (rank == 0 or pca_floor(eigenvalues, rank - 1) > 0)
 
 
 def test_fvu_sums_in_float64() -> None:

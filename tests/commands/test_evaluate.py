@@ -16,11 +16,12 @@ def run(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every member stands in both tables; the files that are named exist."""
+    """Every member stands in both tables; the files that are named exist; the bar ends full."""
     assert main([str(run), "--tokens", "300", "--step", "10"]) == 0
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
     assert all(printed.count(f"\n{name} ") == 2 for name in ("F8", "F63", "F64", "F83"))
     found = json.loads((run / "evaluation-step10.json").read_text())
+    assert found["tokens"] < 300 and f"held out: 100%|##########| {found['tokens']}/{found['tokens']} " in bars
     assert f"of {found['tokens']:,} held-out tokens: a feature is dead if it is never on in these" in printed
     *_, written, figures = printed.splitlines()
     names = [written.removeprefix("written       "), *figures.removeprefix("figures       ").split(", ")]
