@@ -21,7 +21,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
 from jax_sae.rows import as_float32, by_rows, is_traced, widened
 from jax_sae.sweep.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.members import complete
+from jax_sae.sweep.members import recorded_member
 from jax_sae.sweep.optimizer import traced_settings
 
 
@@ -305,7 +305,7 @@ def load_autoencoder(
     if (diverged := facts["diverged_at_step"].get(found)) is not None:
         warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
-    member = complete(Member(**facts["members"][found]))
+    member = recorded_member(facts["members"][found])
     kind, its = kind_named(member.kind), {"memory": {}, **state["members"][found]}
     memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
     settings = traced_settings(member, config.train)

@@ -68,7 +68,7 @@ def test_a_few_tokens_that_dominate_are_warned_of() -> None:
         "squared norms, all among the first 4 of their story; --activations.exclude-first-tokens 2 leaves these out"
     )
     for large, share in [(1.2e2, "12.6 %"), (9e3, "99.9 %"), (1e9, "100 %")]:
-        assert f"and hold {share} of" in norm_lines(norm_statistics(with_norms([large] + [1.0] * 99_999), STORIES))[1]
+        assert f"and hold {share} of" in norm_lines(norm_statistics(with_norms([large] + [1.0] * 99_999), *STORIES))[1]
 
 
 def test_the_option_that_is_named_leaves_them_out() -> None:
