@@ -211,9 +211,10 @@ def at_l0(points: Sequence[Reached], l0: float) -> tuple[float, float] | None:
 
 def demo_rows(directory: Path) -> str:
     """Activations of the embedded model on its stories, as a file."""
+    from jax_sae.language_model.dataset import open_split
     from jax_sae.language_model.harvest import harvest
     from jax_sae.language_model.pretrained import load_language_model
-    from jax_sae.language_model.text import Stories, open_split
+    from jax_sae.language_model.text import Stories
 
     lm = load_language_model("jax_sae/demo/model", 2)
     rows = open_split("jax_sae/demo/stories", "train", "text")

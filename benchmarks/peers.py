@@ -51,7 +51,7 @@ LARGEST_DIFFERENCE = 1e-3
 class Options:
     """Time training steps of three systems. Exit codes: 0 done, 1 PyTorch's losses are not ours, 2 bad input."""
 
-    features: tuple[int, ...] = SweepConfig.features
+    features: tuple[int, ...] = (100, 767, 768, 1000)
     """Numbers of features F."""
     seeds: int = 1
     """How many autoencoders of each F a sweep has."""
