@@ -45,6 +45,8 @@ from jax_sae.sweep.update import init_member
 
 D = 768
 LARGEST_DIFFERENCE = 1e-3
+PLAIN: dict[str, Any] = {"learning_rates": (1e-3,), "initialization": ("torch",)}
+"""What all three systems can be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +197,13 @@ def measure(options: Options) -> None:
     device = torch_device()
     x = jax.random.normal(jax.random.key(0), (options.steps, options.batch_tokens, D))
     x_torch = torch.from_numpy(np.array(x)).to(device)
-    train = TrainConfig(batch_tokens=options.batch_tokens)
-    sweeps = {f"F = {F}": SweepConfig(features=(F,)) for F in options.features}
+    train = TrainConfig(batch_tokens=options.batch_tokens, schedule="constant", warmup=0.0)
+    sweeps = {f"F = {F}": SweepConfig(features=(F,), **PLAIN) for F in options.features}
     if len(options.features) * options.seeds > 1:
         seeds = tuple(range(options.seeds))
         each = "" if options.seeds == 1 else f", {options.seeds} seeds each"
         name = f"F = {', '.join(map(str, options.features))}{each}"
-        sweeps[name] = SweepConfig(features=options.features, seeds=seeds)
+        sweeps[name] = SweepConfig(features=options.features, seeds=seeds, **PLAIN)
 
     members = {
         name: [member for group in make_groups(sweep_members(sweep)) for member in group.members]
