@@ -30,7 +30,7 @@ from jax_sae.language_model.hub import (
 )
 from jax_sae.language_model.text import load_tokenizer, tokenize
 from jax_sae.language_model.torch_file import TensorReference, is_plain_name, open_torch_file, refuse_pointer
-from jax_sae.rows import as_array, as_float32, is_traced, padded, padded_rows, unpadded, widened
+from jax_sae.rows import as_array, as_float32, in_numpy, is_traced, padded, padded_rows, unpadded, widened
 
 Text = str | Sequence[int] | np.ndarray
 """A string, or the token ids of one."""
@@ -116,6 +116,7 @@ class LanguageModel:
     def _of_rows(self, compute: Callable[[Any], jax.Array], rows: np.ndarray | jax.Array, axes: int = 1) -> jax.Array:
         """compute([B, T, ...]) of rows[T, ...] or [B, T, ...]; outside of transforms B and T take few values."""
         leading = rows.shape[: rows.ndim - axes + 1]
+        rows = in_numpy(rows)
         batch = rows if len(leading) == 2 else rows[None]
         if is_traced(self, rows):
             return compute(batch).reshape(*leading, -1)

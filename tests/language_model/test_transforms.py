@@ -74,6 +74,24 @@ def test_blocks_that_were_not_loaded_cannot_be_traced() -> None:
     close(lm.logits_of(IDS), found)
 
 
+def test_many_lengths_need_few_programs() -> None:
+    """Programs of every sort counted, also of slices and padding."""
+    lm, compiled = load_language_model(str(DATA / "gpt_neo_bin"), 2), []
+
+    def count(event: str, seconds: float, **more: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for n in range(1, 31):
+            assert lm.logits_from(lm(np.arange(n))).shape[0] == n
+            assert lm.logits_of(np.arange(n)[None]).shape[1] == n
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(compiled) <= 40  # six of the network, and what it takes to load its rest
+
+
 def test_copies_and_other_precisions(lm: LanguageModel) -> None:
     """Copies are the same; in bfloat16 it computes in float32 with what bfloat16 has left of its numbers."""
     for same in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm)), jax.device_put(lm)):
