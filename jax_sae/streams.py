@@ -44,7 +44,7 @@ def lasting_streams() -> Iterator[None]:
             stream = getattr(sys, name)
             stack.callback(setattr, sys, name, stream)
             if stream is None:
-                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w", errors="backslashreplace")))
             elif isinstance(_raw(stream), io.FileIO):
                 with suppress(OSError):
                     stream.flush()

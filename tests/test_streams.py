@@ -75,7 +75,7 @@ def test_streams_that_are_not_there_lead_nowhere(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, name, None)
 
     def work() -> int:
-        print("told")
+        print("told", os.fsdecode(b"\xff"))
         with progress_bar(total=1) as bar:
             bar.update()
         return 0
