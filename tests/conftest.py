@@ -7,6 +7,7 @@ pytest-xdist has a folder of its own, because JAX writes a program in place, whe
 
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,10 @@ from running import REPOSITORY, never
 
 from jax_sae.config import Config, load_config
 from jax_sae.sweep.train import train
+
+# As a terminal has them: what starts the tests in the background, or by nohup, has them ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:

@@ -263,7 +263,7 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "lower activations.exclude_first_tokens",
     ),
     "9 no tokenizer beside the model": (
-        ["--model.path", "no_tokenizer"],
+        ["--model.path", "no_tokenizer", "--text.path", "jax_sae/demo/stories"],
         "no_tokenizer: no tokenizer",
         "expected tokenizer.json, or vocab.json and merges.txt",
         "Copy one there, name another tokenizer",

@@ -55,7 +55,7 @@ def test_compiled_programs_are_kept_where_the_environment_says(tmp_path: Path, m
     command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *SMALL, "--out", "run"]
     subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     kept = {path.name.split("-")[0] for path in (tmp_path / "cache" / "jax_sae" / "compiled").glob("*/*-cache")}
-    assert {"jit_update_many", "jit__forward"} <= kept
+    assert {"jit_update_many", "jit_forward"} <= kept
 
 
 def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def complete(member: Member) -> Member:
     defaults = GENERAL | dict(kind.defaults(settings_of(member)))
     if (member.initialization or defaults["initialization"]) != "orthogonal":
         defaults["encoder_bias"] = 0.0  # it belongs to that
-    defaults["learning_rate"] = LEARNING_RATE_OF_ONE_FEATURE / math.sqrt(max(1, member.features))
+    defaults["learning_rate"] = LEARNING_RATE_OF_ONE_FEATURE / math.sqrt(min(max(1, member.features), 2**31))
     if (member.decoder_norm or defaults["decoder_norm"]) == "unit":
         defaults["initial_norm"] = 1.0
     return replace(member, **{name: value for name, value in defaults.items() if getattr(member, name) is None})

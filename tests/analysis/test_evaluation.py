@@ -261,7 +261,7 @@ def test_rows_leave_out_what_needs_the_language_model(
 
 def test_members_of_other_seeds_are_compared(demo_config: Config, tmp_path: Path) -> None:
     """Each two that differ in nothing else, with the null of random directions beside it."""
-    members = (Member(8, 0), Member(8, 1), Member(8, 2), Member(64, 0), Member(8, 3, 2e-3))
+    members = (Member(8, 0, 1e-3), Member(8, 1, 1e-3), Member(8, 2, 1e-3), Member(64, 0), Member(8, 3, 2e-3))
     run = trained(small(demo_config, ACTIVATIONS["dataset"], *members), tmp_path / "run")
     found = evaluate(run)["stability"]
     names = ["F8-seed0-lr0.001", "F8-seed1-lr0.001", "F8-seed2-lr0.001"]

@@ -162,7 +162,7 @@ def test_only_the_dead_change_and_only_at_the_steps(kind: str) -> None:
     18 tokens a step, dead after 54: of the silent features, one that is silent since step 7 is not dead after step 8,
     but is after step 12.
     """
-    train = TrainConfig(steps=16, batch_tokens=B)
+    train = TrainConfig(steps=16, batch_tokens=B, schedule="constant", warmup=0.0)
     settings = {**NEEDED.get(kind, {}), "k": 9 if kind == "topk" else None}
     member = complete(Member(F, 0, 1e-3, kind, dead_after_tokens=54, resamples=3, **settings))
     step_of = partial(update_member, form=make_groups((member,))[0].form)
