@@ -15,7 +15,15 @@ from jax_sae.config import Config, Member, config_with, flatten, load_settings
 from jax_sae.errors import BadInput
 from jax_sae.flags import parse
 
-DEMO, SPARSE = (Layer(name, load_settings(Path(name))) for name in ("demo", "demo_sparse"))
+DEMO = Layer("demo", load_settings(Path("demo")))
+SPARSE = Layer(
+    "sparse.toml",
+    {
+        **{"sweep.kinds": ("relu", "jumprelu", "topk"), "sweep.features": (256,), "sweep.learning_rates": (3e-3,)},
+        **{"sweep.l1_coefficient": (1.0, 2.0), "sweep.target_l0": (4.0, 8.0, 16.0), "sweep.k": (4, 8, 16)},
+        **{"sweep.bandwidth": (0.05,), "train.steps": 4000},
+    },
+)
 AS_PUBLISHED = Layer("published", load_settings(Path("tinystories_33m_as_published")))
 SPARSE_33M = Layer("33m", load_settings(Path("tinystories_33m_sparse")))
 OWN = Layer(
@@ -37,8 +45,8 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
     "flags count": (DEMO, {"train.steps": 3, "sweep.features": (4,)}, {}, []),
     "no k of relu": (
         *(SPARSE, {"sweep.kinds": ("topk",)}),
-        dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0"), ()),
-        ["sweep.l1_coefficient, sweep.target_l0 of demo_sparse: kind 'topk' does not have it"],
+        dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0", "sweep.bandwidth"), ()),
+        ["sweep.l1_coefficient, sweep.target_l0, sweep.bandwidth of sparse.toml: kind 'topk' does not have it"],
     ),
     "another start": (
         *(DEMO, {"sweep.initialization": ("transposed",)}, {"sweep.encoder_bias": ()}),
@@ -50,11 +58,11 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
     ),
     "fewer features": (
         *(SPARSE, {"sweep.features": (8,)}, {"sweep.k": (4, 8), "sweep.target_l0": (4.0, 8.0)}),
-        ["sweep.target_l0 16, sweep.k 16 of demo_sparse: the member has 8 features"],
+        ["sweep.target_l0 16, sweep.k 16 of sparse.toml: the member has 8 features"],
     ),
     "a lambda for a target": (
         *(SPARSE, {"sweep.l0_coefficient": (5.0,)}, {"sweep.target_l0": ()}),
-        ["sweep.target_l0 of demo_sparse: sweep.l0_coefficient is given instead"],
+        ["sweep.target_l0 of sparse.toml: sweep.l0_coefficient is given instead"],
     ),
     "rows for stories": (
         AS_PUBLISHED,
@@ -69,13 +77,14 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
     "members for lists": (
         *(SPARSE, {"sweep.members": K_THREE}),
         {
-            **{name: flatten(Config())[name] for name in ("sweep.kinds", "sweep.features")},
-            **dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0", "sweep.k"), ()),
+            **{name: flatten(Config())[name] for name in ("sweep.kinds", "sweep.features", "sweep.learning_rates")},
+            **dict.fromkeys(("sweep.l1_coefficient", "sweep.target_l0", "sweep.k", "sweep.bandwidth"), ()),
         },
         [
-            "sweep.kinds, sweep.features of demo_sparse: sweep.members is given instead",
-            "sweep.l1_coefficient, sweep.target_l0, sweep.k of demo_sparse: explicit members are not combined with "
+            "sweep.kinds, sweep.features, sweep.learning_rates of sparse.toml: sweep.members is given instead",
+            "sweep.l1_coefficient, sweep.target_l0, sweep.k of sparse.toml: explicit members are not combined with "
             "lists",
+            "sweep.bandwidth of sparse.toml: kind 'topk' or 'relu' does not have it",
         ],
     ),
     "members and what they stand for": (

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +133,7 @@ def test_a_run_may_have_any_name(
     """What is saved there is read there, and nothing is written or left elsewhere."""
     directory = tmp_path / name / "run" / "checkpoints"
     links = tmp_path_factory.mktemp("links")
-    monkeypatch.setattr(tempfile, "tempdir", str(links))
+    monkeypatch.setattr("tempfile.tempdir", str(links))
     for step in (1, 2):
         with Checkpoints(directory) as checkpoints:
             checkpoints.save(step, lambda: CONTENT)
