@@ -121,12 +121,14 @@ def merge(lower: Layer, flags: Mapping[str, Any]) -> Merged:
     """
     kept = dict(lower.settings)
     left_out: dict[tuple[str, str], list[str]] = {}  # origin and reason -> settings
+    unread: set[str] = set()  # flags in whose place another flag stands
     for name, others in INSTEAD.items():
-        for other in others if flags.get(name) else ():
+        for other in others if flags.get(name) and name not in unread else ():
             of_lower = kept.pop(other, None)
             if flags.get(other) or of_lower:
                 origin = FLAGS if flags.get(other) else lower.origin
                 left_out.setdefault((origin, f"{name} is given instead"), []).append(other)
+            unread |= {other} & set(flags)
     while True:
         config = config_with({**kept, **flags})
         try:

@@ -74,6 +74,10 @@ MERGED: dict[str, tuple[Layer, dict[str, Any], dict[str, Any], list[str]]] = {
         *(OWN, {"model.path": "m"}, {"activations.path": "", "activations.array": ""}),
         ["activations.path, activations.array of own.toml: model.path is given instead"],
     ),
+    "rows and a model in one breath": (
+        *(OWN, {"activations.path": "x.npy", "model.path": "m"}, {}),
+        ["model.path of the command line: activations.path is given instead"],
+    ),
     "members for lists": (
         *(SPARSE, {"sweep.members": K_THREE}),
         {
