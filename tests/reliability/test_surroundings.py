@@ -18,8 +18,12 @@ pytestmark = pytest.mark.slow
 
 def can_be_nobody() -> bool:
     """Whether this process may start one as a user that does not exist, and that user may read what it needs."""
-    command = ["setpriv", "--reuid", "54321", "--clear-groups", sys.executable, "-c", "import jax_sae"]
-    return shutil.which("setpriv") is not None and os.getuid() == 0 and subprocess.run(command).returncode == 0
+    if shutil.which("setpriv") is None or os.getuid() != 0:
+        return False
+    command = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups", sys.executable]
+    command += ["-c", "import jax_sae.commands.train, tqdm, jax"]  # an environment below a closed directory has none
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True).returncode == 0
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def everyones() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.skipif(not can_be_nobody(), reason="needs root and `setpriv`")
+@pytest.mark.skipif(not can_be_nobody(), reason="needs root, `setpriv`, and packages that everyone may read")
 def test_a_user_without_a_name_a_home_a_terminal_or_unicode(everyones: Path) -> None:
     """ASCII, a path that is not UTF-8, a notebook's MPLBACKEND, output closed: all that a run leaves is there."""
     out = os.fsdecode("r\xe4".encode() + b"\xff")
