@@ -23,10 +23,10 @@ from timing import spread
 from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import identity
 from jax_sae.config import Config, SweepConfig, TrainConfig
-from jax_sae.sweep.checkpoints import Checkpoints, array_digest, named_leaves
+from jax_sae.run.checkpoints import Checkpoints, array_digest, named_leaves
+from jax_sae.run.progress import Progress, Setup, save
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.progress import Progress, Setup, save
 from jax_sae.sweep.update import METRICS, snapshot
 
 FEATURES, D, B = (100, 767, 768, 1000), 768, 1024

@@ -31,13 +31,13 @@ from timing import ratios, report
 from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset, identity
 from jax_sae.activations.sources import Source, open_sources
-from jax_sae.command_line import run_script
+from jax_sae.commands.process import run_script
 from jax_sae.config import Config, SweepConfig, load_config, validate
 from jax_sae.errors import BadInput
+from jax_sae.run.held_out import harvest_held_out, measure_held_out
+from jax_sae.run.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import harvest_held_out, measure_held_out
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.update import update_many
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -1,7 +1,7 @@
 """From stories to trained members: where the time of a run goes, and what fraction of it the arithmetic would need.
 
 configs/tinystories_33m.toml with random weights of TinyStories-33M's shapes, which do not change the time. Each round
-is a process of its own, so that imports and the compiler count. `jax_sae.sweep.train.train` runs as it is, with timers
+is a process of its own, so that imports and the compiler count. `jax_sae.run.train.train` runs as it is, with timers
 around some of the functions that it calls; a moment belongs to the innermost of them, so the parts add up to the whole,
 and what is in none of them is `the rest`. Threads beside the main one are not timed: only waiting for them is.
 
@@ -33,7 +33,7 @@ from unittest.mock import patch
 
 import tyro
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.process import run_script
 from jax_sae.config import Config, TextConfig, load_config, validate
 from jax_sae.errors import BadInput
 
@@ -116,8 +116,8 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
 
     from jax_sae.activations import sources
     from jax_sae.language_model.text import Stories
-    from jax_sae.sweep import report, train
-    from jax_sae.sweep.checkpoints import Checkpoints
+    from jax_sae.run import report, train
+    from jax_sae.run.checkpoints import Checkpoints
     from jax_sae.sweep.members import sweep_members
 
     jax.monitoring.register_event_duration_secs_listener(parts.compiled)

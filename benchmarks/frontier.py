@@ -32,10 +32,10 @@ from timing import report
 
 from jax_sae.activations.array_sources import open_activations
 from jax_sae.activations.arrays import Rows
-from jax_sae.command_line import run_script
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import run_script
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
-from jax_sae.flags import read_options
 
 KINDS = ("relu", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 PENALISED = ("relu", "gated")
@@ -170,8 +170,8 @@ def saelens(kind: str, value: float, rate: float, x: np.ndarray, held_out: np.nd
 
 def ours(path: str, wanted: Mapping[str, Sequence[Member]], held_out: np.ndarray, options: Options) -> dict[str, Any]:
     """Train all members in one run; what each reached, by kind."""
-    from jax_sae.sweep.inference import load_autoencoder
-    from jax_sae.sweep.train import train
+    from jax_sae.run.load import load_autoencoder
+    from jax_sae.run.train import train
 
     members = tuple(member for of_kind in wanted.values() for member in of_kind)
     config = Config(

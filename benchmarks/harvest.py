@@ -28,10 +28,10 @@ import numpy as np
 from peers import torch_device
 from timing import ratios, report, seconds
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import run_script
 from jax_sae.config import ActivationsConfig, TextConfig
 from jax_sae.errors import BadInput
-from jax_sae.flags import read_options
 from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
 from jax_sae.language_model.harvest import harvest, tokens_at_a_time

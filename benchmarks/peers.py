@@ -35,10 +35,10 @@ import numpy as np
 from stepping import NO_CENTRES, stepper
 from timing import ratios, report, seconds
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import run_script
 from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.flags import read_options
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.update import init_member

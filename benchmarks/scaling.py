@@ -37,12 +37,12 @@ from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import write_store
-from jax_sae.command_line import run_script
+from jax_sae.commands.process import run_script
 from jax_sae.config import Config, SweepConfig, TrainConfig, validate
 from jax_sae.errors import BadInput
+from jax_sae.run.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.train import NORMALIZATION_TOKENS
 from jax_sae.sweep.update import update_many
 
 D, F, B = 768, 768, 1024

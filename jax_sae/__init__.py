@@ -14,15 +14,16 @@ from jax_sae.errors import BadInput
 
 if TYPE_CHECKING:
     from jax_sae.language_model.pretrained import LanguageModel, load_language_model
-    from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
+    from jax_sae.run.load import load_autoencoder
+    from jax_sae.trained import TrainedAutoencoder
 
 __all__ = ["BadInput", "LanguageModel", "TrainedAutoencoder", "load_autoencoder", "load_language_model"]
 
 _WHERE = {
     "LanguageModel": "jax_sae.language_model.pretrained",
     "load_language_model": "jax_sae.language_model.pretrained",
-    "TrainedAutoencoder": "jax_sae.sweep.inference",
-    "load_autoencoder": "jax_sae.sweep.inference",
+    "TrainedAutoencoder": "jax_sae.trained",
+    "load_autoencoder": "jax_sae.run.load",
 }
 
 

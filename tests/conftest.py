@@ -25,7 +25,7 @@ import pytest
 from running import REPOSITORY, never
 
 from jax_sae.config import Config, load_config
-from jax_sae.sweep.train import train
+from jax_sae.run.train import train
 
 # As a terminal has them: what starts the tests in the background, or by nohup, has them ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,4 +59,4 @@ def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(autouse=True)
 def a_line_of_metrics_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dispatch ends at each line of metrics, however fast the machine is, so that tests can say where a run stops."""
-    monkeypatch.setattr("jax_sae.sweep.train.SECONDS_A_DISPATCH", 0.0)
+    monkeypatch.setattr("jax_sae.run.train.SECONDS_A_DISPATCH", 0.0)

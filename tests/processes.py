@@ -9,7 +9,7 @@ from typing import Any
 
 from running import REPOSITORY
 
-from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.run.checkpoints import Checkpoints
 
 
 def start(flags: list[str], directory: Path, **environment: str) -> subprocess.Popen[str]:

@@ -828,7 +828,7 @@ def test_a_file_system_that_fails_ends_with_code_1(
     def fail(*arguments: Any) -> None:
         raise problem
 
-    monkeypatch.setattr("jax_sae.sweep.report.write_config", fail)
+    monkeypatch.setattr("jax_sae.run.report.write_config", fail)
     assert train_all([*SMALL, *ON_ROWS, "--out", "run"]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -332,7 +332,7 @@ def test_15_activations_of_another_width_are_told_when_a_run_is_used(of_rows: Ru
 HOLD = """
 import sys
 from pathlib import Path
-from jax_sae.sweep.lock import locked
+from jax_sae.run.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

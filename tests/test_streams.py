@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.process import run_script
 from jax_sae.streams import Lasting, lasting_streams, lost_output, progress_bar, reader_is_gone
 
 Open = Callable[[str, int], None]

@@ -20,19 +20,19 @@ LAYERS = {
     "errors": 0,
     "card": 0,
     "rows": 1,
-    "analysis": 6,
+    "streams": 0,
     "config": 1,
     "precision": 2,
     "language_model": 3,
     "autoencoder": 3,
     "activations": 4,
     "sweep": 5,
-    "stop_signals": 0,
-    "streams": 0,
-    "flags": 2,
-    "command_line": 2,
-    "commands": 7,
-    "__main__": 8,
+    "trained": 6,
+    "figures": 6,
+    "run": 7,
+    "analysis": 8,
+    "commands": 10,
+    "__main__": 11,
 }
 
 
@@ -59,16 +59,16 @@ def test_imports_run_downwards(path: Path) -> None:
 
 def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
     """Orbax in one file; one vmap; torch in one file; few places that compile."""
-    assert files_with("import orbax") == {"sweep/checkpoints.py"}
+    assert files_with("import orbax") == {"run/checkpoints.py"}
     assert files_with("jax.vmap(") == {"sweep/update.py", "autoencoder/selection.py"}
     assert files_with("import torch") == {"commands/export_activations.py"}
     assert files_with("jax.jit") == {
         "analysis/loss_recovered.py",
         "language_model/harvest.py",
         "language_model/pretrained.py",
-        "sweep/held_out.py",
-        "sweep/inference.py",
+        "run/held_out.py",
         "sweep/update.py",
+        "trained.py",
     }
 
 
@@ -90,11 +90,11 @@ def test_the_package_says_its_version_and_what_it_has() -> None:
         _ = jax_sae.nothing
 
 
-def test_readme_prints_the_file_tree() -> None:
-    """Every file of the package, of configs/ and of scripts/ stands in the README's tree."""
-    readme = (REPOSITORY / "README.md").read_text()
+def test_a_page_prints_the_file_tree() -> None:
+    """Every file of the package, of configs/ and of scripts/ stands in the tree of docs/house.md."""
+    page = (REPOSITORY / "docs" / "house.md").read_text()
     files = [*MODULES, *(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "scripts").glob("*.py")]
-    assert [path.name for path in files if f"  {path.name} " not in readme] == []
+    assert [path.name for path in files if f"  {path.name} " not in page] == []
 
 
 def test_a_wheel_holds_every_package_and_the_configs() -> None:

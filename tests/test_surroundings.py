@@ -11,9 +11,9 @@ import pytest
 from refusals import MODEL, SMALL
 
 from jax_sae.analysis import evaluation
-from jax_sae.command_line import caches
 from jax_sae.commands import main
-from jax_sae.sweep import report
+from jax_sae.commands.process import caches
+from jax_sae.run import report
 
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR")
 

@@ -22,25 +22,26 @@ from typing import Any, get_args
 import numpy as np
 
 from jax_sae.activations.sources import Source, Sources, StorySource, open_sources
-from jax_sae.analysis.baselines import baselines
-from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
 from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
-from jax_sae.analysis.statistics import Metrics, density_histogram, metrics
+from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
-from jax_sae.autoencoder.baselines import principal_directions
+from jax_sae.autoencoder.baselines import baselines, principal_directions
 from jax_sae.config import Config, DecoderBias, config_from_dict
 from jax_sae.errors import BadInput
+from jax_sae.figures.densities import draw_feature_density
+from jax_sae.figures.drawing import draw_each
+from jax_sae.figures.frontier import FrontierPoint, draw_frontier
 from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
-from jax_sae.sweep.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.frontier import FrontierPoint, draw_each, draw_frontier
-from jax_sae.sweep.inference import Origin, TrainedAutoencoder, load_autoencoder
+from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.load import load_autoencoder
+from jax_sae.run.progress import device, versions
+from jax_sae.run.report import say, write_json
 from jax_sae.sweep.members import member_names, sweep_members
-from jax_sae.sweep.progress import device, versions
-from jax_sae.sweep.report import say, write_json
 from jax_sae.sweep.update import init_member
+from jax_sae.trained import Origin, TrainedAutoencoder
 
 SEED_OF_NULL = 0
 """Of the random directions that stability is compared with."""
@@ -329,7 +330,7 @@ def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured
     lines = draw_each(
         [
             ([frontier], lambda: draw_frontier(frontier, points, eigenvalues, where)),
-            ([density], lambda: draw_feature_density(density, histograms, dead, record["tokens"], where)),
+            ([density], lambda: draw_feature_density(density, histograms, dead, record["tokens"], DENSE, where)),
         ]
     )
     say(lines)

@@ -15,7 +15,7 @@ from jax_sae.analysis.statistics import Sums, add_tokens, no_tokens
 from jax_sae.autoencoder.baselines import Scatter, add_rows, no_scatter
 from jax_sae.errors import BadInput
 from jax_sae.streams import progress_bar
-from jax_sae.sweep.inference import TrainedAutoencoder
+from jax_sae.trained import TrainedAutoencoder
 
 ROWS_AT_A_TIME = 1024
 """Rows that are encoded at once, padded to this number, so that each width is compiled once."""

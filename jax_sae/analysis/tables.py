@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_sae.analysis.statistics import DENSE
-from jax_sae.sweep.report import table
+from jax_sae.run.report import table
 
 
 def tables(record: Mapping[str, Any]) -> list[str]:

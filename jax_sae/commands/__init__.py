@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.process import run_script
 from jax_sae.errors import BadInput
 
 COMMANDS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from jax_sae.command_line import refuse_missing_platform, run_script
-from jax_sae.flags import read_options
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import refuse_missing_platform, run_script
 
 
 @dataclass(frozen=True, kw_only=True)

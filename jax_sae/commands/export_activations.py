@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_sae.command_line import run_script
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import run_script
 from jax_sae.config import TextConfig
 from jax_sae.errors import BadInput
-from jax_sae.flags import read_options
 
 Forward = Callable[[Any, Any], Any]
 """Token ids [B, T] and mask [B, T], 1 for a token and 0 for padding -> activations [B, T, D]; all torch tensors."""

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from jax_sae.command_line import refuse_missing_platform, run_script
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import refuse_missing_platform, run_script
 from jax_sae.config import ModelConfig, TextConfig
-from jax_sae.flags import read_options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from jax_sae.command_line import run_script
-from jax_sae.flags import read_options
+from jax_sae.commands.flags import read_options
+from jax_sae.commands.process import run_script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         options = read_options(Options, argv, "jax-sae inspect")
-        from jax_sae.sweep.inspection import inspect_run
+        from jax_sae.run.inspection import inspect_run
 
         lines, is_good = inspect_run(options.run, verify=options.verify)
         print("\n".join(lines))

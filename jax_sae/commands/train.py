@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_sae.command_line import BROKEN_PIPE, refuse_missing_platform, run_script
+from jax_sae.commands.flags import Arguments, parse
+from jax_sae.commands.process import BROKEN_PIPE, refuse_missing_platform, run_script
+from jax_sae.commands.stop_signals import Signals
 from jax_sae.errors import BadInput
-from jax_sae.flags import Arguments, parse
-from jax_sae.stop_signals import Signals
 from jax_sae.streams import reader_is_gone
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = parse(argv)
         from jax_sae.activations.interruptible import Stopped
         from jax_sae.commands.settings import base, merge, settings_to_resume
-        from jax_sae.sweep.train import train
+        from jax_sae.run.train import train
 
         name, lower = base(arguments.config, arguments.settings)
         out = choose_directory(arguments, name)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jax_sae.activations.norms import norm_lines, norm_statistics, token_norms, within_norm_limit
+from jax_sae.commands.flags import check_flags
 from jax_sae.config import ActivationsConfig
 from jax_sae.errors import BadInput
-from jax_sae.flags import check_flags
 
 STORIES, ROWS = (ActivationsConfig(), True), (ActivationsConfig(), False)
 

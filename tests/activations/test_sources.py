@@ -24,8 +24,8 @@ from jax_sae.language_model.dataset import open_split
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.text import Stories
 from jax_sae.language_model.torch_file import open_torch_file
+from jax_sae.run.held_out import harvest_held_out, measure_held_out
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import harvest_held_out, measure_held_out
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import init_sweep
 

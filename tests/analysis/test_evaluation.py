@@ -25,8 +25,9 @@ from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.sweep.inference import TrainedAutoencoder, load_autoencoder
-from jax_sae.sweep.train import train
+from jax_sae.run.load import load_autoencoder
+from jax_sae.run.train import train
+from jax_sae.trained import TrainedAutoencoder
 
 ACTIVATIONS = {
     "dataset": ActivationsConfig(block_tokens=448, held_out_tokens=500),

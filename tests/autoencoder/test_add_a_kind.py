@@ -21,8 +21,8 @@ from jax_sae.autoencoder.kinds import kind_named, kind_names
 from jax_sae.autoencoder.model import loss
 from jax_sae.config import Config, Member, SweepConfig, TrainConfig, config_from_dict
 from jax_sae.errors import BadInput
+from jax_sae.run.train import train
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.train import train
 
 PAGE = (REPOSITORY / "docs" / "add_a_kind.md").read_text()
 

@@ -10,10 +10,10 @@ from jax_sae.activations.normalize import normalize
 from jax_sae.activations.sources import open_sources
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import Config, SweepConfig
+from jax_sae.run.progress import Setup
+from jax_sae.run.train import NORMALIZATION_TOKENS, begin
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.progress import Setup
-from jax_sae.sweep.train import NORMALIZATION_TOKENS, begin
 
 
 def test_at_the_geometric_median_the_directions_to_all_points_cancel() -> None:

@@ -8,7 +8,7 @@ from running import never, stop_at
 
 from jax_sae.commands.inspect import main
 from jax_sae.config import Config
-from jax_sae.sweep.train import train
+from jax_sae.run.train import train
 
 
 def flip_the_largest_file(checkpoint: Path) -> None:

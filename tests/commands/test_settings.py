@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from refusals import SMALL, usual_signals
 
+from jax_sae.commands.flags import parse
 from jax_sae.commands.settings import Layer, base, merge
 from jax_sae.commands.train import main
 from jax_sae.config import Config, Member, config_with, flatten, load_settings
 from jax_sae.errors import BadInput
-from jax_sae.flags import parse
 
 DEMO = Layer("demo", load_settings(Path("demo")))
 SPARSE = Layer(

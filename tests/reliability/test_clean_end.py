@@ -17,8 +17,8 @@ from jax_sae.activations.interruptible import Stopped
 from jax_sae.activations.store import write_store
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep.lock import locked
-from jax_sae.sweep.train import train
+from jax_sae.run.lock import locked
+from jax_sae.run.train import train
 
 THREADS = """
 import sys, threading

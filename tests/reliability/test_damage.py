@@ -14,8 +14,8 @@ from running import never, stop_at
 import jax_sae
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, array_digest, named_leaves
-from jax_sae.sweep.train import train
+from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree, array_digest, named_leaves
+from jax_sae.run.train import train
 
 FLIPS = 6
 """Bits that are flipped in each file."""

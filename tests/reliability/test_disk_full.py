@@ -14,9 +14,9 @@ from running import REPOSITORY, never
 
 from jax_sae.config import Config
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.sweep import checkpoints as checkpoints_module
-from jax_sae.sweep.checkpoints import Checkpoints
-from jax_sae.sweep.train import train
+from jax_sae.run import checkpoints as checkpoints_module
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.train import train
 
 FLAGS = [
     *("--activations.path", "x.npy", "--activations.block-tokens", "1024", "--activations.held-out-tokens", "500"),

@@ -16,11 +16,11 @@ from running import initial, never, stop_at
 import jax_sae
 from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import RunFailed
-from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.progress import Setup, restore
+from jax_sae.run.train import train
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete, sweep_members
-from jax_sae.sweep.progress import Setup, restore
-from jax_sae.sweep.train import train
 from jax_sae.sweep.update import update_member
 
 HARMLESS, BAD = 2e-3, 1e20

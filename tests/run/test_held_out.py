@@ -18,9 +18,9 @@ from jax_sae.autoencoder.loss import loss_per_element, squared_error
 from jax_sae.autoencoder.model import Params, decode, encode
 from jax_sae.config import ActivationsConfig, Member, TrainConfig
 from jax_sae.config import Normalization as Kind
-from jax_sae.sweep import held_out as held_out_module
+from jax_sae.run import held_out as held_out_module
+from jax_sae.run.held_out import HeldOut, harvest_held_out, measure_held_out
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import HeldOut, harvest_held_out, measure_held_out
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import MemberState, stack, update_member
 

@@ -14,12 +14,12 @@ import jax_sae
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Config, SweepConfig
+from jax_sae.run.checkpoints import Checkpoints, named_leaves
+from jax_sae.run.progress import Setup, restore
+from jax_sae.run.train import train
 from jax_sae.sweep import members
-from jax_sae.sweep.checkpoints import Checkpoints, named_leaves
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete, sweep_members
-from jax_sae.sweep.progress import Setup, restore
-from jax_sae.sweep.train import train
 
 SWEEP = SweepConfig(
     kinds=tuple(kind_names()),

@@ -13,7 +13,7 @@ from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import Normalization
 from jax_sae.config import Config, Member, config_to_dict
 from jax_sae.errors import BadInput
-from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
+from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import member_names, recorded_member, settings_of
 from jax_sae.sweep.optimizer import traced_settings

@@ -16,8 +16,8 @@ from jax_sae.activations.array_sources import array_sources
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.config import IN_MEMORY, ActivationsConfig, Config, SweepConfig, TrainConfig, validate
 from jax_sae.errors import BadInput
-from jax_sae.sweep.inference import load_autoencoder
-from jax_sae.sweep.train import train
+from jax_sae.run.load import load_autoencoder
+from jax_sae.run.train import train
 
 D = 8
 LENGTHS = np.random.default_rng(0).integers(0, 31, 60)

@@ -20,14 +20,14 @@ from jax_sae.activations.sources import Source, Sources, open_sources, refuse_la
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias
 from jax_sae.errors import BadInput
-from jax_sae.sweep import report
-from jax_sae.sweep.checkpoints import Checkpoints
+from jax_sae.run import report
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.held_out import harvest_held_out
+from jax_sae.run.lock import locked
+from jax_sae.run.plan import is_checkpoint, plan
+from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.held_out import harvest_held_out
-from jax_sae.sweep.lock import locked
 from jax_sae.sweep.members import sweep_members, with_features
-from jax_sae.sweep.plan import is_checkpoint, plan
-from jax_sae.sweep.progress import Clock, Progress, Setup, members_begun_with, restore, save
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384

@@ -21,9 +21,9 @@ import jax_sae
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.config import Config
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.sweep.checkpoints import Checkpoints, _orbax, named_leaves
-from jax_sae.sweep.inspection import inspect_run
-from jax_sae.sweep.train import train
+from jax_sae.run.checkpoints import Checkpoints, _orbax, named_leaves
+from jax_sae.run.inspection import inspect_run
+from jax_sae.run.train import train
 
 PLAIN_ORBAX = """
 import importlib.abc, sys, warnings
@@ -252,7 +252,7 @@ def test_a_warning_of_orbax_is_said_once(
     before = absl.level, absl.disabled, list(absl.filters), list(absl.handlers), list(warnings.filters)
     hook = sys.unraisablehook
     monkeypatch.setattr(absl, "level", logging.INFO)
-    monkeypatch.setattr("jax_sae.sweep.checkpoints._plain_path", contextlib.nullcontext)
+    monkeypatch.setattr("jax_sae.run.checkpoints._plain_path", contextlib.nullcontext)
     with Checkpoints(tmp_path / "lr[1e-3]") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, lambda: CONTENT)

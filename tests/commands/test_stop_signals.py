@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from jax_sae.command_line import run_script
-from jax_sae.stop_signals import STOPPING, Signals, raising_signals
+from jax_sae.commands.process import run_script
+from jax_sae.commands.stop_signals import STOPPING, Signals, raising_signals
 
 
 @pytest.fixture(autouse=True)

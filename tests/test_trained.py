@@ -16,7 +16,7 @@ from jax_sae.autoencoder.kinds import kind_named, kind_names
 from jax_sae.autoencoder.model import init_params
 from jax_sae.config import Config, Member
 from jax_sae.errors import BadInput
-from jax_sae.sweep.inference import Origin, TrainedAutoencoder
+from jax_sae.trained import Origin, TrainedAutoencoder
 
 D, F, T = 8, 20, 6
 X = (np.random.default_rng(0).normal(size=(T, D)) * 3 + 1).astype(np.float32)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_sae.analysis.statistics import DENSE
-from jax_sae.sweep.frontier import COLOURS, new_figure, save_figure, write_title
+from jax_sae.figures.drawing import COLOURS, new_figure, save_figure, write_title
 
 
 def draw_feature_density(
@@ -14,6 +13,7 @@ def draw_feature_density(
     histograms: Mapping[str, tuple[np.ndarray, np.ndarray]],
     dead: Mapping[str, int],
     tokens: int,
+    dense: float,
     title: str,
 ) -> None:
     """Draw a histogram of log10 of the features' density for each autoencoder, on common axes.
@@ -23,6 +23,7 @@ def draw_feature_density(
         histograms: by name, as `density_histogram` gives them; at least one.
         dead: features that never fired, which no histogram shows, by name.
         tokens: N, on which both were counted.
+        dense: the density above which a feature is dense.
         title: of the figure.
     """
     columns = min(4, len(histograms))
@@ -31,7 +32,7 @@ def draw_feature_density(
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (name, (edges, counts)) in zip(grid.flat, histograms.items(), strict=False):
         axes.stairs(counts, edges, fill=True, color=COLOURS[0])
-        axes.axvline(np.log10(DENSE), color=COLOURS[1], linestyle="--", linewidth=1)
+        axes.axvline(np.log10(dense), color=COLOURS[1], linestyle="--", linewidth=1)
         axes.set_title(f"{name}: {dead[name]:,} of {dead[name] + counts.sum():,} dead", fontsize="small")
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(histograms) :]:
@@ -39,7 +40,7 @@ def draw_feature_density(
     for axes in grid.flat[len(histograms) - columns : len(histograms)]:  # nothing is below them
         axes.tick_params(labelbottom=True)
     figure.supxlabel(
-        f"log10 of the fraction of {tokens:,} tokens on which a feature fires (dashed: 10 %)", fontsize="small"
+        f"log10 of the fraction of {tokens:,} tokens on which a feature fires (dashed: {dense:.0%})", fontsize="small"
     )
     figure.supylabel("features", fontsize="small")
     write_title(figure, title)

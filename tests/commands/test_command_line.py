@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.command_line import caches
+from jax_sae.commands.flags import parse
+from jax_sae.commands.process import caches
 from jax_sae.commands.settings import base
 from jax_sae.commands.train import choose_directory, main
 from jax_sae.config import Member
-from jax_sae.flags import parse
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [

@@ -6,8 +6,8 @@ from typing import Any
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
-from jax_sae.sweep.checkpoints import Checkpoints, Damaged, Tree
-from jax_sae.sweep.report import table
+from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.report import table
 
 
 def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from jax_sae.commands.stop_signals import STOPPED, free_quietly, raising_signals
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.stop_signals import STOPPED, free_quietly, raising_signals
 from jax_sae.streams import lasting_streams, lost_output
 
 BROKEN_PIPE = 13

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jax_sae.sweep.advice import advice
+from jax_sae.run.advice import advice
 
 TOPK = {"name": "a", "kind": "topk", "features": 100, "k": 8, "l0": 8.0, "dead_features": 0, "diverged_at_step": None}
 RELU = {**TOPK, "kind": "relu", "k": None, "l1_coefficient": 0.5}

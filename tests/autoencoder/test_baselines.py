@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 
-from jax_sae.analysis.baselines import baselines
 from jax_sae.analysis.statistics import Metrics, add_tokens, metrics, no_tokens
-from jax_sae.autoencoder.baselines import add_rows, covariance_eigenvalues, no_scatter, pca_fvu, principal_directions
+from jax_sae.autoencoder.baselines import (
+    add_rows,
+    baselines,
+    covariance_eigenvalues,
+    no_scatter,
+    pca_fvu,
+    principal_directions,
+)
 
 X = np.random.default_rng(0).normal(size=(400, 6)) * [5, 3, 2, 1, 0.5, 0.1] + 7
 

@@ -10,8 +10,8 @@ from running import never, stop_at
 
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep.checkpoints import Checkpoints, named_leaves
-from jax_sae.sweep.train import train
+from jax_sae.run.checkpoints import Checkpoints, named_leaves
+from jax_sae.run.train import train
 
 
 def final_state(out: Path) -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def test_resume_is_bit_equal(
     )
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     with monkeypatch.context() as patched:
-        patched.setattr("jax_sae.sweep.train.SECONDS_A_DISPATCH", 1e6)
+        patched.setattr("jax_sae.run.train.SECONDS_A_DISPATCH", 1e6)
         dispatched: list[int] = []
         assert train(config, straight, resume=False, stop_requested=lambda step: bool(dispatched.append(step)))
     assert len(set(dispatched)) < (15 if batching == "tokens" else 25)

@@ -12,14 +12,15 @@ import numpy as np
 
 from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
+from jax_sae.figures.curves import draw_losses, draw_training, member_colours
+from jax_sae.figures.drawing import Figures, draw_each
+from jax_sae.figures.frontier import FrontierPoint, draw_frontier
+from jax_sae.run.advice import advice
+from jax_sae.run.held_out import HeldOut, measure_held_out
+from jax_sae.run.progress import Clock, Progress, Setup, device, versions
 from jax_sae.streams import progress_bar
-from jax_sae.sweep.advice import advice
-from jax_sae.sweep.figures import draw_losses, draw_training, member_colours
-from jax_sae.sweep.frontier import Figures, FrontierPoint, draw_each, draw_frontier
-from jax_sae.sweep.held_out import HeldOut, measure_held_out
 from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
-from jax_sae.sweep.progress import Clock, Progress, Setup, device, versions
 from jax_sae.sweep.update import METRICS
 
 

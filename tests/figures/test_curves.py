@@ -1,7 +1,7 @@
 """Which colour a member has."""
 
 from jax_sae.config import Member
-from jax_sae.sweep.figures import member_colours
+from jax_sae.figures.curves import member_colours
 
 
 def test_the_starting_experiment_has_its_colours() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.config import Member
-from jax_sae.sweep.frontier import COLOURS, import_matplotlib, new_figure, save_figure, write_title
+from jax_sae.figures.drawing import COLOURS, import_matplotlib, new_figure, save_figure, write_title
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500

@@ -11,12 +11,12 @@ from running import never, stop_at
 
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep import plan as plan_module
+from jax_sae.run import plan as plan_module
+from jax_sae.run.plan import size
+from jax_sae.run.progress import Setup
+from jax_sae.run.train import train
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
-from jax_sae.sweep.plan import size
-from jax_sae.sweep.progress import Setup
-from jax_sae.sweep.train import train
 
 
 def said(capsys: pytest.CaptureFixture[str], label: str) -> str:

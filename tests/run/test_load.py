@@ -13,7 +13,7 @@ from running import REPOSITORY, never
 import jax_sae
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep.train import train
+from jax_sae.run.train import train
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.sweep.checkpoints import SPACE_TO_SPARE
-from jax_sae.sweep.progress import Setup
+from jax_sae.run.checkpoints import SPACE_TO_SPARE
+from jax_sae.run.progress import Setup
 from jax_sae.sweep.update import METRICS, MemberState, padded_shape, rows_at_a_time
 
 PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000

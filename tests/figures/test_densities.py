@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from jax_sae.analysis import figures
-from jax_sae.analysis.figures import draw_feature_density
 from jax_sae.analysis.statistics import add_tokens, density_histogram, metrics, no_tokens
-from jax_sae.sweep import frontier
-from jax_sae.sweep.frontier import FrontierPoint, draw_frontier, save_figure
+from jax_sae.figures import densities, drawing, frontier
+from jax_sae.figures.densities import draw_feature_density
+from jax_sae.figures.drawing import save_figure
+from jax_sae.figures.frontier import FrontierPoint, draw_frontier
 
 EIGENVALUES = np.geomspace(100, 0.1, 16)
 POINTS = [
@@ -24,7 +24,7 @@ POINTS = [
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     found: list[Figure] = []
-    for module in (figures, frontier):
+    for module in (densities, frontier):
         monkeypatch.setattr(
             module, "save_figure", lambda figure, file: (found.append(figure), save_figure(figure, file))
         )
@@ -43,7 +43,7 @@ def test_each_kind_is_a_line_in_the_order_of_l0(drawn: list[Figure], tmp_path: P
     np.testing.assert_array_equal(relu.get_xydata(), [(4, 1 - 0.1 / 4), (16, 1 - 0.1 / 16)])
     listed = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert listed[:2] == ["1 relu-4: 4.0, 0.25, 0.975", "2 relu-8: 8.0, 0.125"] and len(listed) == 18
-    assert {line.get_color() for line in lines.values()} > set(figures.COLOURS[:6])
+    assert {line.get_color() for line in lines.values()} > set(drawing.COLOURS[:6])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_every_density_has_its_panel(n: int, drawn: list[Figure], tmp_path: Path
         x = rng.normal(size=(200, 2))
         sums = add_tokens(no_tokens(2, 30), x, features, x)
         histograms[f"F{i}"], dead[f"F{i}"] = density_histogram(sums), metrics(sums).dead_features
-    draw_feature_density(tmp_path / "density.png", histograms, dead, 200, "title")
+    draw_feature_density(tmp_path / "density.png", histograms, dead, 200, 0.1, "title")
     panels = [axes for axes in drawn[0].axes if axes.axison]
     assert [axes.get_title() for axes in panels] == [f"F{i}: {dead[f'F{i}']} of 30 dead" for i in range(n)]
     assert all(axes.patches[0].get_data().values.sum() == 30 - dead[f"F{i}"] for i, axes in enumerate(panels))

@@ -1,0 +1,1 @@
+"""What is drawn: PNG files of numbers that are computed elsewhere."""

@@ -1,0 +1,96 @@
+"""A member of a run's directory -> a trained autoencoder."""
+
+import os
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_sae.activations.normalize import Normalization
+from jax_sae.autoencoder.kinds import kind_named
+from jax_sae.config import config_from_dict
+from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import read_json
+from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.sweep.members import recorded_member
+from jax_sae.sweep.optimizer import traced_settings
+from jax_sae.trained import Origin, TrainedAutoencoder
+
+
+def load_autoencoder(
+    run: str | Path, features: int | None = None, step: int | None = None, name: str | None = None
+) -> TrainedAutoencoder:
+    """Load one member of a run; only its arrays are read from disk.
+
+    Args:
+        run: the run's directory; ~ is the home directory.
+        features: the member's number of features F, where that says which.
+        step: of the checkpoint; the newest if left out.
+        name: the member's name as in `summary.json`, such as F768 or F768-seed1.
+
+    Raises:
+        BadInput: if there is no such run, checkpoint or member, several members fit, or what is read is damaged; an
+            older checkpoint never takes the place of a damaged one.
+
+    Warns:
+        UserWarning: if the member had diverged; it is then as it was before that step.
+    """
+    run = Path(os.path.expanduser(run))  # which, unlike Path.expanduser, leaves the name of an unknown user as it is
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.step_or_newest(step)
+        facts = checkpoints.read_run(step)
+        found = _choose(facts["members"], features, name, run)
+
+        def only_that_member(tree: Tree) -> Tree:
+            its = tree["members"][found]
+            return {
+                "members": {found: {part: its[part] for part in ("params", "memory") if part in its}},
+                "normalization": tree["normalization"],
+            }
+
+        state = checkpoints.read_state(step, only_that_member)
+    if (diverged := facts["diverged_at_step"].get(found)) is not None:
+        warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
+    config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
+    member = recorded_member(facts["members"][found])
+    kind, its = kind_named(member.kind), {"memory": {}, **state["members"][found]}
+    memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
+    settings = traced_settings(member, config.train)
+    arrays = {
+        "params": its["params"],
+        "memory": memory,
+        "settings": {name: np.float32(settings[name]) for name in kind.encode_settings},
+        "normalization": Normalization(**state["normalization"]),
+    }
+    return TrainedAutoencoder(
+        **jax.tree.map(jnp.asarray, arrays),
+        kind=member.kind,
+        per_story=config.activations.normalization == "story",
+        exclude_first_tokens=config.activations.exclude_first_tokens,
+        origin=Origin(found, step, member, config, *_measured(run, found, step)),
+    )
+
+
+def _measured(run: Path, name: str, step: int) -> tuple[float | None, float | None]:
+    """L0 and FVU of a member in the run's summary, if that is of this step; a run that goes on has none yet."""
+    try:
+        members = {member["name"]: member for member in read_json(run / "summary.json")["members"]}
+        its = members[name]
+        return (its["l0"], its["fvu"]) if its["steps"] == step else (None, None)
+    except (BadInput, OSError, LookupError, TypeError):  # they are only shown
+        return None, None
+
+
+def _choose(members: Tree, features: int | None, name: str | None, run: str | Path) -> str:
+    fitting = [
+        each
+        for each, member in members.items()
+        if (name is None or each == name) and (features is None or member["features"] == features)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    asked = " and ".join([f"name {name!r}"] * (name is not None) + [f"{features} features"] * (features is not None))
+    found = f"{len(fitting)} members with {asked}" if asked else f"{len(fitting)} members"
+    raise BadInput(f"{run} has {found}; say name= one of {', '.join(fitting or members)}")
