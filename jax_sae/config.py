@@ -6,12 +6,13 @@ Files in `configs/` and flags on the command line only override what stands here
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
@@ -38,13 +39,80 @@ MOST_STEPS = 2**31 - 1  # Adam counts them in 32 bits
 LARGEST_SEED = 2**32 - 1  # JAX makes a key of the last 32 bits
 
 
+def positive(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+    """Raise BadInput unless 0 < value <= most."""
+    if not 0 < value <= most:
+        limit = f" and up to {most}" if value > most else ""
+        raise BadInput(f"{name} is {shortened(value)}; a number above 0{limit} was expected")
+
+
+def not_negative(name: str, value: float, most: float = LARGEST_COUNT) -> None:
+    """Raise BadInput unless 0 <= value <= most."""
+    if not 0 <= value <= most:
+        limit = f", up to {most}," if value > most else ""
+        raise BadInput(f"{name} is {shortened(value)}; 0 or more{limit} was expected")
+
+
+def part_of_steps(name: str, value: float, most: float = 1) -> None:
+    """Raise BadInput unless 0 <= value <= 1."""
+    if not 0 <= value <= min(most, 1):
+        raise BadInput(f"{name} is {value}; a part of the steps, from 0 to 1, was expected")
+
+
+def from_0(name: str, value: float, most: float) -> None:
+    """Raise BadInput unless 0 <= value <= most, which is below 1."""
+    if not 0 <= value <= most:
+        raise BadInput(f"{name} is {value}; a number from 0 to {most:.8f} was expected")
+
+
+def within_float32(name: str, value: float) -> None:
+    """Raise BadInput if float32 would make a positive number zero or infinite."""
+    if value and not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
+        raise BadInput(
+            f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
+            f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What holds of a setting beside its name, type and text; all but `check` and `most` of those of a member only."""
+
+    default: Any = None
+    """Its value where neither the member nor its kind says one; None: the kind has no such setting, or [train] says."""
+    listed: bool = False
+    """Whether only those kinds have it that list it in their `settings`."""
+    sparsity: bool = False
+    """Whether it makes features inactive; such lists stand first in [sweep]."""
+    check: Callable[[str, Any, float], None] | None = None
+    """Raises BadInput, with the name that it is given, for a value out of range; the largest one is `most`."""
+    most: float = LARGEST_COUNT
+    counts_features: bool = False
+    """Whether it may not be above F."""
+    traced: str = ""
+    """The dtype in which a training step is given it, so that it may differ between members of a group."""
+    initial: bool = False
+    """Whether it is an attribute of the kind's module, for its initial values."""
+    list: str = ""
+    """The name of its list in [sweep], where not its own."""
+    label: str = ""
+    """What it is called in names of members, where not by its own name."""
+    before: Any = None
+    """Its value in runs of versions that did not have it, where not the default of now."""
+
+
+def setting(start: Any = None, **facts: Any) -> Any:
+    """A field of a record of settings: its value where nothing is said, and its `Facts`."""
+    return field(default=start, metadata={"facts": Facts(**facts)})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The language model that is read."""
 
     path: str = "roneneldan/TinyStories-33M"
     """Hugging Face id or directory of a GPT-Neo."""
-    layer: int = 2
+    layer: int = setting(2, check=not_negative)
     """Read the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
     precision: Precision = "float32"
     """What its matrix products round their factors to; sums and the residual stream stay float32."""
@@ -82,129 +150,126 @@ class ActivationsConfig:
     file's 'attention_mask' or 'mask', else all are."""
     normalization: Normalization = "dataset"
     """dataset: mean removed, mean squared norm D. story: per story (x - mean) / std * sqrt(D). none: as they are."""
-    block_tokens: int = 131_072
+    block_tokens: int = setting(131_072, check=positive)
     """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
-    held_out_tokens: int = 65_536
+    held_out_tokens: int = setting(65_536, check=positive)
     """Tokens of the held-out set, on which FVU and the PCA floor are measured; whole stories up to this number."""
-    exclude_first_tokens: int = 0
+    exclude_first_tokens: int = setting(0, check=not_negative)
     """Tokens at the start of each story that are not used, neither for training nor held out."""
-    norm_limit: float = 0.0
+    norm_limit: float = setting(0.0, check=not_negative, most=sys.float_info.max)
     """Tokens whose activation has a larger norm |x|, in the model's scale, are not used; 0: no limit."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One autoencoder of a sweep. None stands for what its kind's paper uses, or for [train]'s value."""
+    """One autoencoder of a sweep. None stands for what its kind's paper uses, or for [train]'s value.
 
-    features: int
+    A new setting is one more field here. Its list in [sweep], flag, check, place in names and record follow from it.
+    """
+
+    features: int = setting(dataclasses.MISSING, check=positive, most=2**31 - 1, traced="int32")
     """Number of features F."""
-    seed: int = 0
+    seed: int = setting(0, list="seeds", check=not_negative, most=LARGEST_SEED, traced="uint32")
     """Seed of its initial values."""
-    learning_rate: float | None = None
+    learning_rate: float | None = setting(
+        list="learning_rates", label="lr", check=positive, most=math.inf, traced="float32"
+    )
     """Peak learning rate; without it, 0.1 / sqrt(F)."""
-    kind: str = "relu"
+    kind: str = setting("relu", list="kinds")
     """A file of jax_sae/autoencoder/kinds."""
-    l1_coefficient: float | None = None
-    """relu, gated: lambda, which weighs the sum of features times the norms of their directions."""
-    l0_coefficient: float | None = None
-    """jumprelu: lambda, which weighs the number of active features."""
-    target_l0: float | None = None
-    """jumprelu: the number of active features a token, instead of a lambda."""
-    k: int | None = None
-    """topk, batchtopk, matryoshka: active features a token."""
-    auxk_coefficient: float | None = None
-    """topk, batchtopk, matryoshka: weight of what dead features make of the error; 0: none."""
-    bandwidth: float | None = None
-    """jumprelu: width of the window around a threshold in which it has a gradient, as a part of sqrt(D)."""
-    initial_threshold: float | None = None
-    """jumprelu: each threshold at the start, as a part of sqrt(D)."""
-    schedule: Schedule | None = None
-    """Instead of train.schedule."""
-    warmup: float | None = None
-    """Instead of train.warmup."""
-    decay: float | None = None
-    """Instead of train.decay."""
-    penalty_warmup: float | None = None
-    """Instead of train.penalty_warmup."""
-    clip: float | None = None
-    """Largest norm of the gradient of the loss averaged over the tokens of a batch; 0: any."""
-    decoder_norm: DecoderNorm | None = None
-    """unit: directions are kept at norm 1, their gradients projected. free: they are not."""
-    initialization: Initialization | None = None
-    """torch, orthogonal or transposed, as in jax_sae/autoencoder/model.py."""
-    initial_norm: float | None = None
-    """With transposed: norm of each direction at the start."""
-    encoder_bias: float | None = None
-    """With orthogonal: initial b_enc in standard deviations of an activation."""
-    decoder_bias: DecoderBias | None = None
-    """What is added to the initial b_dec: nothing, or the mean or geometric median of the first activations."""
-    dead_after_tokens: int | None = None
-    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling."""
-    resamples: int | None = None
-    """How often, evenly spread over the steps, dead features are set to activations with a large error."""
+    l1_coefficient: float | None = setting(
+        listed=True, sparsity=True, label="lambda", check=not_negative, most=math.inf, traced="float32"
+    )
+    """relu (default 0, the plain autoencoder), gated: lambda of the L1 penalty, weighted by the directions' norms."""
+    l0_coefficient: float | None = setting(
+        listed=True, sparsity=True, label="lambda", check=not_negative, most=math.inf, traced="float32"
+    )
+    """jumprelu: lambda of the number of active features."""
+    target_l0: float | None = setting(
+        listed=True, sparsity=True, label="target", check=positive, counts_features=True, traced="float32"
+    )
+    """jumprelu: numbers of active features a token to aim at, instead of a lambda."""
+    k: int | None = setting(listed=True, sparsity=True, check=positive, counts_features=True, traced="int32")
+    """topk, batchtopk, matryoshka (default 32): active features a token."""
+    auxk_coefficient: float | None = setting(listed=True, check=not_negative, most=math.inf, traced="float32")
+    """topk, batchtopk, matryoshka (default 1/32): weight of what dead features make of the error; 0: none."""
+    bandwidth: float | None = setting(listed=True, check=positive, traced="float32")
+    """jumprelu (default 0.05): width of the window in which a threshold has a gradient, as a part of sqrt(D)."""
+    initial_threshold: float | None = setting(listed=True, check=positive, traced="float32", initial=True)
+    """jumprelu (default 0.1): each threshold at the start, as a part of sqrt(D)."""
+    schedule: Schedule | None = setting()
+    """Instead of train.schedule, for each member."""
+    warmup: float | None = setting(check=part_of_steps)
+    """Instead of train.warmup, for each member."""
+    decay: float | None = setting(check=part_of_steps)
+    """Instead of train.decay, for each member."""
+    penalty_warmup: float | None = setting(check=part_of_steps)
+    """Instead of train.penalty_warmup, for each member."""
+    clip: float | None = setting(default=1.0, before=0.0, check=not_negative, most=math.inf, traced="float32")
+    """Largest norm of a member's gradient, of the loss averaged over a batch's tokens, |x|^2 being D; 0: any.
+    Default 1, but 0 for relu without a penalty."""
+    decoder_norm: DecoderNorm | None = setting(default="free")
+    """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
+    initialization: Initialization | None = setting(default="transposed", initial=True)
+    """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, the default of relu without a
+    penalty. transposed: random directions of norm initial_norm, the default of all others. With the last two W_enc is
+    W_dec's transpose."""
+    initial_norm: float | None = setting(default=1.0, check=positive, initial=True)
+    """With transposed: norm of each direction at the start; default 1, for relu 0.1."""
+    encoder_bias: float | None = setting(default=0.0, check=not_negative, most=math.inf, initial=True)
+    """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active. Default 2
+    where orthogonal is the default, else 0."""
+    decoder_bias: DecoderBias | None = setting(default="zero")
+    """What is added to the initial b_dec: zero, or the mean or geometric_median of the first activations."""
+    dead_after_tokens: int | None = setting(check=positive, most=2**31 - 1, traced="int32")
+    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default a tenth of the run's
+    tokens, 10 million at most."""
+    resamples: int | None = setting(default=0, check=not_negative)
+    """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
+
+
+SETTINGS: dict[str, Facts] = {each.name: each.metadata["facts"] for each in dataclasses.fields(Member)}
+"""The facts of every setting of a member, by its name."""
+
+
+def without_none(hint: Any) -> Any:
+    """X of `X | None`; any other type as it is."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
+
+
+def _lists() -> Any:
+    """A record with a list for every setting of a member; those that `SweepConfig` declares keep their places in it."""
+    hints: dict[str, Any] = typing.get_type_hints(Member)
+    lists: dict[str, Any] = {
+        f.list or name: types.GenericAlias(tuple, (without_none(hints[name]), ...)) for name, f in SETTINGS.items()
+    }
+    first = ["kinds", "features", *(name for name, facts in SETTINGS.items() if facts.sparsity)]
+    order = dict.fromkeys([*first, "seeds", "learning_rates", "scale_learning_rates", *lists])
+    return dataclasses.make_dataclass("Lists", [(name, lists.get(name, bool), ()) for name in order], frozen=True)
+
+
+Lists: Any = _lists()
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Lists):
     """Which autoencoders are trained: every combination of the lists that their kind has, or the explicit members.
 
     An empty list stands for one value, what the kind's paper uses; in TOML a single value needs no brackets. Beside
     explicit members, a single value is that of every member that does not say otherwise and whose kind has it.
     """
 
+    # Every setting of `Member` has a list here, with its name and text; these are called or said otherwise.
     kinds: tuple[str, ...] = ("relu",)
     """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds."""
     features: tuple[int, ...] = ()
     """Numbers of features F; without one, 8 times the width D of the activations."""
-    l1_coefficient: tuple[float, ...] = ()
-    """relu (default 0, the plain autoencoder), gated: lambda of the L1 penalty, weighted by the directions' norms."""
-    l0_coefficient: tuple[float, ...] = ()
-    """jumprelu: lambda of the number of active features."""
-    target_l0: tuple[float, ...] = ()
-    """jumprelu: numbers of active features a token to aim at, instead of a lambda."""
-    k: tuple[int, ...] = ()
-    """topk, batchtopk, matryoshka (default 32): active features a token."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the initial values."""
     learning_rates: tuple[float, ...] = ()
     """Peak learning rates; without one, 0.1 / sqrt(F): 0.0036 for F = 768, 0.001 for F = 10,000."""
     scale_learning_rates: bool = False
     """Multiply them by 1 / sqrt(F / 2^14), as Gao et al. 2024 do."""
-    auxk_coefficient: tuple[float, ...] = ()
-    """topk, batchtopk, matryoshka (default 1/32): weight of what dead features make of the error; 0: none."""
-    bandwidth: tuple[float, ...] = ()
-    """jumprelu (default 0.05): width of the window in which a threshold has a gradient, as a part of sqrt(D)."""
-    initial_threshold: tuple[float, ...] = ()
-    """jumprelu (default 0.1): each threshold at the start, as a part of sqrt(D)."""
-    schedule: tuple[Schedule, ...] = ()
-    """Instead of train.schedule, for each member."""
-    warmup: tuple[float, ...] = ()
-    """Instead of train.warmup, for each member."""
-    decay: tuple[float, ...] = ()
-    """Instead of train.decay, for each member."""
-    penalty_warmup: tuple[float, ...] = ()
-    """Instead of train.penalty_warmup, for each member."""
-    clip: tuple[float, ...] = ()
-    """Largest norm of a member's gradient, of the loss averaged over a batch's tokens, |x|^2 being D; 0: any.
-    Default 1, but 0 for relu without a penalty."""
-    decoder_norm: tuple[DecoderNorm, ...] = ()
-    """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
-    initialization: tuple[Initialization, ...] = ()
-    """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, the default of relu without a
-    penalty. transposed: random directions of norm initial_norm, the default of all others. With the last two W_enc is
-    W_dec's transpose."""
-    initial_norm: tuple[float, ...] = ()
-    """With transposed: norm of each direction at the start; default 1, for relu 0.1."""
-    encoder_bias: tuple[float, ...] = ()
-    """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active. Default 2
-    where orthogonal is the default, else 0."""
-    decoder_bias: tuple[DecoderBias, ...] = ()
-    """What is added to the initial b_dec: zero, or the mean or geometric_median of the first activations."""
-    dead_after_tokens: tuple[int, ...] = ()
-    """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default a tenth of the run's
-    tokens, 10 million at most."""
-    resamples: tuple[int, ...] = ()
-    """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
     members: tuple[Member, ...] = ()
     """Instead of the combinations: [[sweep.members]] in TOML, features=768,seed=1,kind=topk,k=16 as a flag."""
 
@@ -213,29 +278,29 @@ class SweepConfig:
 class TrainConfig:
     """How they are trained."""
 
-    steps: int = 10_000
+    steps: int = setting(10_000, check=positive, most=MOST_STEPS)
     """Optimiser steps."""
     batching: Batching = "tokens"
     """tokens: shuffled tokens. story: one whole story a step, in order."""
-    batch_tokens: int = 4096
+    batch_tokens: int = setting(4096, check=positive)
     """Tokens B of a step; with story batching a step has the tokens of its story."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, check=from_0, most=LARGEST_BELOW_1)
     """Adam's decay rate of the first moment."""
-    beta2: float = 0.999
+    beta2: float = setting(0.999, check=from_0, most=LARGEST_BELOW_1)
     """Adam's decay rate of the second moment."""
     schedule: Schedule = "linear"
     """Learning rate after the warm-up: constant, or falling to zero at the last step along a cosine or a line."""
-    warmup: float = 0.01
+    warmup: float = setting(0.01, check=part_of_steps)
     """The part of the steps, from 0 to 1, over which the learning rate rises linearly from zero."""
-    decay: float = 0.2
+    decay: float = setting(0.2, check=part_of_steps)
     """The part of the steps after the warm-up, from 0 to 1, at their end, over which the learning rate falls."""
-    penalty_warmup: float = 0.05
+    penalty_warmup: float = setting(0.05, check=part_of_steps)
     """The part of the steps, from 0 to 1, over which the sparsity penalty (not k) rises linearly from zero."""
-    checkpoint_every: int = 5000
+    checkpoint_every: int = setting(5000, check=positive)
     """Steps between checkpoints; there is one at the end too."""
-    log_every: int = 10
+    log_every: int = setting(10, check=positive)
     """Steps between lines of metrics.jsonl."""
-    seed: int = 0
+    seed: int = setting(0, check=not_negative, most=LARGEST_SEED)
     """Seed of the order of stories and of the shuffling of tokens."""
     precision: Precision = "float32"
     """What matrix products round their factors to; parameters, sums, losses and Adam stay float32."""
@@ -361,11 +426,6 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     raise BadInput(f"{where}: {name} is {shortened(value)}; {expected(hint)} was expected")
 
 
-def without_none(hint: Any) -> Any:
-    """X of `X | None`; any other type as it is."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) in (types.UnionType, typing.Union) else hint
-
-
 def expected(hint: Any) -> str:
     """What a value of a setting's type is called in messages."""
     if typing.get_origin(hint) is Literal:
@@ -394,33 +454,12 @@ def option_names() -> list[str]:
     return list(option_types())
 
 
-def positive(name: str, value: float, most: float = LARGEST_COUNT) -> None:
-    """Raise BadInput unless 0 < value <= most."""
-    if not 0 < value <= most:
-        limit = f" and up to {most}" if value > most else ""
-        raise BadInput(f"{name} is {shortened(value)}; a number above 0{limit} was expected")
-
-
-def not_negative(name: str, value: float, most: float = LARGEST_COUNT) -> None:
-    """Raise BadInput unless 0 <= value <= most."""
-    if not 0 <= value <= most:
-        limit = f", up to {most}," if value > most else ""
-        raise BadInput(f"{name} is {shortened(value)}; 0 or more{limit} was expected")
-
-
-def within_float32(name: str, value: float) -> None:
-    """Raise BadInput if float32 would make a positive number zero or infinite."""
-    if value and not SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32:
-        raise BadInput(
-            f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
-            f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
-        )
-
-
-def part_of_steps(name: str, value: float) -> None:
-    """Raise BadInput unless 0 <= value <= 1."""
-    if not 0 <= value <= 1:
-        raise BadInput(f"{name} is {value}; a part of the steps, from 0 to 1, was expected")
+def check_ranges(record: Any, called: Callable[[str], str]) -> None:
+    """Raise BadInput for a setting of a record that is out of its range; `called` makes its full name of its own."""
+    for each in dataclasses.fields(record):
+        facts, value = each.metadata.get("facts", Facts()), getattr(record, each.name)
+        if facts.check and value is not None:
+            facts.check(called(each.name), value, facts.most)
 
 
 def validate(config: Config) -> None:
@@ -430,33 +469,19 @@ def validate(config: Config) -> None:
         BadInput: naming the setting, its value and what is expected.
     """
     train, activations = config.train, config.activations
-    not_negative("model.layer", config.model.layer)
-    positive("activations.block_tokens", activations.block_tokens)
-    positive("activations.held_out_tokens", activations.held_out_tokens)
-    positive("train.steps", train.steps, MOST_STEPS)
-    for name in ("batch_tokens", "checkpoint_every", "log_every"):
-        positive(f"train.{name}", getattr(train, name))
-    not_negative("train.seed", train.seed, LARGEST_SEED)
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(train, name) <= LARGEST_BELOW_1:
-            raise BadInput(
-                f"train.{name} is {getattr(train, name)}; a number from 0 to {LARGEST_BELOW_1:.8f} was expected"
-            )
-    for name in ("warmup", "decay", "penalty_warmup"):
-        part_of_steps(f"train.{name}", getattr(train, name))
+    for group in dataclasses.fields(config):
+        check_ranges(getattr(config, group.name), f"{group.name}.{{}}".format)
     if train.batching == "tokens" and train.batch_tokens > activations.block_tokens:
         raise BadInput(
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
             "a block must hold at least one batch"
         )
-    not_negative("activations.exclude_first_tokens", activations.exclude_first_tokens)
     for name in ("array", "mask"):
         if getattr(activations, name) and not activations.path:
             raise BadInput(
                 f"activations.{name} is {getattr(activations, name)!r}, but activations.path is empty: there is no "
                 "file that it could be about; name one, or leave it out"
             )
-    not_negative("activations.norm_limit", activations.norm_limit, sys.float_info.max)
     if activations.norm_limit and (train.batching == "story" or activations.normalization == "story"):
         raise Contradiction(
             "activations.norm_limit",

@@ -9,7 +9,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal, TypeVar
 
-from jax_sae.config import Config, Member, expected, flatten, option_types, without_none
+from jax_sae.config import Config, Member, SweepConfig, expected, flatten, option_types, without_none
 from jax_sae.errors import BadInput
 
 Options = TypeVar("Options")
@@ -37,15 +37,16 @@ def parse(argv: Sequence[str]) -> Arguments:
         SystemExit: with code 0 after `--help`.
     """
     import tyro
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+    from docstring_parser import parse_from_object  # as tyro itself reads the strings after fields
+    from tyro import constructors
 
-    registry = ConstructorRegistry()
+    registry = constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def member_rule(info: Any) -> PrimitiveConstructorSpec | None:
+    def member_rule(info: Any) -> constructors.PrimitiveConstructorSpec | None:
         if info.type is not Member:
             return None
-        return PrimitiveConstructorSpec(
+        return constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar=MEMBER,
             instance_from_str=lambda strings: parse_member(strings[0]),
@@ -54,6 +55,18 @@ def parse(argv: Sequence[str]) -> Arguments:
                 ",".join(f"{name}={value}" for name, value in dataclasses.asdict(m).items() if value is not None)
             ],
         )
+
+    @registry.struct_rule
+    def sweep_rule(info: Any) -> constructors.StructConstructorSpec | None:
+        if info.type is not SweepConfig:
+            return None
+        documented = [*parse_from_object(Member).params, *parse_from_object(SweepConfig).params]
+        texts = {each.arg_name: " ".join(str(each.description).split()) for each in documented}
+        fields = [
+            constructors.StructFieldSpec(name, hint, getattr(info.default, name), texts[name])
+            for name, hint in typing.get_type_hints(SweepConfig).items()
+        ]
+        return constructors.StructConstructorSpec(SweepConfig, tuple(fields))
 
     given = check_flags(argv)
 

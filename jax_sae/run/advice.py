@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_sae.autoencoder.kinds import kind_named
+from jax_sae.config import SETTINGS
 
 OFF_TARGET = 0.1
 """A member missed its target if its L0 is off by more than this part of it."""
@@ -49,7 +50,7 @@ def _no_penalty(member: Mapping[str, Any]) -> str:
 
 def _many_dead(member: Mapping[str, Any]) -> str:
     dead, F = member["dead_features"], member["features"]
-    is_sparse = any(member.get(name) for name in ("k", "target_l0", "l1_coefficient", "l0_coefficient"))
+    is_sparse = any(member.get(name) for name, facts in SETTINGS.items() if facts.sparsity)
     if not is_sparse or dead <= MANY * F:
         return ""
     revive = "resamples of 2 to 4"

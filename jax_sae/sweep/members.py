@@ -2,39 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
 from jax_sae.autoencoder.kinds import kind_named, kind_names
-from jax_sae.config import (
-    LARGEST_SEED,
-    Member,
-    SweepConfig,
-    not_negative,
-    part_of_steps,
-    positive,
-    within_float32,
-)
+from jax_sae.config import SETTINGS, Member, SweepConfig, check_ranges, positive, within_float32
 from jax_sae.errors import BadInput, Contradiction
 
-SETTINGS = tuple(field.name for field in fields(Member))
-OPTIONAL = tuple(name for name in SETTINGS if name not in ("features", "seed", "learning_rate", "kind"))
-"""Settings that a member need not say, apart from the learning rate."""
-LISTS = {"kind": "kinds", "seed": "seeds", "learning_rate": "learning_rates"}
-"""Settings of a member whose list in [sweep] has another name."""
-GENERAL: dict[str, Any] = {
-    "clip": 1.0,
-    "decoder_norm": "free",
-    "initialization": "transposed",
-    "initial_norm": 1.0,
-    "encoder_bias": 0.0,
-    "decoder_bias": "zero",
-    "resamples": 0,
-}
+GENERAL: dict[str, Any] = {name: facts.default for name, facts in SETTINGS.items() if facts.default is not None}
 """Settings that every kind has, with the default of those kinds that do not say otherwise."""
-OF_TRAIN = ("schedule", "warmup", "decay", "penalty_warmup", "dead_after_tokens")
-"""Settings that [train] decides where a member does not say otherwise."""
+OPTIONAL = [name for name in SETTINGS if name not in ("kind", "features", "seed", "learning_rate")]
+"""Settings that come between the number of features and the seed, in the order of lists and in names."""
 LEARNING_RATE_OF_ONE_FEATURE = 0.1
 """The default learning rate is this / sqrt(F): about the best from F = 64 to 1152 (docs/LOG.md), and beyond by the law
 of Gao et al. 2024 (https://arxiv.org/abs/2406.04093), section 3."""
@@ -42,17 +21,15 @@ EXPANSION = 8
 """F / D where no number of features is given."""
 LEARNING_RATE_WIDTH = 2**14
 """F at which `scale_learning_rates` changes nothing."""
-LABELS = {"learning_rate": "lr", "l1_coefficient": "lambda", "l0_coefficient": "lambda", "target_l0": "target"}
-"""How settings are called in names of members, where not by their own name."""
 
 
 def of_some_kinds() -> dict[str, list[str]]:
     """Each setting that not every kind has, and the kinds that have it."""
-    kinds_with: dict[str, list[str]] = {}
-    for kind in kind_names():
-        for setting in kind_named(kind).settings:
-            kinds_with.setdefault(setting, []).append(kind)
-    return {setting: kinds for setting, kinds in kinds_with.items() if setting not in GENERAL}
+    return {
+        name: [kind for kind in kind_names() if name in kind_named(kind).settings]
+        for name, facts in SETTINGS.items()
+        if facts.listed
+    }
 
 
 def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
@@ -118,7 +95,7 @@ def combinations(sweep: SweepConfig) -> list[Member]:
     Raises:
         BadInput: if a list is given that none of the kinds has.
     """
-    lists = {name: getattr(sweep, LISTS.get(name, name)) for name in SETTINGS}
+    lists = {name: getattr(sweep, facts.list or name) for name, facts in SETTINGS.items()}
     only = of_some_kinds()
     for name, kinds in only.items():
         if lists[name] and not set(kinds) & set(sweep.kinds):
@@ -175,29 +152,16 @@ def _of_another_kind(name: str, values: Sequence[Any], found: Sequence[str], kin
 
 
 def _option(name: str) -> str:
-    return f"sweep.{LISTS.get(name, name)}"
+    return f"sweep.{SETTINGS[name].list or name}"
 
 
 def check(member: Member) -> None:
     """Raise BadInput unless a complete member can be trained."""
-    positive(_option("features"), member.features, 2**31 - 1)
-    not_negative(_option("seed"), member.seed, LARGEST_SEED)
-    positive(_option("learning_rate"), member.learning_rate or 0.0, math.inf)
-    for name in ("l1_coefficient", "l0_coefficient", "auxk_coefficient", "clip", "encoder_bias"):
-        not_negative(_option(name), getattr(member, name) or 0.0, math.inf)
-    for name in ("target_l0", "k", "bandwidth", "initial_threshold", "initial_norm"):
-        if getattr(member, name) is not None:
-            positive(_option(name), getattr(member, name))
-    for name in SETTINGS:
-        if isinstance(value := getattr(member, name), float):
+    check_ranges(member, _option)
+    for name, value in settings_of(member).items():
+        if isinstance(value, float):
             within_float32(_option(name), value)
-    for name in ("warmup", "decay", "penalty_warmup"):
-        part_of_steps(_option(name), getattr(member, name) or 0.0)
-    if member.dead_after_tokens is not None:
-        positive(_option("dead_after_tokens"), member.dead_after_tokens, 2**31 - 1)
-    not_negative(_option("resamples"), member.resamples or 0)
-    for name in ("k", "target_l0"):
-        if (value := getattr(member, name)) is not None and value > member.features:
+        if SETTINGS[name].counts_features and value > member.features:
             raise Contradiction(
                 _option(name),
                 f"is {value:g}",
@@ -241,11 +205,12 @@ def settings_of(member: Member) -> dict[str, Any]:
 
 
 def recorded_member(settings: Mapping[str, Any]) -> Member:
-    """The complete member that `settings_of` gave; what versions before 0.4 did not have is as it was there: no clip.
+    """The complete member that `settings_of` gave; what its version did not have is as it was there.
 
     Defaults may have changed since; a member has those with which it began, because all of them are recorded.
     """
-    return complete(Member(**{"clip": 0.0, **settings}))
+    before = {name: facts.before for name, facts in SETTINGS.items() if facts.before is not None}
+    return complete(Member(**{**before, **settings}))
 
 
 def describe_member(member: Member) -> str:
@@ -273,6 +238,6 @@ def member_names(members: Sequence[Member]) -> list[str]:
         for setting in [*OPTIONAL, "seed", "learning_rate"]:
             value = getattr(member, setting)
             if value is not None and len({getattr(other, setting) for other in alike}) > 1:
-                name += f"-{LABELS.get(setting, setting)}{value}"
+                name += f"-{SETTINGS[setting].label or setting}{value}"
         names.append(name)
     return names

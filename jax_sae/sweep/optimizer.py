@@ -1,6 +1,7 @@
 """A member's learning rate, its schedule and the warm-up of its penalty; Adam."""
 
 import typing
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import optax
 
 from jax_sae.autoencoder.model import Values
-from jax_sae.config import Member, Schedule, TrainConfig
-from jax_sae.sweep.members import OF_TRAIN, settings_of
+from jax_sae.config import SETTINGS, Member, Schedule, TrainConfig
+from jax_sae.sweep.members import settings_of
 
 MOST_TOKENS_TO_DIE = 10_000_000
 """After so many tokens without firing a feature is dead (Gao et al. 2024, A.2), or after a tenth of a shorter run."""
@@ -21,30 +22,25 @@ SCHEDULES: tuple[str, ...] = typing.get_args(Schedule)
 def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
     """The settings that a step of a complete member needs, as scalars that may be traced and differ in a group.
 
-    Floats are NumPy's float32, whole numbers int32 (the seed uint32). Parts of the steps become `warmup_steps`,
-    `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`; `dead_after_tokens` is a
-    tenth of the run's, MOST_TOKENS_TO_DIE at most, where the member does not say it. What the kind does not have is 0.
+    They are those that `config.SETTINGS` says are traced, NumPy's scalars of its dtypes. Parts of the steps become
+    `warmup_steps`, `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`, all int32;
+    `dead_after_tokens` is a tenth of the run's, MOST_TOKENS_TO_DIE at most, where the member does not say it. What the
+    kind does not have is 0.
     """
-    of_train = {name: getattr(train, name) for name in OF_TRAIN if name != "dead_after_tokens"}
     tenth_of_the_run = max(1, train.steps * train.batch_tokens // 10)
-    of_train["dead_after_tokens"] = min(MOST_TOKENS_TO_DIE, tenth_of_the_run)
-    given = of_train | settings_of(member)
+    unless_said = {**asdict(train), "dead_after_tokens": min(MOST_TOKENS_TO_DIE, tenth_of_the_run)}
+    given = unless_said | settings_of(member)
     warmup_steps = round(given["warmup"] * train.steps)
-    whole = {
-        "features": member.features,
-        "k": member.k or 0,
-        "dead_after_tokens": given["dead_after_tokens"],
+    of_schedules = {
         "schedule": SCHEDULES.index(given["schedule"]),
         "warmup_steps": warmup_steps,
         "decay_steps": round(given["decay"] * (train.steps - warmup_steps)),
         "penalty_warmup_steps": round(given["penalty_warmup"] * train.steps),
     }
-    numbers = ["learning_rate", "l1_coefficient", "l0_coefficient", "target_l0", "auxk_coefficient"]
-    numbers += ["bandwidth", "initial_threshold", "clip"]
+    traced = {name: facts.traced for name, facts in SETTINGS.items() if facts.traced}
     return {
-        **{name: np.int32(value) for name, value in whole.items()},
-        **{name: np.float32(getattr(member, name) or 0.0) for name in numbers},
-        "seed": np.uint32(member.seed),
+        **{name: np.dtype(dtype).type(given.get(name, 0)) for name, dtype in traced.items()},
+        **{name: np.int32(value) for name, value in of_schedules.items()},
     }
 
 

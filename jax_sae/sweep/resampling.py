@@ -60,7 +60,7 @@ def resample(
         "W_enc": ENCODER_NORM * mean_norm(params["W_enc"].T) * directions.T,
         "b_dec": params["b_dec"],
     }
-    for name in params.keys() - new.keys():
+    for name in [name for name in params if name not in new]:  # a set's order differs from process to process
         new[name] = jnp.full_like(params[name], model.fresh_bias(name, model.width, values))
 
     def where_dead(name: str, value: jax.Array, old: jax.Array) -> jax.Array:

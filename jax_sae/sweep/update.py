@@ -11,17 +11,15 @@ import optax
 
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
-from jax_sae.config import DecoderBias, Member, TrainConfig
+from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group
+from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.optimizer import clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample, resampling_steps
 
 METRICS = ("loss_per_element", "penalty_per_element", "l0")
 """What is told of each step: the squared error and all else that is minimised, both per token and per element of x, in
 (normalised units)^2, before the step; and the mean number of active features a token."""
-
-INITIAL = ("initialization", "encoder_bias", "initial_norm", "initial_threshold")
-"""Settings of which only the initial values depend: attributes of a kind's module."""
 
 Centres = Mapping[DecoderBias, np.ndarray | float]
 """By its name, what is added to an initial b_dec: [D], in normalised units."""
@@ -47,7 +45,7 @@ SweepState = tuple[MemberState, ...]
 def init_member(member: Member, width: int, train: TrainConfig, centres: Centres) -> MemberState:
     """The state of a complete member at step 0, at its own number of features."""
     form = Group((member,), ("",)).form
-    start = {name: getattr(member, name) for name in INITIAL if getattr(member, name) is not None}
+    start = {name: value for name, value in settings_of(member).items() if SETTINGS[name].initial}
     model = form.model(width, train.precision).clone(**start)
     params = init_params(model, member.seed)
     params["b_dec"] = params["b_dec"] + centres[member.decoder_bias or "zero"]

@@ -16,7 +16,7 @@ from jax_sae.commands.flags import parse
 from jax_sae.commands.process import caches
 from jax_sae.commands.settings import base
 from jax_sae.commands.train import choose_directory, main
-from jax_sae.config import Member
+from jax_sae.config import Member, option_names
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [
@@ -131,15 +131,17 @@ def test_the_last_config_counts(tmp_path: Path) -> None:
         assert lower.settings == {"train.steps": 4} and choose_directory(arguments, name) == Path("runs/s4")
 
 
-def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    """With its default."""
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its default, and with its text: of lists of a sweep, that of the member's setting."""
+    monkeypatch.setenv("COLUMNS", "98")  # one column
     with pytest.raises(SystemExit) as end:
         run("--help")
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert end.value.code == 0
-    assert all(
-        flag in text for flag in ("--train.batch-tokens", "--sweep.learning-rates", "--activations.path", "--resume")
-    )
+    flags = [f"--{name.replace('_', '-')}" for name in (*option_names(), "resume")]
+    assert [flag for flag in flags if f" {flag} " not in text] == []
+    assert "--sweep.k [INT [INT ...]] topk, batchtopk, matryoshka (default 32): active features a token." in text
+    assert "--sweep.seeds [INT [INT ...]] Seeds of the initial values. (default: 0)" in text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])

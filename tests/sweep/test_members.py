@@ -1,8 +1,13 @@
 """A sweep's lists become members: complete, checked, named, and grouped by what has to be equal."""
 
+import importlib
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from running import REPOSITORY
 
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Member, SweepConfig, TrainConfig
@@ -159,3 +164,41 @@ def test_without_a_number_of_features_it_depends_on_the_width() -> None:
     assert with_features(SweepConfig(), 64).features == (512,)
     for sweep in (SPARSE, SweepConfig(members=(Member(3),))):
         assert with_features(sweep, 64) == sweep
+
+
+def test_a_setting_is_said_in_one_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A field of `Member` in a copy of the package: list, flag, help, default, range, name, record, step have it."""
+    shutil.copytree(REPOSITORY / "jax_sae", tmp_path / "jax_sae", ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    config, last = tmp_path / "jax_sae" / "config.py", "    resamples: int | None ="
+    line = 'setting(default=0.5, label="turn", check=positive, most=4, traced="float32", before=0.25)'
+    source = config.read_text().replace(
+        last, f'    turning: float | None = {line}\n    """How much it turns."""\n{last}'
+    )
+    config.write_text(source)
+    for name in [name for name in sys.modules if name.split(".")[0] == "jax_sae"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    new, names, flags, optimizer = (
+        importlib.import_module(f"jax_sae.{name}")
+        for name in ("config", "sweep.members", "commands.flags", "sweep.optimizer")
+    )
+    try:
+        assert new.__file__ == str(config)
+        table = {"sweep": {"features": 8, "turning": [1, 2.5]}}
+        members = names.sweep_members(new.config_from_dict(table, "a file").sweep)
+        assert names.member_names(members) == ["F8-turn1.0", "F8-turn2.5"]
+        assert names.settings_of(members[1])["turning"] == 2.5 and names.complete(new.Member(8)).turning == 0.5
+        assert names.recorded_member({"features": 8}).turning == 0.25
+        assert optimizer.traced_settings(members[1], new.TrainConfig())["turning"] == 2.5
+        assert flags.parse(["--sweep.turning", "3"]).settings == {"sweep.turning": (3.0,)}
+        for value, limit in ((-1.0, ""), (5.0, " and up to 4")):
+            with pytest.raises(ValueError, match=rf"sweep.turning is {value}; a number above 0{limit} was expected"):
+                names.sweep_members(new.SweepConfig(features=(8,), turning=(value,)))
+        with pytest.raises(SystemExit):
+            flags.parse(["--help"])
+        assert "How much it turns." in capsys.readouterr().out
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "jax_sae"]:
+            del sys.modules[name]  # and the package's own come back
