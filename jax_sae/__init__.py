@@ -10,16 +10,35 @@ activations, F features, M members of a group. Arrays that are stored, and publi
 
 from typing import TYPE_CHECKING, Any
 
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
+    from jax_sae.api import Run, open_run, train
+    from jax_sae.config import Config, Member
     from jax_sae.language_model.pretrained import LanguageModel, load_language_model
     from jax_sae.run.load import load_autoencoder
     from jax_sae.trained import TrainedAutoencoder
 
-__all__ = ["BadInput", "LanguageModel", "TrainedAutoencoder", "load_autoencoder", "load_language_model"]
+__all__ = [
+    "BadInput",
+    "Config",
+    "LanguageModel",
+    "Member",
+    "Run",
+    "RunFailed",
+    "TrainedAutoencoder",
+    "load_autoencoder",
+    "load_language_model",
+    "open_run",
+    "train",
+]
 
 _WHERE = {
+    "Config": "jax_sae.config",
+    "Member": "jax_sae.config",
+    "Run": "jax_sae.api",
+    "open_run": "jax_sae.api",
+    "train": "jax_sae.api",
     "LanguageModel": "jax_sae.language_model.pretrained",
     "load_language_model": "jax_sae.language_model.pretrained",
     "TrainedAutoencoder": "jax_sae.trained",

@@ -352,8 +352,58 @@ def load_settings(path: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits or brackets
         raise BadInput(f"{path} is not valid TOML in UTF-8: {error}") from error
-    settings = flatten(config_from_dict(table, str(path)))
+    config_from_dict(table, str(path))
+    return settings_in(table, str(path))
+
+
+def settings_in(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What nested tables say, by dotted names such as `train.steps`; types are checked, and not whether values fit.
+
+    Arrays of NumPy serve as lists and numbers, paths as strings, and a `Member` as its table.
+
+    Raises:
+        BadInput: at the first key or type that does not fit; `where` names the tables.
+    """
+    table = _plain(table)
+    settings = flatten(_build(Config, table, where, ""))
     return {f"{group}.{name}": settings[f"{group}.{name}"] for group, part in table.items() for name in part}
+
+
+def _plain(value: Any) -> Any:
+    """The same in types that TOML has."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [_plain(part) for part in value]
+    if isinstance(value, Member):
+        return {name: part for name, part in dataclasses.asdict(value).items() if part is not None}
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def full_name(name: str) -> str:
+    """The dotted name of a setting that is called by its last part, or by its table's name and that: `model_path`.
+
+    Where the last part stands in several tables, it is the sweep's.
+
+    Raises:
+        BadInput: if there is none, or several and none of the sweep.
+    """
+    names = option_names()
+    fitting = [full for full in names if name in (full, full.replace(".", "_"), full.partition(".")[2])]
+    of_sweep = [full for full in fitting if full.startswith("sweep.")]
+    if len(fitting) == 1 or of_sweep:
+        return (of_sweep or fitting)[0]
+    if fitting:
+        either = " or ".join(full.replace(".", "_") for full in fitting)
+        raise BadInput(f"the call: {name} may be one of several settings; write {either}")
+    short = {full.partition(".")[2]: full for full in names} | {full.replace(".", "_"): full for full in names}
+    nearest = difflib.get_close_matches(name, short, n=1)
+    raise BadInput(
+        f"the call: unknown setting {name[:80]!r}; "
+        + (f"did you mean {nearest[0]!r}?" if nearest else "jax-sae train --help names them all")
+    )
 
 
 def flatten(config: Config) -> dict[str, Any]:

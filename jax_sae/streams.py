@@ -1,17 +1,49 @@
-"""Standard output and standard error of a command, which may be closed, full, in ASCII, or read by nobody any more."""
+"""What is told: lines and progress, in a terminal, a notebook or a log file.
+
+The streams of a command may be closed, full, in ASCII, or read by nobody any more.
+"""
 
 import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any
 
 from tqdm import tqdm
 
 SECONDS_A_LINE = 30.0
 """Between two lines of progress in a log file."""
+
+WARNING = "warning       "
+"""How a line begins that must not be missed."""
+
+_is_quiet = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """Within it, in this thread, nothing is told but warnings, as Python's own; there is no bar."""
+    token = _is_quiet.set(is_quiet)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
+def say(lines: Sequence[str]) -> None:
+    """Print lines, above a progress bar if there is one."""
+    if _is_quiet.get():
+        for line in lines:
+            if line.startswith(WARNING):
+                warnings.warn(line.removeprefix(WARNING), stacklevel=2)
+    elif lines and sys.stdout is not None:
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
 
 
 class Lasting(io.FileIO):
@@ -88,10 +120,18 @@ def reader_is_gone() -> bool:
 
 
 def progress_bar(**settings: Any) -> tqdm:
-    """A progress bar on standard error; where a command's goes to a file, a line now and then."""
-    if isinstance(_raw(sys.stderr), Lasting) and not sys.stderr.isatty():
+    """A progress bar: a widget or a line in a notebook, a line in a terminal; in a file, lines now and then."""
+    if _is_quiet.get() or sys.stderr is None:
+        return tqdm(**settings, disable=True)
+    if "ipykernel" in sys.modules and "IPython" in sys.modules:
+        if find_spec("ipywidgets"):
+            from tqdm.notebook import tqdm as in_notebook
+
+            return in_notebook(**settings)
+        return tqdm(**settings)
+    if not sys.stderr.isatty():
         return _Lines(**settings | {"mininterval": SECONDS_A_LINE})
-    return tqdm(**settings, disable=sys.stderr is None)
+    return tqdm(**settings)
 
 
 class _Lines(tqdm):

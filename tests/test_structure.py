@@ -31,6 +31,7 @@ LAYERS = {
     "figures": 6,
     "run": 7,
     "analysis": 8,
+    "api": 9,
     "commands": 10,
     "__main__": 11,
 }

@@ -30,24 +30,25 @@ def test_training_in_another_thread_of_a_figure_that_fails(
     (tmp_path / "small.toml").write_bytes(b"\xef\xbb\xbf[model]\r\npath = '~/model'\r\nlayer = 1\r\n")
     summary_was_there = []
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         summary_was_there.append((tmp_path / "run" / "summary.json").is_file())
         raise OSError("no\nfont")
 
-    monkeypatch.setattr(report, "draw_losses", fail)
+    monkeypatch.setattr(report, "loss_figure", fail)
     flags = [*SMALL, "--config=~/small.toml", "--out=~/run", "--text.path", "jax_sae/demo/stories"]
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["train", *flags])))
     before = threading.active_count()
     thread.start()
     thread.join()
-    assert codes == [0] and threading.active_count() == before and summary_was_there == [True]
+    assert codes == [0] and threading.active_count() == before and summary_was_there == [True, True]
     told = capsys.readouterr().out
     assert "\nnote          this is not the main thread: Ctrl-C and other signals are not heard here\n" in f"\n{told}"
     run = tmp_path / "run"
     assert f"\nfigures       {run}/figures/training.png\n" in told
-    loss = f"{run}/figures/loss.png, {run}/figures/loss_zoomed.png"
-    assert f"\nwarning       {loss} could not be drawn (OSError: no font); all numbers are saved\n" in told
+    for figure in ("loss", "loss_zoomed"):
+        failed = f"{run}/figures/{figure}.png could not be drawn (OSError: no font)"
+        assert f"\nwarning       {failed}; all numbers are saved\n" in told
     assert told.splitlines()[-1].startswith("use it ") and not list(run.rglob("*.partial"))
 
 
@@ -63,7 +64,7 @@ def test_evaluation_is_written_before_it_is_drawn(
         was_there.append((tmp_path / "evaluation-step5.json").is_file())
         raise ValueError("no backend")
 
-    monkeypatch.setattr(evaluation, "draw_frontier", fail)
+    monkeypatch.setattr(evaluation, "frontier_figure", fail)
     assert main(["evaluate", str(tmp_path), "--step", "5", "--tokens", "100"]) == 0 and was_there == [True]
     assert "frontier-step5.png could not be drawn (ValueError: no backend); all numbers" in capsys.readouterr().out
     assert (tmp_path / "figures" / "feature_density-step5.png").is_file()

@@ -142,8 +142,73 @@ def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Items `first` to `last` of a source."""
+
+    source: Source
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"items {self.first} to {self.last - 1} of {self.source.name}"
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.source.width
+
+    @property
+    def has_stories(self) -> bool:
+        """Whether an item is a story."""
+        return self.source.has_stories
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.last - self.first
+
+    def read(self, items: Sequence[int]) -> Sequence[Any]:
+        """Read these items, in this order."""
+        return self.source.read([self.first + int(i) for i in items])
+
+    def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
+        return self.source.activations(items)
+
+    def count_tokens(self) -> tuple[int, bool]:
+        """As many as its part of all items, an estimate."""
+        tokens, _ = self.source.count_tokens()
+        return round(tokens * len(self) / max(1, len(self.source))), False
+
+    def digests(self) -> dict[str, str]:
+        """Those of the whole source."""
+        return self.source.digests()
+
+
 Sources = tuple[Source, Source, list[str]]
 """The source to train on, the held-out one, and lines for the screen that say what they are."""
+
+
+def hold_out(source: Source, config: Config) -> Sources:
+    """Hold the last tenth of a source's items out, but no more than `held_out_tokens` need.
+
+    Raises:
+        BadInput: if it has fewer than 10 items.
+    """
+    N = len(source)
+    if N < 10:
+        raise BadInput(f"{source.name} has {N} items; at least 10 are needed, a tenth of them held out")
+    first, tokens = N, 0
+    while first > N - N // 10 and tokens < config.activations.held_out_tokens:
+        first -= 1
+        tokens += len(source.read([first])[0])
+    lines = [
+        f"activations   {source.name}, width {source.width}",
+        f"held out      the last {N - first:,} of {N:,} items, which are not trained on",
+    ]
+    return Part(source, 0, first), Part(source, first, N), lines
 
 
 def open_sources(config: Config) -> Sources:

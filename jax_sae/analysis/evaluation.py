@@ -27,18 +27,19 @@ from jax_sae.analysis.measure import Measured, measure, reconstruction
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
-from jax_sae.autoencoder.baselines import baselines, principal_directions
+from jax_sae.autoencoder.baselines import baselines, pca_curve, principal_directions
 from jax_sae.config import Config, DecoderBias, config_from_dict
 from jax_sae.errors import BadInput
-from jax_sae.figures.densities import draw_feature_density
-from jax_sae.figures.drawing import draw_each
-from jax_sae.figures.frontier import FrontierPoint, draw_frontier
+from jax_sae.figures.densities import density_figure
+from jax_sae.figures.drawing import save_each
+from jax_sae.figures.frontier import FrontierPoint, frontier_figure
 from jax_sae.language_model.hub import find_model_files, read_json
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.progress import device, versions
-from jax_sae.run.report import say, write_json
+from jax_sae.run.report import write_json
+from jax_sae.streams import say
 from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.sweep.update import init_member
 from jax_sae.trained import Origin, TrainedAutoencoder
@@ -70,14 +71,45 @@ def evaluate(
             finite numbers.
     """
     run = Path(os.path.expanduser(run))
-    if n_tokens is not None and n_tokens < 1:
-        raise BadInput(f"--tokens is {n_tokens}; a number of held-out tokens above 0 was expected")
     facts, suffix = _read_facts(run, step)
     _refuse_read_only(run)
     config = _config_of(run, facts)
+    record, measured, eigenvalues = evaluate_members(
+        str(run), _load_members(run, config, facts), facts, config, n_tokens, sources
+    )
+    _write(run, suffix, record, measured, eigenvalues)
+    return record
+
+
+def evaluate_members(
+    run: str,
+    trained: Mapping[str, TrainedAutoencoder],
+    facts: Tree,
+    config: Config,
+    n_tokens: int | None = None,
+    sources: Sources | None = None,
+) -> tuple[dict[str, Any], Measured, np.ndarray]:
+    """Evaluate the members of a run, which may have no directory, and print tables; nothing is written.
+
+    Args:
+        run: its name.
+        trained: its members by their names.
+        facts: the JSON of their checkpoint.
+        config: its settings.
+        n_tokens: as for `evaluate`.
+        sources: as for `evaluate`.
+
+    Returns:
+        The contents of `evaluation.json`; what one pass over the held-out tokens told; the eigenvalues [D] of their
+        scatter.
+
+    Raises:
+        BadInput: as `evaluate`.
+    """
+    if n_tokens is not None and n_tokens < 1:
+        raise BadInput(f"the number of held-out tokens is {n_tokens}; one above 0 was expected")
     source, lm = _open_inputs(run, config, facts, sources)
-    trained = _load_members(run, config, facts)
-    autoencoders = trained | _before_training(trained, config)
+    autoencoders = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
     measured = measure(source, autoencoders, asked)
     N = measured.scatter.tokens
@@ -107,8 +139,7 @@ def evaluate(
     }
     record = _finite(record)
     say(["", *tables(record), ""])
-    _write(run, suffix, record, measured, eigenvalues)
-    return record
+    return record, measured, eigenvalues
 
 
 def _read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
@@ -142,9 +173,7 @@ def _config_of(run: Path, facts: Tree) -> Config:
     )
 
 
-def _open_inputs(
-    run: Path, config: Config, facts: Tree, sources: Sources | None
-) -> tuple[Source, LanguageModel | None]:
+def _open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, LanguageModel | None]:
     """The held-out source of a run, and the language model with all its blocks, where the run has one.
 
     Raises:
@@ -153,7 +182,7 @@ def _open_inputs(
     try:
         _, source, lines = sources or open_sources(config)
     except BadInput as error:
-        raise BadInput(f"{error} ({run} was trained on it: its paths stand in {run / 'config.json'})") from error
+        raise BadInput(f"{error} ({run} was trained on it: its paths stand in its config.json)") from error
     say([f"run           {run} at step {facts['step']:,}", *lines])
     before: dict[str, str] = facts["inputs"]
     now = source.digests()
@@ -327,13 +356,15 @@ def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured
         for of in [member["feature_density"]]
     }
     dead = {_named(member): member["dead_features"] for member in good}
-    lines = draw_each(
-        [
-            ([frontier], lambda: draw_frontier(frontier, points, eigenvalues, where)),
-            ([density], lambda: draw_feature_density(density, histograms, dead, record["tokens"], DENSE, where)),
-        ]
+    pca = pca_curve(eigenvalues)
+    say(
+        save_each(
+            {
+                frontier: lambda: frontier_figure(points, pca, where),
+                density: lambda: density_figure(histograms, dead, record["tokens"], DENSE, where),
+            }
+        )
     )
-    say(lines)
 
 
 def _named(member: Mapping[str, Any]) -> str:

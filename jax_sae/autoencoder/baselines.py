@@ -124,3 +124,19 @@ def baselines(eigenvalues: np.ndarray, tokens: int, features: int, l0: float) ->
     of_features, of_l0 = pca_fvu(eigenvalues, features), pca_fvu(eigenvalues, l0)
     mean_mse = float(eigenvalues.sum()) / (tokens * len(eigenvalues))
     return Baselines(1.0, mean_mse, of_features, of_features * mean_mse, of_l0, of_l0 * mean_mse)
+
+
+PcaCurve = tuple[list[int], list[float]]
+"""Numbers of directions, and the FVU of PCA with each."""
+
+
+def pca_curve(eigenvalues: np.ndarray, points: int = 64) -> PcaCurve:
+    """FVU of PCA against its number of directions, at 0 and up to `points` numbers from 1 to D, evenly on a logarithm.
+
+    Args:
+        eigenvalues: [D], of the tokens' scatter, largest first.
+        points: how many; fewer where that many whole numbers are not there.
+    """
+    spaced = np.geomspace(1, len(eigenvalues), points).round().astype(int)
+    directions = [0, *np.unique(spaced).tolist()]
+    return directions, [float(pca_fvu(eigenvalues, n)) for n in directions]

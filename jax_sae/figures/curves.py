@@ -1,13 +1,12 @@
 """Loss curves."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_sae.config import Member
-from jax_sae.figures.drawing import COLOURS, import_matplotlib, new_figure, save_figure, write_title
+from jax_sae.figures.drawing import COLOURS, import_matplotlib, new_figure, write_title
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
@@ -54,23 +53,24 @@ PANELS = (
 )
 
 
-def draw_training(
-    directory: Path,
+def training_figure(
     names: Sequence[str],
     colours: Sequence[str],
     metrics: np.ndarray,
     features: Sequence[int],
     title: str,
-) -> None:
-    """Draw `training.png`: reconstruction loss, penalty and proportion of active features over steps, logarithmic.
+) -> Any:
+    """Reconstruction loss, penalty and proportion of active features over steps, logarithmic.
 
     Args:
-        directory: where to write.
         names: of the members.
         colours: of the members.
         metrics: [steps, M, METRICS] of every step; NaN from the step on at which a member diverged.
         features: F of the members.
         title: of the figure.
+
+    Returns:
+        A matplotlib `Figure`.
     """
     steps, curves, width = _means(metrics)
     figure = new_figure(figsize=(15, max(4.5, 0.2 * len(names))), layout="constrained")
@@ -89,7 +89,7 @@ def draw_training(
         axes.set_ylabel(label)
     figure.legend(lines, names, loc="outside right center", frameon=False, fontsize="small")
     write_title(figure, title)
-    save_figure(figure, directory / "training.png")
+    return figure
 
 
 def _means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -110,43 +110,44 @@ def _over_steps(axes: Any, steps: int, width: int) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_losses(
-    directory: Path,
+def loss_figure(
     names: Sequence[str],
     colours: Sequence[str],
     losses: np.ndarray,
     floors: Sequence[float],
     title: str,
-) -> None:
-    """Draw `loss.png`, from 0 to the first loss, and `loss_zoomed.png`, logarithmic, which tells small losses apart.
+    *,
+    zoomed: bool,
+) -> Any:
+    """Losses over steps, from 0 to the first one; `zoomed`, logarithmic, which tells small losses apart.
 
     Args:
-        directory: where to write.
         names: of the members.
         colours: of the members.
         losses: [steps, M], loss per element of every step; NaN from the step on at which a member diverged.
         floors: of the members, least loss per element on the held-out tokens; 0 where F >= D.
-        title: of both figures.
+        title: of the figure.
+        zoomed: whether the axis of losses is logarithmic.
+
+    Returns:
+        A matplotlib `Figure`.
     """
     steps, curves, width = _means(losses)
     first = curves[0][np.isfinite(curves[0])]
-    for file, scale in (("loss.png", "linear"), ("loss_zoomed.png", "log")):
-        entries = len(names) + len({floor for floor in floors if floor > 0}) + 1
-        figure = new_figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
-        axes: Any = figure.subplots()
-        for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
-            finite = np.isfinite(losses[:, i])
-            last = f"{curves[-1, i]:.2g}" if finite.all() else f"diverged at step {finite.argmin() + 1}"
-            axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {last}")
-            if floors[i] > 0 and floors[i] not in floors[:i]:  # members of one width have one floor
-                axes.axhline(
-                    floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}"
-                )
-        axes.set_yscale(scale)
-        if scale == "linear" and len(first):
-            axes.set_ylim(0, 1.05 * first.max())
-        _over_steps(axes, len(losses), width)
-        axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if scale == "log" else ""))
-        write_title(figure, title)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
-        save_figure(figure, directory / file)
+    entries = len(names) + len({floor for floor in floors if floor > 0}) + 1
+    figure = new_figure(figsize=(9, max(5.0, 0.26 * entries)), layout="constrained")
+    axes: Any = figure.subplots()
+    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        finite = np.isfinite(losses[:, i])
+        last = f"{curves[-1, i]:.2g}" if finite.all() else f"diverged at step {finite.argmin() + 1}"
+        axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {last}")
+        if floors[i] > 0 and floors[i] not in floors[:i]:  # members of one width have one floor
+            axes.axhline(floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}")
+    axes.set_yscale("log" if zoomed else "linear")
+    if not zoomed and len(first):
+        axes.set_ylim(0, 1.05 * first.max())
+    _over_steps(axes, len(losses), width)
+    axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if zoomed else ""))
+    write_title(figure, title)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title="member: last loss")
+    return figure

@@ -1,30 +1,31 @@
 """How often features fire."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jax_sae.figures.drawing import COLOURS, new_figure, save_figure, write_title
+from jax_sae.figures.drawing import COLOURS, new_figure, write_title
 
 
-def draw_feature_density(
-    file: Path,
+def density_figure(
     histograms: Mapping[str, tuple[np.ndarray, np.ndarray]],
     dead: Mapping[str, int],
     tokens: int,
     dense: float,
     title: str,
-) -> None:
-    """Draw a histogram of log10 of the features' density for each autoencoder, on common axes.
+) -> Any:
+    """A histogram of log10 of the features' density for each autoencoder, on common axes.
 
     Args:
-        file: a PNG to write; its folder is made.
         histograms: by name, as `density_histogram` gives them; at least one.
         dead: features that never fired, which no histogram shows, by name.
         tokens: N, on which both were counted.
         dense: the density above which a feature is dense.
         title: of the figure.
+
+    Returns:
+        A matplotlib `Figure`.
     """
     columns = min(4, len(histograms))
     rows = -(-len(histograms) // columns)
@@ -44,4 +45,4 @@ def draw_feature_density(
     )
     figure.supylabel("features", fontsize="small")
     write_title(figure, title)
-    save_figure(figure, file)
+    return figure

@@ -1,6 +1,7 @@
 """What all figures share: colours, titles, files."""
 
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -15,8 +16,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's colours, which the colour-blind can tell apart; the markers differ too."""
 MARKERS = "osD^vPX"
 
-Figures = list[tuple[list[Path], Callable[[], None]]]
-"""Files, and what draws them."""
+Figures = dict[Path, Callable[[], Any]]
+"""By its file, what makes a figure."""
 
 
 def write_title(figure: Any, title: str) -> None:
@@ -56,21 +57,28 @@ def import_matplotlib() -> Any:
 
 
 def new_figure(**settings: Any) -> Any:
-    """An empty matplotlib `Figure`, of which pyplot and its backend know nothing."""
+    """An empty matplotlib `Figure`, of which pyplot and its backend know nothing; a notebook shows it all the same."""
     import_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(**settings)
+    figure: Any = Figure(**settings)
+    figure._repr_png_ = lambda: _png(figure)
+    return figure
 
 
-def draw_each(figures: Figures) -> list[str]:
-    """Draw them, and return lines that say where they are; one that fails is said too, and ends nothing."""
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save_each(figures: Figures) -> list[str]:
+    """Make and write them, and return lines that say where they are; one that fails is said too, and ends nothing."""
     drawn, problems = [], []
-    for files, draw in figures:
+    for file, make in figures.items():
         try:
-            draw()
-            drawn += files
+            save_figure(make(), file)
+            drawn.append(file)
         except Exception as error:  # of matplotlib and its settings, fonts and folders, or of a full disk
-            names = ", ".join(map(str, files))
-            problems.append(f"warning       {names} could not be drawn ({one_line(error)}); all numbers are saved")
+            problems.append(f"warning       {file} could not be drawn ({one_line(error)}); all numbers are saved")
     return ([f"figures       {', '.join(map(str, drawn))}"] if drawn else []) + problems

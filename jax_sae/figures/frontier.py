@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jax_sae.autoencoder.baselines import pca_fvu
-from jax_sae.figures.drawing import COLOURS, MARKERS, new_figure, save_figure, write_title
+from jax_sae.autoencoder.baselines import PcaCurve
+from jax_sae.figures.drawing import COLOURS, MARKERS, new_figure, write_title
 
 BESIDE = ((0, 8), (-11, 3), (11, -8), (11, 3), (-11, -8), (0, 14), (0, -14))
 """Of the points of each kind, where their numbers stand, in points of print."""
@@ -26,16 +25,18 @@ class FrontierPoint:
     """Against the zero ablation, as in SAELens; None where there was no language model."""
 
 
-def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.ndarray, title: str) -> None:
-    """Draw FVU against L0, and loss recovered against L0 where it is known; each kind is a line.
+def frontier_figure(points: Sequence[FrontierPoint], pca: PcaCurve | None, title: str) -> Any:
+    """FVU against L0, and loss recovered against L0 where it is known; each kind is a line.
 
     Points have numbers, which a list beside the figure explains.
 
     Args:
-        file: a PNG to write; its folder is made.
         points: at least one.
-        eigenvalues: [D], of the tokens' scatter, largest first, for the line of PCA with L0 directions.
+        pca: of the same tokens, for the line of PCA with L0 directions; None: there is no such line.
         title: of the figure.
+
+    Returns:
+        A matplotlib `Figure`.
     """
     kinds = list(dict.fromkeys(point.kind for point in points))
     ordered = sorted(points, key=lambda point: (kinds.index(point.kind), point.l0))
@@ -43,10 +44,11 @@ def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.n
     figure = new_figure(figsize=(15 if scored else 10, max(5.0, 1 + 0.22 * len(points))), layout="constrained")
     left, *right = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
 
-    l0s = [point.l0 for point in points if point.l0 > 0]
-    most = len(eigenvalues) - 0.5  # with all D directions nothing is lost, which no logarithm shows
-    directions = np.geomspace(min(min(l0s, default=1) / 1.5, most / 1.5), min(max(l0s, default=1) * 1.5, most), 200)
-    left.plot(directions, [pca_fvu(eigenvalues, n) for n in directions], "--", color="grey", label="PCA, L0 directions")
+    if pca is not None:
+        l0s = [point.l0 for point in points if point.l0 > 0]
+        most = pca[0][-1] - 0.5  # with all D directions nothing is lost, which no logarithm shows
+        directions = np.geomspace(min(min(l0s, default=1) / 1.5, most / 1.5), min(max(l0s, default=1) * 1.5, most), 200)
+        left.plot(directions, np.interp(directions, *pca), "--", color="grey", label="PCA, L0 directions")
     _draw_lines(left, kinds, [(number, point, point.fvu) for number, point in enumerate(ordered, 1)])
     left.set_yscale("log")
     if (lowest := min(point.fvu for point in points)) > 0:
@@ -69,7 +71,7 @@ def draw_frontier(file: Path, points: Sequence[FrontierPoint], eigenvalues: np.n
         title_fontsize="small",
     )
     write_title(figure, title)
-    save_figure(figure, file)
+    return figure
 
 
 def _shown(point: FrontierPoint) -> str:

@@ -40,10 +40,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line
+from jax_sae.streams import say
 
 Tree = dict[str, Any]
 
@@ -202,7 +202,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             if place not in self._said:
                 self._said.add(place)
                 text = self._one_line(record.getMessage())
-                tqdm.write(f"warning       while step {step} was saved, Orbax ({record.filename}) said: {text}")
+                say([f"warning       while step {step} was saved, Orbax ({record.filename}) said: {text}"])
 
     def _one_line(self, what: BaseException | str) -> str:
         """What Orbax says, on one line, with the directory's own name."""

@@ -51,11 +51,29 @@ def load_autoencoder(
             }
 
         state = checkpoints.read_state(step, only_that_member)
-    if (diverged := facts["diverged_at_step"].get(found)) is not None:
-        warnings.warn(f"{found} diverged at step {diverged}; it is as it was before that step", stacklevel=2)
-    config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {step}")
-    member = recorded_member(facts["members"][found])
-    kind, its = kind_named(member.kind), {"memory": {}, **state["members"][found]}
+    return make_autoencoder(state, facts, found, *_measured(run, found, step))
+
+
+def make_autoencoder(
+    state: Tree, facts: Tree, name: str, l0: float | None = None, fvu: float | None = None
+) -> TrainedAutoencoder:
+    """A member from a checkpoint's arrays and JSON, as `progress.content` makes them; the other members' do not matter.
+
+    Args:
+        state: its `members/NAME` and `normalization` are used.
+        facts: the JSON.
+        name: the member's.
+        l0: on held-out tokens, as far as it is known.
+        fvu: on held-out tokens, as far as it is known.
+
+    Warns:
+        UserWarning: if the member had diverged; it is then as it was before that step.
+    """
+    if (diverged := facts["diverged_at_step"].get(name)) is not None:
+        warnings.warn(f"{name} diverged at step {diverged}; it is as it was before that step", stacklevel=3)
+    config = config_from_dict(facts["config"], f"the checkpoint at step {facts['step']}")
+    member = recorded_member(facts["members"][name])
+    kind, its = kind_named(member.kind), {"memory": {}, **state["members"][name]}
     memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
     settings = traced_settings(member, config.train)
     arrays = {
@@ -69,7 +87,7 @@ def load_autoencoder(
         kind=member.kind,
         per_story=config.activations.normalization == "story",
         exclude_first_tokens=config.activations.exclude_first_tokens,
-        origin=Origin(found, step, member, config, *_measured(run, found, step)),
+        origin=Origin(name, facts["step"], member, config, l0, fvu),
     )
 
 

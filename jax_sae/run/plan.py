@@ -18,8 +18,8 @@ PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000
 """What Python, JAX, its compiler and the other libraries take on a CPU; and those that read text and tokenise it."""
 
 
-def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
-    """Lines that say what steps `done` + 1 to the last will need.
+def plan(setup: Setup, source: Source, out: Path | None, done: int) -> list[str]:
+    """Lines that say what steps `done` + 1 to the last will need; disk where a run has a directory.
 
     Raises:
         BadInput: if memory or disk cannot hold what is needed, the device has no such precision, or features are to be
@@ -32,7 +32,7 @@ def plan(setup: Setup, source: Source, out: Path, done: int) -> list[str]:
                 f"sweep.resamples is {member.resamples}, but train.steps is {setup.config.train.steps}; features are "
                 "resampled between steps, so give a smaller number"
             )
-    return [_tokens(setup, source, done), _memory(setup), _disk(setup, out, done)]
+    return [_tokens(setup, source, done), _memory(setup), *([_disk(setup, out, done)] if out else [])]
 
 
 def _refuse_missing_precision(config: Config) -> None:

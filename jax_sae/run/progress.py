@@ -1,7 +1,7 @@
 """All that changes while a run goes on, and its way into a checkpoint and back."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -104,41 +104,44 @@ class Progress:
 
 
 def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
-    """Begin to write a checkpoint: each member at its own number of features, under its name.
+    """Begin to write a checkpoint.
 
     Raises:
         RunFailed: if the save before it has failed.
     """
-    state = snapshot(progress.state)
+    copied = replace(progress, state=snapshot(progress.state))
+    checkpoints.save(progress.step, lambda: content(copied, setup))
 
-    def content() -> tuple[Tree, Tree]:
-        members: Tree = {}
-        for group, stacked, like in zip(setup.groups, jax.tree.map(np.asarray, state), setup.shapes(), strict=True):
-            for name, member in zip(group.names, unstack(stacked, like), strict=True):
-                metrics = progress.metrics[: progress.step, len(members)]
-                members[name] = {
-                    "params": member.params,
-                    "optimizer": to_flat(member.opt_state),
-                    "metrics": {metric: metrics[:, i] for i, metric in enumerate(METRICS)},
-                    **({"memory": member.memory} if member.memory else {}),
-                }
-        normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
-        diverged = zip(setup.names(), progress.diverged_at(), strict=True)
-        run = {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "position": asdict(progress.position),
-            "read": asdict(progress.read),
-            "config": config_to_dict(setup.config),
-            "members": {name: settings_of(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
-            "diverged_at_step": {name: step for name, step in diverged if step is not None},
-            "inputs": setup.inputs,
-            "device": device(),
-            "versions": versions(),
-        }
-        return {"members": members, "normalization": normalization}, run
 
-    checkpoints.save(progress.step, content)
+def content(progress: Progress, setup: Setup) -> tuple[Tree, Tree]:
+    """What a checkpoint holds: arrays, each member at its own number of features under its name; and the JSON."""
+    members: Tree = {}
+    for group, stacked, like in zip(
+        setup.groups, jax.tree.map(np.asarray, progress.state), setup.shapes(), strict=True
+    ):
+        for name, member in zip(group.names, unstack(stacked, like), strict=True):
+            metrics = progress.metrics[: progress.step, len(members)]
+            members[name] = {
+                "params": member.params,
+                "optimizer": to_flat(member.opt_state),
+                "metrics": {metric: metrics[:, i] for i, metric in enumerate(METRICS)},
+                **({"memory": member.memory} if member.memory else {}),
+            }
+    normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
+    diverged = zip(setup.names(), progress.diverged_at(), strict=True)
+    run = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "position": asdict(progress.position),
+        "read": asdict(progress.read),
+        "config": config_to_dict(setup.config),
+        "members": {name: settings_of(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
+        "diverged_at_step": {name: step for name, step in diverged if step is not None},
+        "inputs": setup.inputs,
+        "device": device(),
+        "versions": versions(),
+    }
+    return {"members": members, "normalization": normalization}, run
 
 
 def members_begun_with(out: Path, members: Sequence[Member]) -> tuple[tuple[Member, ...], list[str]]:

@@ -10,15 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sae.autoencoder.baselines import pca_curve
 from jax_sae.config import Config, config_to_dict
 from jax_sae.errors import RunFailed
-from jax_sae.figures.curves import draw_losses, draw_training, member_colours
-from jax_sae.figures.drawing import Figures, draw_each
-from jax_sae.figures.frontier import FrontierPoint, draw_frontier
+from jax_sae.figures.curves import loss_figure, member_colours, training_figure
+from jax_sae.figures.drawing import Figures, save_each
+from jax_sae.figures.frontier import FrontierPoint, frontier_figure
 from jax_sae.run.advice import advice
 from jax_sae.run.held_out import HeldOut, measure_held_out
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
-from jax_sae.streams import progress_bar
+from jax_sae.streams import progress_bar, say
 from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.update import METRICS
@@ -40,9 +41,9 @@ def write_config(out: Path, config: Config) -> None:
 class Log:
     """The progress bar, and `metrics.jsonl` with a line every `log_every` steps."""
 
-    def __init__(self, path: Path, setup: Setup, progress: Progress) -> None:
-        """Go on after `progress`; lines of later steps, from before a resume, are removed."""
-        if path.exists():
+    def __init__(self, path: Path | None, setup: Setup, progress: Progress) -> None:
+        """Go on after `progress`; lines of later steps, from before a resume, are removed. Without a path: the bar."""
+        if path and path.exists():
             _cut(path, progress.step)
         train = setup.config.train
         self._every = train.log_every
@@ -54,7 +55,7 @@ class Log:
         self._bar = progress_bar(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
-        self._file = open(path, "a")  # noqa: SIM115 - as long as the run
+        self._file = open(path, "a") if path else None  # noqa: SIM115 - as long as the run
 
     def __enter__(self) -> "Log":
         """Return itself."""
@@ -64,7 +65,8 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Close the file and the bar."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         self._bar.close()
 
     def write(self, progress: Progress, tokens: np.ndarray, tokens_per_second: float) -> None:
@@ -85,22 +87,28 @@ class Log:
             before, self._diverged = self._diverged, progress.diverged_at()
             for i, at in enumerate(self._diverged):
                 if at is not None and before[i] is None:
-                    self._bar.write(
-                        f"warning       {self._names[i]} diverged at step {at} ({describe_member(self._members[i])}); "
-                        "it stays as it was before that step, and the others go on"
+                    what = describe_member(self._members[i])
+                    say(
+                        [
+                            f"warning       {self._names[i]} diverged at step {at} ({what}); it stays as it was before "
+                            "that step, and the others go on"
+                        ]
                     )
         losses = self._means(progress, step)[:, METRICS.index("loss_per_element")]
         shown = " ".join(f"{name} {loss:.2g}" for name, loss in list(zip(self._names, losses, strict=True))[:6])
         more = f" and {len(losses) - 6} more" if len(losses) > 6 else ""
         self._bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s, losses {shown}{more}", refresh=False)
         self._bar.update(step - self._bar.n)
+        if not self._file:
+            return
         for at, tokens_so_far in enumerate(tokens.tolist(), step - len(tokens) + 1):
             if at % self._every == 0:
-                self._file.write(json.dumps({"step": at, "tokens": tokens_so_far, "members": self._line(progress, at)}))
-                self._file.write("\n")
+                line = {"step": at, "tokens": tokens_so_far, "members": self.metrics(progress, at)}
+                self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def _line(self, progress: Progress, step: int) -> dict[str, Any]:
+    def metrics(self, progress: Progress, step: int) -> dict[str, dict[str, float | None]]:
+        """Of each member by its name, METRICS averaged over the `log_every` steps up to this one; the learning rate."""
         relative = np.asarray(relative_learning_rate(step - 1, self._settings, self._steps), np.float64)
         return {
             name: {
@@ -144,11 +152,6 @@ def refuse_if_all_diverged(progress: Progress, setup: Setup) -> None:
     raise RunFailed(f"every member has diverged: {'; '.join(each[:4])}{more}. Start a run with lower learning rates")
 
 
-def say(lines: Sequence[str]) -> None:
-    """Print lines."""
-    print("\n".join(lines), flush=True)
-
-
 def describe(setup: Setup) -> list[str]:
     """What is about to be trained."""
     train = setup.config.train
@@ -160,14 +163,18 @@ def describe(setup: Setup) -> list[str]:
     ]
 
 
-def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> None:
-    """Write `summary.json`, then the figures; print the closing table and how to use what was trained."""
+def finish(out: Path | None, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:
+    """Print the closing table; where a run has a directory, write `summary.json`, then the figures, and how to use it.
+
+    Returns:
+        The contents of `summary.json`.
+    """
     names = setup.names()
     in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
     summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
-    write_json(out / "summary.json", summary)
-    good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
+    if out:
+        write_json(out / "summary.json", summary)
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
         lines.append(
@@ -189,8 +196,13 @@ def finish(out: Path, setup: Setup, progress: Progress, held_out: HeldOut, clock
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
         ]
     )
-    say(draw_each(run_figures(out, setup, progress, held_out, summary["members"], in_order)))
-    say([f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"])
+    if out:
+        good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
+        say(save_each(run_figures(out, setup, progress, held_out, summary["members"], in_order)))
+        say(
+            [f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"]
+        )
+    return summary
 
 
 def run_figures(
@@ -212,24 +224,19 @@ def run_figures(
     def curves() -> tuple[list[str], list[str]]:
         return names, member_colours(members, width)
 
-    figures: Figures = [
-        (
-            [folder / "loss.png", folder / "loss_zoomed.png"],
-            lambda: draw_losses(folder, *curves(), losses, floors, title),
-        ),
-        (
-            [folder / "training.png"],
-            lambda: draw_training(folder, *curves(), metrics, features, f"{out.name}: training"),
-        ),
-    ]
+    figures: Figures = {
+        folder / "loss.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
+        folder / "loss_zoomed.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
+        folder / "training.png": lambda: training_figure(*curves(), metrics, features, f"{out.name}: training"),
+    }
     points = [
         FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
         for member in measured
         if member["fvu"] is not None
     ]
     if points and any(group.form.is_sparse for group in setup.groups):
-        file, tokens = folder / "frontier.png", f"{out.name}: {len(held_out.x):,} held-out tokens"
-        figures.append(([file], lambda: draw_frontier(file, points, held_out.eigenvalues, tokens)))
+        tokens, pca = f"{out.name}: {len(held_out.x):,} held-out tokens", pca_curve(held_out.eigenvalues)
+        figures[folder / "frontier.png"] = lambda: frontier_figure(points, pca, tokens)
     return figures
 
 
@@ -240,7 +247,7 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
         for group, state in zip(setup.groups, progress.state, strict=True)
         for each in measure_held_out(held_out, state, group.form)
     ]
-    last = progress.metrics[-max(1, setup.config.train.steps // 100) :].mean(0, dtype=np.float64)
+    last = mean_of_last_steps(progress.metrics)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
         floor, (fvu, l0, dead) = held_out.fvu_floor(member.features), measured[i]
@@ -274,8 +281,15 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
         "tokens_excluded": read.tokens_excluded,
         "tokens_over_norm_limit": over_norm_limit,
         "held_out_tokens_over_norm_limit": held_out.tokens_over_norm_limit,
+        "pca": dict(zip(("directions", "fvu"), pca_curve(held_out.eigenvalues), strict=True)),
         "device": device(),
     }
+
+
+def mean_of_last_steps(values: np.ndarray) -> np.ndarray:
+    """Of [steps, ...] the mean over the last hundredth of the steps, at least one, in float64."""
+    mean: np.ndarray = values[-max(1, len(values) // 100) :].mean(0, dtype=np.float64)
+    return mean
 
 
 def closing_table(members: Sequence[dict[str, Any]]) -> str:

@@ -1,13 +1,14 @@
-"""The training loop."""
+"""A run from its beginning, or from its newest checkpoint, to its end: the training loop."""
 
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,14 +19,16 @@ from jax_sae.activations.normalize import estimate_dataset, for_story, identity,
 from jax_sae.activations.norms import norm_lines, norm_statistics
 from jax_sae.activations.sources import Source, Sources, open_sources, refuse_large_batch
 from jax_sae.autoencoder.centres import geometric_median
-from jax_sae.config import IN_MEMORY, Config, DecoderBias
+from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig
 from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import read_json
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
 from jax_sae.run.lock import locked
 from jax_sae.run.plan import is_checkpoint, plan
 from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save
+from jax_sae.streams import say
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members, with_features
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
@@ -38,110 +41,155 @@ SECONDS_A_DISPATCH = 0.5
 state (docs/performance.md)."""
 
 
+OnStep = Callable[[int, dict[str, dict[str, float | None]]], object]
+"""Is called with the number of steps done, and with a line of metrics: by the name of each member, reconstruction loss
+and penalty per element, L0 and learning rate. What it returns, if true, asks for a stop."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """How training ended: true if the run is finished."""
+
+    setup: Setup
+    progress: Progress
+    """After the last step that was taken."""
+    summary: dict[str, Any] | None
+    """The contents of `summary.json`; None where the run is not finished."""
+
+    def __bool__(self) -> bool:
+        """Whether the run is finished; if not, it was stopped, and goes on when it is resumed."""
+        return self.summary is not None
+
+
 def train(
     config: Config,
-    out: Path,
+    out: Path | None,
     *,
     resume: bool,
     stop_requested: Callable[[int], bool],
     sources: Sources | None = None,
     first_lines: Sequence[str] = (),
-) -> bool:
+    on_step: OnStep | None = None,
+) -> Ended:
     """Train a sweep from its beginning, or from its newest good checkpoint, and leave everything in `out`.
 
     Args:
         config: the run's settings, validated.
-        out: the run's directory; it is made once all inputs are known to be good.
+        out: the run's directory; it is made once all inputs are known to be good. None: nothing is written.
         resume: go on from the newest checkpoint.
         stop_requested: is asked, with the number of steps done, between dispatches and while activations are made; once
             it is true, the run is saved and ended.
         sources: instead of what `config` names, such as `array_sources` makes of arrays in memory. To resume or
             evaluate the run, give them again: their digests are remembered.
         first_lines: what is said before all else, once the inputs are open.
-
-    Returns:
-        Whether the run is finished; False if it was stopped before its last step.
+        on_step: is called after every `log_every`-th step and after the last one; a dispatch then ends there. What it
+            raises ends the run, which is saved first.
 
     Raises:
         BadInput: if an input cannot be used.
         RunFailed: if a checkpoint cannot be written, or every member has diverged.
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
-    out = Path(os.path.expanduser(out))
+    out = Path(os.path.expanduser(out)) if out else None
     if sources:
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
     config = replace(config, sweep=with_features(config.sweep, source.width))
     members, changed = sweep_members(config.sweep), list[str]()
-    if resume:
+    if resume and out:
         members, changed = members_begun_with(out, members)
     groups = make_groups(members)
     setup = Setup(config, groups, source.width, inputs(source, held_out_source))
-    report.say([*first_lines, *lines, *changed, *report.describe(setup)])
+    say([*first_lines, *lines, *changed, *report.describe(setup)])
     progress: Progress | None = None
     with ExitStack() as stack:
-        if resume:
+        if resume and out:
             stack.enter_context(locked(out))
             progress, lines = restore(setup, out)
-            report.say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
+            say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
             if progress and progress.step == config.train.steps and (out / "summary.json").exists():
-                report.say(["it is finished: that is its last step; there is nothing to do"])
-                return True
-        report.say(plan(setup, source, out, progress.step if progress else 0))
+                say(["it is finished: that is its last step; there is nothing to do"])
+                return Ended(setup, progress, read_json(out / "summary.json"))
+        say(plan(setup, source, out, progress.step if progress else 0))
         interruptible = partial(Interruptible, stop_requested=lambda: stop_requested(0))
         progress = progress or begin(setup, interruptible(source))
         first_activations(interruptible(held_out_source), 1, None)  # what is wrong with it is said now, not at the end
-        if not resume:
+        if out and not resume:
             stack.enter_context(locked(out))
             if (out / "config.json").exists():
                 raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
-        report.write_config(out, config)
+        if out:
+            report.write_config(out, config)
         clock = Clock()
-        progress = advance(progress, setup, source, out, clock, stop_requested)
+        progress = advance(progress, setup, source, out, clock, stop_requested, on_step)
+        go_on = f"; go on with --out {out} --resume" if out else ""
         if progress.step < config.train.steps:
-            what = f"and saved at step {progress.step}" if progress.step else "before the first step"
-            report.say([f"stopped {what}; go on with --out {out} --resume"])
-            return False
-        return close(progress, setup, held_out_source, out, clock, stop_requested)
+            at = f"{'and saved ' if out else ''}at step {progress.step}" if progress.step else "before the first step"
+            say([f"stopped {at}{go_on}"])
+            return Ended(setup, progress, None)
+        try:
+            reading = Interruptible(held_out_source, lambda: stop_requested(config.train.steps))
+            held_out = harvest_held_out(reading, progress.normalization, config.activations)
+        except Stopped:
+            say([f"stopped before the held-out stories were read{go_on}"])
+            return Ended(setup, progress, None)
+        return Ended(setup, progress, report.finish(out, setup, progress, held_out, clock))
 
 
 def advance(
-    progress: Progress, setup: Setup, source: Source, out: Path, clock: Clock, stop_requested: Callable[[int], bool]
+    progress: Progress,
+    setup: Setup,
+    source: Source,
+    out: Path | None,
+    clock: Clock,
+    stop_requested: Callable[[int], bool],
+    on_step: OnStep | None = None,
 ) -> Progress:
     """Train to the last step or until a stop is requested, with metrics and checkpoints; the progress is saved."""
     train = setup.config.train
     jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
-    with Checkpoints(out / "checkpoints") as checkpoints, report.Log(out / "metrics.jsonl", setup, progress) as log:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints")) if out else None
+        log = stack.enter_context(report.Log(out / "metrics.jsonl" if out else None, setup, progress))
         saved = progress.step
+
+        def save_now() -> None:
+            nonlocal saved
+            if checkpoints and progress.step > saved:
+                save(checkpoints, progress, setup)
+                saved = progress.step
+
         try:
-            for progress, tokens in dispatches(progress, source, setup, clock, stop_requested):  # noqa: B020
+            for progress, tokens in dispatches(progress, source, setup, clock, stop_requested, bool(on_step)):  # noqa: B020
+                step = progress.step
                 log.write(progress, tokens, clock.train_tokens / clock.train_seconds)
-                checkpoints.raise_failure()
+                if checkpoints:
+                    checkpoints.raise_failure()
                 report.refuse_if_all_diverged(progress, setup)
-                if is_checkpoint(progress.step, train.checkpoint_every, train.steps):
-                    save(checkpoints, progress, setup)
-                    saved = progress.step
-                if stop_requested(progress.step) and progress.step < train.steps:
+                if is_checkpoint(step, train.checkpoint_every, train.steps):
+                    save_now()
+                if on_step and is_line(step, train) and ask(on_step, log.metrics(progress, step), step, save_now):
+                    raise Stopped
+                if stop_requested(step) and step < train.steps:
                     raise Stopped
         except Stopped:
-            if progress.step > saved:
-                save(checkpoints, progress, setup)
+            save_now()
     return progress
 
 
-def close(
-    progress: Progress, setup: Setup, source: Source, out: Path, clock: Clock, stop_requested: Callable[[int], bool]
-) -> bool:
-    """Measure every member on the held-out stories, write what ends a run, and say whether that was not stopped."""
-    source = Interruptible(source, lambda: stop_requested(progress.step))
+def ask(on_step: OnStep, metrics: dict[str, dict[str, float | None]], step: int, save_now: Callable[[], None]) -> bool:
+    """Whether `on_step` asks for a stop; the run is saved before what it raises is raised."""
     try:
-        held_out = harvest_held_out(source, progress.normalization, setup.config.activations)
-    except Stopped:
-        report.say([f"stopped before the held-out stories were read; go on with --out {out} --resume"])
-        return False
-    report.finish(out, setup, progress, held_out, clock)
-    return True
+        return bool(on_step(step, metrics))
+    except BaseException:
+        save_now()
+        raise
+
+
+def is_line(step: int, train: TrainConfig) -> bool:
+    """Whether a line of metrics belongs to a step."""
+    return step % train.log_every == 0 or step == train.steps
 
 
 def inputs(source: Source, held_out_source: Source) -> dict[str, str]:
@@ -155,7 +203,7 @@ def begin(setup: Setup, source: Source) -> Progress:
     config = setup.config
     shuffle_seed = config.train.seed if config.train.batching == "tokens" else None
     sample = first_activations(source, NORMALIZATION_TOKENS, shuffle_seed, config.activations.norm_limit)
-    report.say(norm_lines(norm_statistics(sample, config.activations, source.has_stories)))
+    say(norm_lines(norm_statistics(sample, config.activations, source.has_stories)))
     kind = config.activations.normalization
     normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
     metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)
@@ -176,12 +224,17 @@ def find_centres(setup: Setup, sample: Sequence[np.ndarray]) -> Centres:
 
 
 def dispatches(
-    progress: Progress, source: Source, setup: Setup, clock: Clock, stop_requested: Callable[[int], bool]
+    progress: Progress,
+    source: Source,
+    setup: Setup,
+    clock: Clock,
+    stop_requested: Callable[[int], bool],
+    at_each_line: bool = False,
 ) -> Iterator[tuple[Progress, np.ndarray]]:
     """Train to the last step; after each dispatch, yield the progress, and the tokens used after each of its steps.
 
-    A dispatch ends after about SECONDS_A_DISPATCH, at a line of metrics, or earlier at a checkpoint or with the batches
-    of equal shape that are there. Where it ends changes no bit of the results.
+    A dispatch ends after about SECONDS_A_DISPATCH, at a line of metrics (the next one, with `at_each_line`), or earlier
+    at a checkpoint or with the batches of equal shape that are there. Where it ends changes no bit of the results.
 
     Raises:
         Stopped: if a stop is requested while activations are made.
@@ -217,7 +270,7 @@ def dispatches(
             )
             seconds = time.perf_counter() - start
             clock.train_seconds += seconds
-            seconds_a_step = seconds / (last - first)
+            seconds_a_step = math.inf if at_each_line else seconds / (last - first)
             yield progress, tokens
             first = last
 

@@ -362,7 +362,7 @@ def test_what_is_no_run_or_not_whole_is_refused(copy: Path, tmp_path: Path) -> N
         evaluate(tmp_path)
     with pytest.raises(BadInput, match="has no checkpoint at step 7; there are 5, 10, 12"):
         evaluate(copy, step=7)
-    with pytest.raises(BadInput, match="--tokens is 0"):
+    with pytest.raises(BadInput, match="number of held-out tokens is 0"):
         evaluate(copy, n_tokens=0)
     path = max(
         (path for path in (copy / "checkpoints" / "12").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size

@@ -14,9 +14,10 @@ from running import REPOSITORY
 
 from jax_sae.commands.flags import parse
 from jax_sae.commands.process import caches
-from jax_sae.commands.settings import base
-from jax_sae.commands.train import choose_directory, main
+from jax_sae.commands.train import main
 from jax_sae.config import Member, option_names
+from jax_sae.run.directory import choose_directory
+from jax_sae.run.settings import base
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 SMALL = [
@@ -128,7 +129,8 @@ def test_the_last_config_counts(tmp_path: Path) -> None:
     for last in (["--config", "s4.toml"], ["--config=s4.toml"]):
         arguments = parse(["--config", "s3.toml", *last])
         name, lower = base(arguments.config, arguments.settings)
-        assert lower.settings == {"train.steps": 4} and choose_directory(arguments, name) == Path("runs/s4")
+        assert lower.settings == {"train.steps": 4}
+        assert choose_directory(arguments.out, arguments.resume, name) == Path("runs/s4")
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import pytest
 from refusals import SMALL, usual_signals
 
 from jax_sae.commands.flags import parse
-from jax_sae.commands.settings import Layer, base, merge
 from jax_sae.commands.train import main
 from jax_sae.config import Config, Member, config_with, flatten, load_settings
 from jax_sae.errors import BadInput
+from jax_sae.run.settings import Layer, base, merge
 
 DEMO = Layer("demo", load_settings(Path("demo")))
 SPARSE = Layer(

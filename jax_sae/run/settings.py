@@ -25,6 +25,7 @@ from jax_sae.language_model.hub import find_local, read_json
 from jax_sae.sweep.members import of_some_kinds, settings_of, sweep_members
 
 FLAGS = "the command line"
+CALL = "the call"
 OF_MODEL = tuple(name for name in option_names() if name.startswith(("model.", "text.")))
 OF_FILES = ("activations.path", "activations.array", "activations.mask")
 OF_DATA = ("activations.path", "model.path", "text.path")
@@ -113,7 +114,7 @@ def _of_kinds(layer: Layer, kinds: tuple[str, ...]) -> Layer:
     return replace(layer, settings=settings | {"sweep.kinds": kinds})
 
 
-def merge(lower: Layer, flags: Mapping[str, Any]) -> Merged:
+def merge(lower: Layer, flags: Mapping[str, Any], origin: str = FLAGS) -> Merged:
     """Flags over a lower layer over the defaults.
 
     Raises:
@@ -126,8 +127,8 @@ def merge(lower: Layer, flags: Mapping[str, Any]) -> Merged:
         for other in others if flags.get(name) and name not in unread else ():
             of_lower = kept.pop(other, None)
             if flags.get(other) or of_lower:
-                origin = FLAGS if flags.get(other) else lower.origin
-                left_out.setdefault((origin, f"{name} is given instead"), []).append(other)
+                of = origin if flags.get(other) else lower.origin
+                left_out.setdefault((of, f"{name} is given instead"), []).append(other)
             unread |= {other} & set(flags)
     while True:
         config = config_with({**kept, **flags})
@@ -139,20 +140,20 @@ def merge(lower: Layer, flags: Mapping[str, Any]) -> Merged:
             rest = _without(kept, error)
             if error.setting in flags or rest == kept or not set(error.others) & set(flags):
                 given = [name for name in (error.setting, *error.others) if name in kept and name not in flags]
-                origin = f" ({' and '.join(given)} of {lower.origin})" if given else ""
-                raise BadInput(f"{error}{origin}") from error
+                of = f" ({' and '.join(given)} of {lower.origin})" if given else ""
+                raise BadInput(f"{error}{of}") from error
             some = error.setting in rest
             left_out.setdefault((lower.origin, error.reason), []).append(
                 error.setting + f" {_shown(error.value)}" * some
             )
             kept = rest
         else:
-            lines = origins(Layer(lower.origin, kept), flags)
+            lines = origins(Layer(lower.origin, kept), Layer(origin, flags))
             lines += [f"left out      {', '.join(names)} of {of}: {why}" for (of, why), names in left_out.items()]
             return Merged(config, tuple(lines))
 
 
-def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any]) -> Merged:
+def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any], origin: str = FLAGS) -> Merged:
     """The settings with which the run in `out` goes on: its own, changed where flags say so and that is allowed.
 
     With --config on the command line, `lower`, the settings are those of the file and the flags, as for a new run, so
@@ -168,9 +169,9 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any])
     if lower is None:
         config = config_with(flags, own)
         validate(config)
-        merged = Merged(config, tuple(origins(Layer(str(out / "config.json"), before), flags)))
+        merged = Merged(config, tuple(origins(Layer(str(out / "config.json"), before), Layer(origin, flags))))
     else:
-        merged = merge(lower, flags)
+        merged = merge(lower, flags, origin)
         sweep = merged.config.sweep
         if not sweep.features:  # the run's own depend on the width of its activations
             sweep = replace(sweep, features=own.sweep.features)
@@ -204,12 +205,14 @@ def _without(settings: dict[str, Any], error: Contradiction) -> dict[str, Any]:
     return settings if left == values else rest | ({error.setting: left} if left else {})
 
 
-def origins(lower: Layer, flags: Mapping[str, Any]) -> list[str]:
+def origins(lower: Layer, upper: Layer) -> list[str]:
     """The settings that are not the defaults, a line for each place that they came from."""
     defaults = flatten(Config())
-    of_lower = Layer(lower.origin, {name: value for name, value in lower.settings.items() if name not in flags})
+    of_lower = Layer(
+        lower.origin, {name: value for name, value in lower.settings.items() if name not in upper.settings}
+    )
     lines = []
-    for layer in (of_lower, Layer(FLAGS, flags)):
+    for layer in (of_lower, upper):
         shown = [f"{name} {_shown(value)}" for name, value in layer.settings.items() if value != defaults[name]]
         if shown:
             lines.append(f"settings      from {layer.origin}: {', '.join(shown)}")

@@ -1,0 +1,438 @@
+"""What a program calls: train a sweep, open a run, and look at what came out."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from jax_sae.activations.array_sources import array_sources, sources_of
+from jax_sae.activations.arrays import Rows, StoryArrays
+from jax_sae.activations.interruptible import Stopped
+from jax_sae.activations.sources import Sources, hold_out
+from jax_sae.analysis.evaluation import evaluate, evaluate_members
+from jax_sae.config import IN_MEMORY, Config, Member, config_from_dict, flatten, full_name, settings_in
+from jax_sae.errors import BadInput
+from jax_sae.figures.curves import member_colours, training_figure
+from jax_sae.figures.frontier import FrontierPoint, frontier_figure
+from jax_sae.language_model.hub import read_json
+from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.directory import choose_directory, holds_run
+from jax_sae.run.load import load_autoencoder, make_autoencoder
+from jax_sae.run.progress import content
+from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
+from jax_sae.run.settings import CALL, Layer, base, merge, settings_to_resume
+from jax_sae.run.train import Ended, OnStep
+from jax_sae.run.train import train as train_run
+from jax_sae.streams import quiet as in_quiet
+from jax_sae.streams import say
+from jax_sae.sweep.members import member_names, recorded_member, sweep_members
+from jax_sae.sweep.update import METRICS
+from jax_sae.trained import TrainedAutoencoder
+
+
+def train(
+    config: str | Path | Config | Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    activations: Any = None,
+    mask: Any = None,
+    on_step: OnStep | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> "Run":
+    """Train every autoencoder of a sweep at once, as `jax-sae train` does.
+
+        run = jax_sae.train(activations=x, kinds=["topk", "batchtopk"], features=4096, k=[16, 32, 64], steps=5000)
+        run = jax_sae.train("configs/demo_sparse.toml", out="runs/a")
+
+    Ctrl-C ends it after the steps under way and gives back the run so far; a second one raises `KeyboardInterrupt`.
+
+    Args:
+        config: a TOML file or the name of one that comes with the package, its tables as dictionaries, or a `Config`.
+            Without one, without settings and without activations it is the demo.
+        out: the run's directory, which may not hold a run yet. None: the run lives in memory and leaves nothing behind,
+            and there are no checkpoints but its end.
+        resume: go on from the newest checkpoint in `out`, with the run's own settings; activations in memory have to
+            be given again.
+        activations: what is read in place of a language model. Rows [N, D]; stories [N, T, D]; a list of stories [T, D]
+            or [n, T, D]: NumPy or JAX arrays or torch tensors of any float type. Or the path of a store, file or
+            folder; or a source (`jax_sae.activations.sources.Source`), whose end is held out, or two of them.
+        mask: which of [N, T, D] are tokens, [N, T], bool or 0 and 1.
+        on_step: is called with the number of steps done and a line of metrics, {member: {"loss_per_element", "l0",
+            ...}}, every `log_every` steps and at the end. If it returns something true, the run is stopped and saved.
+        quiet: nothing is printed, and there is no progress bar; warnings are Python's.
+        **settings: any setting of `jax-sae train --help` by its last name, such as steps, k, features or layer; of a
+            name that several tables have, the sweep's; else with its table's name before it: model_path, text_path,
+            train_seed. One value or a list where the sweep takes lists. Kinds may be classes.
+
+    Returns:
+        The run, finished or stopped.
+
+    Raises:
+        BadInput: if something given cannot be used.
+        RunFailed: if a checkpoint cannot be written, or every member has diverged.
+        KeyboardInterrupt: if Ctrl-C came before the first step could begin.
+    """
+    given = _settings_given(settings)
+    if isinstance(activations, str | Path):
+        given, activations = given | {"activations.path": str(activations)}, None
+    elif activations is not None:
+        given["activations.path"] = IN_MEMORY
+    if mask is not None and (isinstance(mask, str) or activations is None):
+        given, mask = given | {"activations.mask": str(mask)}, None
+    if config is None or isinstance(config, str | Path):
+        _, lower = base(None if config is None else Path(config), given)
+    else:
+        said = flatten(config) if isinstance(config, Config) else settings_in(config, "the config")
+        lower = Layer("the config", said)
+    directory = None if out is None else choose_directory(Path(os.path.expanduser(out)), resume, "")
+    if resume and directory is None:
+        raise BadInput("resume is true, but there is no out: give the directory of the run that is to go on")
+    if resume and directory:
+        merged = settings_to_resume(directory, None if config is None else lower, given, CALL)
+    else:
+        merged = merge(lower, given, CALL)
+    sources = None if activations is None else _sources(merged.config, activations, mask)
+    with in_quiet(quiet), _first_interrupt() as stop_requested:
+        try:
+            ended = train_run(
+                merged.config,
+                directory,
+                resume=resume,
+                stop_requested=stop_requested,
+                sources=sources,
+                first_lines=merged.lines,
+                on_step=on_step,
+            )
+        except Stopped as error:
+            raise KeyboardInterrupt("stopped before training began") from error
+    return Run(directory, ended.setup.config, sources, ended)
+
+
+def open_run(directory: str | Path) -> "Run":
+    """Open the run in a directory; it may be training.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    where = Path(os.path.expanduser(directory))
+    if not holds_run(where):
+        raise BadInput(f"{where} holds no run: there is no config.json; give the directory of one, such as runs/demo")
+    saved = read_json(where / "config.json")
+    saved.pop("versions", None)
+    return Run(where, config_from_dict(saved, str(where / "config.json")))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Run:
+    """A sweep that was trained, or is being trained: its members, what is known of them, and their use."""
+
+    directory: Path | None
+    """Where it is; None: in memory."""
+    config: Config
+    """All of its settings."""
+    sources: Sources | None = None
+    """What it was trained on, where a program gave it; `evaluate` reads it again."""
+    _ended: Ended | None = None
+    """Of a run that this process trained."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps at which the members can be had: those of checkpoints; of a run in memory, its last."""
+        if self.directory is None:
+            return [self._in_memory[1]["step"]]
+        if not (self.directory / "checkpoints").is_dir():
+            return []
+        with self._checkpoints() as checkpoints:
+            return checkpoints.steps()
+
+    @property
+    def step(self) -> int:
+        """The last of `steps`; 0 before the first checkpoint."""
+        return max(self.steps, default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it came to its last step and was measured on held-out tokens."""
+        return self.summary is not None
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The contents of `summary.json`, measured at the end on held-out tokens; None where there is no end yet."""
+        if self._ended and self._ended.summary:
+            return self._ended.summary
+        file = self.directory / "summary.json" if self.directory else None
+        return read_json(file) if file and file.exists() else None
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names, in the order of the sweep."""
+        return member_names(sweep_members(self.config.sweep))
+
+    @property
+    def members(self) -> dict[str, Member]:
+        """The members' settings, by their names: `run.members["topk-F4096-k32"].k`."""
+        if not self.steps:
+            return dict(zip(self.names, sweep_members(self.config.sweep), strict=True))
+        recorded = self._facts(None)["members"]
+        return {name: recorded_member(recorded[name]) for name in self.names}
+
+    def __getitem__(self, name: str) -> TrainedAutoencoder:
+        """The member of that name as it is at the last step: `run["topk-F4096-k32"].encode(x)`."""
+        return self.autoencoder(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The members' names."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """How many members there are."""
+        return len(self.names)
+
+    def autoencoder(self, name: str, step: int | None = None) -> TrainedAutoencoder:
+        """A member at a step; the last one if left out.
+
+        Raises:
+            BadInput: if there is no such member or step, or what is read is damaged.
+
+        Warns:
+            UserWarning: if the member had diverged; it is then as it was before that step.
+        """
+        self._refuse_unknown(name)
+        if self.directory is not None:
+            return load_autoencoder(self.directory, step=step, name=name)
+        arrays, facts = self._in_memory
+        self._facts(step)  # refuses a step that is not there
+        measured = {row["name"]: (row["l0"], row["fvu"]) for row in (self.summary or {"members": []})["members"]}
+        return make_autoencoder(arrays, facts, name, *measured.get(name, (None, None)))
+
+    def metrics(self, step: int | None = None) -> dict[str, dict[str, np.ndarray]]:
+        """Of each member, by its name, of every step up to `step`: loss_per_element, penalty_per_element and l0.
+
+        Float32 arrays [steps]; the losses are in normalised units; NaN from the step on at which a member diverged.
+        """
+        if self.directory is None:
+            self._facts(step)
+            tree = self._in_memory[0]
+        else:
+
+            def metrics_only(tree: Tree) -> Tree:
+                return {"members": {name: {"metrics": its["metrics"]} for name, its in tree["members"].items()}}
+
+            with self._checkpoints() as checkpoints:
+                tree = checkpoints.read_state(checkpoints.step_or_newest(step), metrics_only)
+        return {name: dict(tree["members"][name]["metrics"]) for name in self.names}
+
+    def table(self, step: int | None = None) -> Any:
+        """What is known of each member: a `pandas.DataFrame`, one row a member; without pandas a list of dictionaries.
+
+        Its settings; loss_per_element, penalty_per_element and l0 as in training, averaged over the last hundredth of
+        the steps; `diverged_at_step`. At the end of a finished run l0 is that of held-out tokens, and there are their
+        dead_features, fvu, pca_floor_fvu and fvu_over_floor.
+
+        Args:
+            step: of a checkpoint; the last one if left out.
+
+        Raises:
+            BadInput: if there is no such step.
+        """
+        rows = self._rows(step)
+        if not find_spec("pandas"):
+            return rows
+        import pandas as pd
+
+        return pd.DataFrame(rows).set_index("name")
+
+    def evaluate(self, step: int | None = None, tokens: int | None = None) -> dict[str, Any]:
+        """Measure every member on held-out tokens, as `jax-sae evaluate` does, and print tables.
+
+        Into the directory, if there is one, are written `evaluation.json` and its figures.
+
+        Args:
+            step: of a checkpoint; the last one if left out.
+            tokens: held-out tokens, whole stories up to this number; those of the run's settings if None.
+
+        Returns:
+            The contents of `evaluation.json`.
+
+        Raises:
+            BadInput: as `jax_sae.analysis.evaluation.evaluate`.
+        """
+        if self.directory is not None:
+            return evaluate(self.directory, step, tokens, self.sources)
+        members = {name: self.autoencoder(name, step) for name in self.names}
+        return evaluate_members("the run", members, self._facts(step), self.config, tokens, self.sources)[0]
+
+    def plot_frontier(self) -> Any:
+        """A matplotlib `Figure` of FVU against L0 on held-out tokens, with the line of PCA.
+
+        Raises:
+            BadInput: if the run is not finished, or not one member gives finite numbers.
+        """
+        summary = self._summary("the frontier")
+        points = [
+            FrontierPoint(row["name"], row["kind"], row["l0"], row["fvu"])
+            for row in summary["members"]
+            if row["fvu"] is not None
+        ]
+        if not points:
+            raise BadInput(f"{self._name}: not one member gives finite numbers, so there is no frontier")
+        pca = summary.get("pca")  # runs of version 0.4 and before do not have it
+        curve = (pca["directions"], pca["fvu"]) if pca else None
+        return frontier_figure(points, curve, f"{self._name}: {summary['held_out_tokens']:,} held-out tokens")
+
+    def plot_training(self, step: int | None = None) -> Any:
+        """A matplotlib `Figure` of reconstruction loss, penalty and proportion of active features over steps."""
+        metrics, members = self.metrics(step), self.members
+        stacked = np.stack([np.stack([its[metric] for metric in METRICS], -1) for its in metrics.values()], 1)
+        width = self[self.names[0]].width
+        features = [member.features for member in members.values()]
+        colours = member_colours(list(members.values()), width)
+        return training_figure(self.names, colours, stacked, features, f"{self._name}: training")
+
+    def __repr__(self) -> str:
+        """One line, and a table of the members."""
+        rows = self._shown()
+        return "\n".join([self._title, *table(list(rows[0]), [list(row.values()) for row in rows])])
+
+    def _repr_html_(self) -> str:
+        """The same, in a notebook."""
+        rows = self._shown()
+        header = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
+        return f"<b>{escape(self._title)}</b><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+
+    @property
+    def _name(self) -> str:
+        return self.directory.name if self.directory else "the run"
+
+    @property
+    def _title(self) -> str:
+        where = f"{str(self.directory)!r}, " if self.directory else ""
+        return f"Run({where}{len(self)} members, step {self.step:,} of {self.config.train.steps:,})"
+
+    def _shown(self) -> list[dict[str, str]]:
+        if not self.steps:
+            return [{"member": name} for name in self.names]
+        columns = {"name": "member", "loss_per_element": "loss/element", "l0": "L0", "fvu": "FVU"}
+        columns |= {"pca_floor_fvu": "PCA floor", "dead_features": "dead"}
+        return [{title: _text(row[name]) for name, title in columns.items() if name in row} for row in self._rows(None)]
+
+    def _rows(self, step: int | None) -> list[dict[str, Any]]:
+        facts, summary = self._facts(step), self.summary
+        if summary and facts["step"] == self.config.train.steps:
+            return list(summary["members"])
+        metrics = self.metrics(facts["step"])
+        return [
+            {
+                "name": name,
+                **facts["members"][name],
+                "diverged_at_step": facts["diverged_at_step"].get(name),
+                **{
+                    metric: finite_or_none(float(mean_of_last_steps(values)))
+                    for metric, values in metrics[name].items()
+                },
+            }
+            for name in self.names
+        ]
+
+    def _summary(self, what: str) -> dict[str, Any]:
+        if (summary := self.summary) is None:
+            raise BadInput(
+                f"{self._name} is at step {self.step} of {self.config.train.steps} and has not been measured on "
+                f"held-out tokens, which {what} needs; finish it, or use run.evaluate()"
+            )
+        return summary
+
+    @cached_property
+    def _in_memory(self) -> tuple[Tree, Tree]:
+        assert self._ended is not None
+        return content(self._ended.progress, self._ended.setup)
+
+    def _facts(self, step: int | None) -> Tree:
+        """The JSON of a checkpoint."""
+        if self.directory is not None:
+            with self._checkpoints() as checkpoints:
+                return checkpoints.read_run(checkpoints.step_or_newest(step))
+        facts = self._in_memory[1]
+        if step not in (None, facts["step"]):
+            raise BadInput(
+                f"a run in memory has its last step, {facts['step']}, and not step {step}; give train an out to keep "
+                "checkpoints"
+            )
+        return facts
+
+    def _checkpoints(self) -> Checkpoints:
+        assert self.directory is not None
+        return Checkpoints(self.directory / "checkpoints", read_only=True)
+
+    def _refuse_unknown(self, name: str) -> None:
+        if name not in self.names:
+            raise BadInput(f"{self._name} has no member {name!r}; its members are {', '.join(self.names)}")
+
+
+def _settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments -> settings by their dotted names, checked."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        group, _, setting = full_name(name).partition(".")
+        tables.setdefault(group, {})[setting] = value
+    return settings_in(tables, CALL)
+
+
+def _sources(config: Config, activations: Any, mask: Any) -> Sources:
+    """Of what a program gave, the source to train on, the held-out one, and lines that say so."""
+    given = activations if isinstance(activations, tuple) else (activations,)
+    if isinstance(activations, Rows | StoryArrays):
+        return sources_of(config, activations, [])
+    if not all(hasattr(each, "count_tokens") and hasattr(each, "digests") for each in given):
+        return array_sources(config, activations, mask)
+    if len(given) == 1:
+        return hold_out(given[0], config)
+    if len(given) == 2:
+        return given[0], given[1], [f"activations   {given[0].name}", f"held out      {given[1].name}"]
+    raise BadInput(
+        f"activations are {len(given)} sources; one, or one to train on and one that is held out, is expected"
+    )
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[Callable[[int], bool]]:
+    """Within it the first Ctrl-C is remembered, and what is yielded says so; the second one raises, as usual.
+
+    In a thread other than the main one Python lets nobody listen.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+        say(["stopping: the steps under way are finished first; once more to break off"])
+
+    listens = callable(before)  # it may be ignored, or another program's
+    if listens:
+        signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda step: bool(received)
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, before)
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
