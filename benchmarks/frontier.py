@@ -256,7 +256,8 @@ def compare(options: Options, path: str) -> None:
         if kind in PENALISED:
             wanted[kind] = [replace(base, kind=kind, l1_coefficient=value) for value in options.l1]
         elif kind == "jumprelu":
-            target = best[kind, float(options.k)][1].l0  # it does not reach its own: equal L0 counts
+            reached = best[kind, float(options.k)][1].l0
+            target = reached if reached < options.features / 2 else options.k  # theirs may miss it: equal L0 counts
             wanted[kind] = [replace(base, kind=kind, target_l0=part * target) for part in (0.8, 1.0, 1.25)]
         else:
             wanted[kind] = [replace(base, kind=kind, k=options.k)]
