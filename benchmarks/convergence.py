@@ -30,7 +30,7 @@ from timing import ratios, report
 
 from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset, identity
-from jax_sae.activations.sources import Source, open_sources
+from jax_sae.activations.sources import Source, Wrapped, open_sources
 from jax_sae.commands.process import run_script
 from jax_sae.config import Config, SweepConfig, load_config, validate
 from jax_sae.errors import BadInput
@@ -74,30 +74,14 @@ class Story:
 
 
 @dataclass(frozen=True, eq=False)
-class InMemory:
+class InMemory(Wrapped):
     """A source whose stories were harvested before: every run reads them."""
 
-    source: Source
     stories: list[Story]
-
-    @property
-    def name(self) -> str:
-        """What it is, for messages."""
-        return self.source.name
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.source.width
 
     def __len__(self) -> int:
         """Return the number of stories."""
         return len(self.stories)
-
-    @property
-    def has_stories(self) -> bool:
-        """Whether an item is a story."""
-        return True
 
     def read(self, items: Sequence[int]) -> list[Story]:
         """Return these stories."""
@@ -110,10 +94,6 @@ class InMemory:
     def count_tokens(self) -> tuple[int, bool]:
         """The tokens of all stories, which is exact."""
         return sum(map(len, self.stories)), True
-
-    def digests(self) -> dict[str, str]:
-        """Those of what was harvested."""
-        return self.source.digests()
 
 
 def harvest_all(source: Source) -> InMemory:

@@ -143,17 +143,15 @@ def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Items `first` to `last` of a source."""
+class Wrapped:
+    """A source that is asked in place of another one, which answers what a subclass does not."""
 
     source: Source
-    first: int
-    last: int
 
     @property
     def name(self) -> str:
         """What it is, for messages."""
-        return f"items {self.first} to {self.last - 1} of {self.source.name}"
+        return self.source.name
 
     @property
     def width(self) -> int:
@@ -167,24 +165,49 @@ class Part:
 
     def __len__(self) -> int:
         """Return the number of items."""
-        return self.last - self.first
+        return len(self.source)
 
     def read(self, items: Sequence[int]) -> Sequence[Any]:
         """Read these items, in this order."""
-        return self.source.read([self.first + int(i) for i in items])
+        return self.source.read(items)
 
     def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
         return self.source.activations(items)
 
     def count_tokens(self) -> tuple[int, bool]:
+        """The tokens of one epoch, and whether that number is exact."""
+        return self.source.count_tokens()
+
+    def digests(self) -> dict[str, str]:
+        """Of all that decides the activations."""
+        return self.source.digests()
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Wrapped):
+    """Items `first` to `last` of a source."""
+
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"items {self.first} to {self.last - 1} of {self.source.name}"
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.last - self.first
+
+    def read(self, items: Sequence[int]) -> Sequence[Any]:
+        """Read these items, in this order."""
+        return self.source.read([self.first + int(i) for i in items])
+
+    def count_tokens(self) -> tuple[int, bool]:
         """As many as its part of all items, an estimate."""
         tokens, _ = self.source.count_tokens()
         return round(tokens * len(self) / max(1, len(self.source))), False
-
-    def digests(self) -> dict[str, str]:
-        """Those of the whole source."""
-        return self.source.digests()
 
 
 Sources = tuple[Source, Source, list[str]]
