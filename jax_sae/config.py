@@ -176,7 +176,7 @@ class Member:
     )
     """Peak learning rate; without it, 0.1 / sqrt(F)."""
     kind: str = setting("relu", list="kinds")
-    """A file of jax_sae/autoencoder/kinds."""
+    """A file of jax_sae/autoencoder/kinds, or module:Class of one of your own."""
     l1_coefficient: float | None = setting(
         listed=True, sparsity=True, label="lambda", check=not_negative, most=math.inf, traced="float32"
     )
@@ -261,7 +261,8 @@ class SweepConfig(Lists):
 
     # Every setting of `Member` has a list here, with its name and text; these are called or said otherwise.
     kinds: tuple[str, ...] = ("relu",)
-    """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds."""
+    """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds; or module:Class of
+    one of your own (docs/add_a_kind.md)."""
     features: tuple[int, ...] = ()
     """Numbers of features F; without one, 8 times the width D of the activations."""
     seeds: tuple[int, ...] = (0,)

@@ -34,8 +34,8 @@ _decode_compiled = jax.jit(_decode, static_argnames="model")
 
 
 @lru_cache(maxsize=256)
-def _model(kind: str, width: int, features: int, most_k: int) -> Autoencoder:
-    return kind_named(kind)(width, features, most_k=most_k, is_trained=False)
+def _model(kind: type[Autoencoder], width: int, features: int, most_k: int) -> Autoencoder:
+    return kind(width, features, most_k=most_k, is_trained=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class TrainedAutoencoder:
     normalization: Normalization
     """What was fitted to the run's activations; the identity where each story has its own."""
     kind: str = field(metadata={"static": True})
-    """A file of jax_sae/autoencoder/kinds."""
+    """A file of jax_sae/autoencoder/kinds, or module:Class of one from elsewhere."""
     per_story: bool = field(default=False, metadata={"static": True})
     """Whether the run normalised each story by its own mean and scale."""
     exclude_first_tokens: int = field(default=0, metadata={"static": True})
@@ -205,7 +205,8 @@ class TrainedAutoencoder:
     def _model(self) -> Autoencoder:
         """The Flax module of its kind; how many features topk looks at follows from k, where that is known."""
         k = self.settings.get("k", 0)
-        return _model(self.kind, self.width, self.features, 0 if is_traced(k) else int(k))
+        most_k = 0 if is_traced(k) else int(k)
+        return _model(kind_named(self.kind), self.width, self.features, most_k)  # type: ignore[arg-type]
 
     def _checked(self, x: ArrayLike) -> np.ndarray | jax.Array:
         if (ndim := self.params["W_enc"].ndim) != 2:

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 
 from jax_sae.activations.sources import Source
-from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import SPACE_TO_SPARE
@@ -70,7 +69,7 @@ def _memory(setup: Setup) -> str:
     step = 0
     for group in setup.groups:
         at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
-        couples_tokens = kind_named(group.form.kind).couples_tokens
+        couples_tokens = group.form.kind.couples_tokens
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
         step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * D) * 4
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there

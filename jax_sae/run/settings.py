@@ -109,7 +109,7 @@ def _kinds_asked_for(flags: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _of_kinds(layer: Layer, kinds: tuple[str, ...]) -> Layer:
     """The layer for some kinds, without the settings that none of them has."""
-    others = {f"sweep.{name}" for name, having in of_some_kinds().items() if not set(having) & set(kinds)}
+    others = {f"sweep.{name}" for name, having in of_some_kinds(*kinds).items() if not set(having) & set(kinds)}
     settings = {name: value for name, value in layer.settings.items() if name not in others}
     return replace(layer, settings=settings | {"sweep.kinds": kinds})
 

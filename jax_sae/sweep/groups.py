@@ -17,7 +17,8 @@ WIDEST_PADDING = 1.05
 class Form:
     """What members share that are computed together, each operation on all of them."""
 
-    kind: str
+    kind: type[Autoencoder]
+    """The class, not its name: one that is defined anew in a notebook is compiled anew."""
     unit_decoder: bool
     resamples: int
     penalised: bool
@@ -35,13 +36,11 @@ class Form:
     @property
     def counts_tokens(self) -> bool:
         """Whether it is counted since when each feature has not fired."""
-        return self.resamples > 0 or "auxk_coefficient" in kind_named(self.kind).settings
+        return self.resamples > 0 or "auxk_coefficient" in self.kind.settings
 
     def model(self, width: int, precision: Precision) -> Autoencoder:
         """The Flax module of the members."""
-        return kind_named(self.kind)(
-            width, self.features, precision=precision, most_k=self.most_k, penalised=self.penalised
-        )
+        return self.kind(width, self.features, precision=precision, most_k=self.most_k, penalised=self.penalised)
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,12 @@ class Group:
     @property
     def form(self) -> Form:
         """What its members share."""
-        first = self.members[0]
+        first, kind = self.members[0], kind_named(self.members[0].kind)
         return Form(
-            first.kind,
+            kind,
             first.decoder_norm == "unit",
             first.resamples or 0,
-            any(getattr(member, name) for member in self.members for name in kind_named(first.kind).penalties),
+            any(getattr(member, name) for member in self.members for name in kind.penalties),
             self.features,
             max(member.k or 0 for member in self.members),
         )

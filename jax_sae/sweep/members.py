@@ -1,6 +1,8 @@
 """The settings of a sweep -> its members: complete, checked and named."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -23,13 +25,10 @@ LEARNING_RATE_WIDTH = 2**14
 """F at which `scale_learning_rates` changes nothing."""
 
 
-def of_some_kinds() -> dict[str, list[str]]:
-    """Each setting that not every kind has, and the kinds that have it."""
-    return {
-        name: [kind for kind in kind_names() if name in kind_named(kind).settings]
-        for name, facts in SETTINGS.items()
-        if facts.listed
-    }
+def of_some_kinds(*kinds: str) -> dict[str, list[str]]:
+    """Each setting that not every kind has, and the kinds that have it: of those in the package and of `kinds`."""
+    listed = {kind: kind_named(kind).settings for kind in (*kind_names(), *kinds)}
+    return {name: [kind for kind in listed if name in listed[kind]] for name, f in SETTINGS.items() if f.listed}
 
 
 def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
@@ -68,7 +67,8 @@ def _explicit(sweep: SweepConfig) -> list[Member]:
     Raises:
         BadInput: if a list has several values.
     """
-    only, members = of_some_kinds(), list(sweep.members)
+    members, kinds = list(sweep.members), [member.kind for member in sweep.members]
+    only = of_some_kinds(*kinds)
     for name in OPTIONAL if members else ():
         values = getattr(sweep, name)
         if len(values) > 1:
@@ -80,7 +80,6 @@ def _explicit(sweep: SweepConfig) -> list[Member]:
                 value=values,
                 others=("sweep.members",),
             )
-        kinds = [member.kind for member in members]
         if values and not set(kinds) & set(only.get(name, kinds)):
             raise _of_another_kind(name, values, kinds, only[name])
         for i, member in enumerate(members):
@@ -96,14 +95,13 @@ def combinations(sweep: SweepConfig) -> list[Member]:
         BadInput: if a list is given that none of the kinds has.
     """
     lists = {name: getattr(sweep, facts.list or name) for name, facts in SETTINGS.items()}
-    only = of_some_kinds()
+    only = of_some_kinds(*sweep.kinds)
     for name, kinds in only.items():
         if lists[name] and not set(kinds) & set(sweep.kinds):
             raise _of_another_kind(name, lists[name], sweep.kinds, kinds)
     order = ["features", *(n for n in OPTIONAL if lists[n]), "seed", *["learning_rate"] * bool(sweep.learning_rates)]
     found = []
     for kind in sweep.kinds:
-        kind_named(kind)
         names = [name for name in order if kind in only.get(name, [kind])]
         for values in product(*(lists[name] for name in names)):
             found.append(Member(kind=kind, **dict(zip(names, values, strict=True))))
@@ -128,7 +126,7 @@ def complete(member: Member) -> Member:
         BadInput: if it has a setting that its kind does not have.
     """
     kind = kind_named(member.kind)
-    for name, kinds in of_some_kinds().items():
+    for name, kinds in of_some_kinds(member.kind).items():
         if getattr(member, name) is not None and member.kind not in kinds:
             raise _of_another_kind(name, (getattr(member, name),), (member.kind,), kinds)
     defaults = GENERAL | dict(kind.defaults(settings_of(member)))
@@ -228,16 +226,25 @@ def describe_member(member: Member) -> str:
 def member_names(members: Sequence[Member]) -> list[str]:
     """One name a member, unique: F768, with topk- before it in a sweep of several kinds, and what tells apart behind.
 
-    Such as F768-seed1, F768-lr0.001, topk-F768-k32.
+    Such as F768-seed1, F768-lr0.001, topk-F768-k32. A kind from elsewhere is called by its class, with its module in
+    front where another one is called alike.
     """
-    several_kinds = len({member.kind for member in members}) > 1
+    kinds = list(dict.fromkeys(member.kind for member in members))
+    short = {kind: re.split("[:.]", kind)[-1] for kind in kinds}
+    times = Counter(each.lower() for each in short.values())  # as some disks see them
+    called = {kind: short[kind] if times[short[kind].lower()] == 1 else _dotted(kind) for kind in kinds}
     names = []
     for member in members:
         alike = [other for other in members if (other.kind, other.features) == (member.kind, member.features)]
-        name = f"{member.kind}-" * several_kinds + f"F{member.features}"
+        name = f"{called[member.kind]}-" * (len(kinds) > 1) + f"F{member.features}"
         for setting in [*OPTIONAL, "seed", "learning_rate"]:
             value = getattr(member, setting)
             if value is not None and len({getattr(other, setting) for other in alike}) > 1:
                 name += f"-{SETTINGS[setting].label or setting}{value}"
         names.append(name)
     return names
+
+
+def _dotted(kind: str) -> str:
+    """`module:Class` as a part of a file's name."""
+    return kind.replace(":", ".").replace("<locals>.", "")

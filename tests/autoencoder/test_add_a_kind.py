@@ -1,4 +1,4 @@
-"""The kind that `docs/add_a_kind.md` adds, taken out of that page, is a kind like the others."""
+"""The kinds that `docs/add_a_kind.md` adds, taken out of that page, are kinds like the others."""
 
 import re
 import sys
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +18,37 @@ from running import REPOSITORY, initial, never, stop_at
 import jax_sae
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder import kinds
-from jax_sae.autoencoder.kinds import kind_named, kind_names
-from jax_sae.autoencoder.model import loss
+from jax_sae.autoencoder.kinds import kind_name, kind_named, kind_names
+from jax_sae.autoencoder.model import Autoencoder, encode, loss
+from jax_sae.commands.flags import parse
 from jax_sae.config import Config, Member, SweepConfig, TrainConfig, config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.run.train import train
-from jax_sae.sweep.members import sweep_members
+from jax_sae.sweep.groups import Group
+from jax_sae.sweep.members import complete, member_names, sweep_members
 
 PAGE = (REPOSITORY / "docs" / "add_a_kind.md").read_text()
+TANH, MY_KINDS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+OWN = "my_kinds:ShrunkTopK"
 
 
 @pytest.fixture
 def with_tanh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A file tanh.py among the kinds: the page's only block of Python."""
-    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "tanh.py").write_text(code)
+    """A file tanh.py among the kinds: the page's first block of Python."""
+    (tmp_path / "tanh.py").write_text(TANH)
     monkeypatch.setattr(kinds, "__path__", [*kinds.__path__, str(tmp_path)])
     yield
     sys.modules.pop("jax_sae.autoencoder.kinds.tanh", None)
+
+
+@pytest.fixture
+def my_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on Python's path with my_kinds.py: the page's second block."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "my_kinds.py").write_text(MY_KINDS)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    yield tmp_path / "path"
+    sys.modules.pop("my_kinds", None)
 
 
 @pytest.mark.usefixtures("with_tanh")
@@ -50,23 +64,98 @@ def test_its_loss_is_its_formula() -> None:
     assert found.squared_error == pytest.approx(np.square(features @ p["W_dec"] + p["b_dec"] - x[:5]).sum(), rel=1e-5)
 
 
-@pytest.mark.usefixtures("with_tanh")
-def test_it_is_trained_resumed_loaded_and_evaluated_beside_relu(demo_config: Config, tmp_path: Path) -> None:
-    """With the page's sweep, nothing else being told of it; resuming gives the same bits."""
+@pytest.mark.usefixtures("my_kinds")
+def test_the_loss_of_the_subclass_has_the_term_that_it_adds() -> None:
+    """lambda times features times norms, as NumPy has them, on top of topk's."""
+    state = initial(Member(6, kind=OWN, k=2, l1_coefficient=0.3, decoder_norm="free"), 4, TrainConfig())
+    values = {**state.settings, "ramp": jnp.float32(0.5), "dead": jnp.zeros(6, bool), "any_dead": jnp.bool(False)}
+    x, weights = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32), jnp.float32([1, 1, 1, 1, 1, 0])
+    own, topk = (loss(kind_named(kind)(4, 6, most_k=2), state.params, values, x, weights) for kind in (OWN, "topk"))
+    features = encode(kind_named("topk")(4, 6, most_k=2), state.params, values, x[:5])
+    l1 = (np.asarray(features) * np.linalg.norm(state.params["W_dec"], axis=1)).sum()
+    assert own.penalty - topk.penalty == pytest.approx(0.5 * 0.3 * l1, rel=1e-5) and l1 > 0
+    assert own.squared_error == topk.squared_error
+
+
+@pytest.mark.usefixtures("with_tanh", "my_kinds")
+def test_they_are_trained_resumed_loaded_and_evaluated_beside_others(demo_config: Config, tmp_path: Path) -> None:
+    """With the page's sweep and flag, nothing else being told of them; resuming gives the same bits."""
     import tomllib
 
     [toml] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-    sweep = replace(config_from_dict(tomllib.loads(toml), "the page").sweep, features=(20,))
+    flags = parse(["--sweep.kinds", "tanh", "topk", OWN]).settings
+    sweep = config_from_dict(tomllib.loads(toml), "the page").sweep
+    sweep = replace(sweep, features=(20,), k=(3,), kinds=flags["sweep.kinds"])
     config = replace(demo_config, sweep=sweep)
     assert train(config, tmp_path / "whole", resume=False, stop_requested=never)
     assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7))
     assert train(config, tmp_path / "run", resume=True, stop_requested=never)
+    sys.modules.pop("my_kinds")  # as in another process
     x = np.random.default_rng(0).normal(size=(3, 64))
-    for name in ("tanh-F20-lambda2.0", "tanh-F20-lambda5.0"):
+    kinds = {"tanh-F20-lambda2.0": "tanh", "tanh-F20-lambda5.0": "tanh", "topk-F20": "topk"}
+    for name, kind in {**kinds, "ShrunkTopK-F20-lambda2.0": OWN, "ShrunkTopK-F20-lambda5.0": OWN}.items():
         sae, same = (jax_sae.load_autoencoder(tmp_path / run, name=name) for run in ("run", "whole"))
-        assert sae.member.kind == "tanh" and sae.encode(x).shape == (3, 20)
+        assert sae.member.kind == kind and sae.encode(x).shape == (3, 20)
         assert all(map(np.array_equal, jax.tree.leaves(sae.params), jax.tree.leaves(same.params)))
-    assert {member["kind"] for member in evaluate(tmp_path / "run", n_tokens=300)["members"]} == {"relu", "tanh"}
+    assert not np.array_equal(
+        sae.params["W_enc"], jax_sae.load_autoencoder(tmp_path / "run", name="topk-F20").params["W_enc"]
+    )
+    evaluated = evaluate(tmp_path / "run", n_tokens=300)["members"]
+    assert {member["kind"] for member in evaluated} == {"tanh", "topk", OWN}
+
+
+def test_a_class_that_cannot_be_imported_is_found_while_it_is_there(my_kinds: Path) -> None:
+    """As in a notebook; one that is defined anew is compiled anew, and two of one name are refused, not confused."""
+    TopK = kind_named("topk")
+
+    def define(scale: float) -> type[Autoencoder]:
+        class Doubled(TopK):  # type: ignore[valid-type, misc]
+            def encode(self, x: jax.Array, values: Any) -> jax.Array:
+                return scale * super().encode(x, values)
+
+        return Doubled
+
+    first = define(2.0)
+    name = kind_name(first)
+    assert name == f"{__name__}:{define.__qualname__}.<locals>.Doubled" and kind_named(name) is first
+    assert kind_name("topk") == kind_name(TopK) == "topk" and kind_name(kind_named(OWN)) == OWN
+    form = Group((complete(Member(8, kind=name)),), ("",)).form
+    (my_kinds / "yours.py").write_text(MY_KINDS)
+    members = [complete(Member(8, kind=kind)) for kind in ("topk", OWN, name)]
+    assert member_names(members) == ["topk-F8", "ShrunkTopK-F8", "Doubled-F8"]
+    others = [complete(Member(8, kind=kind)) for kind in ("yours:ShrunkTopK", OWN)]
+    assert member_names(others) == ["yours.ShrunkTopK-F8", "my_kinds.ShrunkTopK-F8"]
+    sys.modules.pop("yours")
+    second = define(3.0)
+    assert form != replace(form, kind=second)
+    with pytest.raises(BadInput, match=r"Doubled' means 2 classes; give each a name of its own"):
+        kind_name(second)
+
+
+NO_KINDS = {
+    "no_such_module:Kind": "there is no kind 'no_such_module:Kind': module 'no_such_module' cannot be imported",
+    "my_kinds:Other": "there is no kind 'my_kinds:Other': module 'my_kinds' has no 'Other'; import or define the class",
+    "my_kinds:l1_norm": "kind my_kinds:l1_norm is not a subclass of jax_sae.autoencoder.model.Autoencoder",
+    "broken:Kind": r"module 'broken' cannot be imported \(ZeroDivisionError: division by zero\)",
+    "parts:Part": "kind parts:Part has no encode and no loss of its own",
+    "parts:Odd": "kind parts:Odd has the setting 'oddity', which no member has; known are features, seed,",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NO_KINDS.items(), ids=NO_KINDS)
+def test_what_is_no_kind_is_refused_in_one_line(name: str, message: str, my_kinds: Path) -> None:
+    """By its name, wherever it stands."""
+    (my_kinds / "broken.py").write_text("1 / 0\n")
+    parts = "from my_kinds import *\nfrom jax_sae.autoencoder.model import Autoencoder\n"
+    parts += "class Part(Autoencoder): pass\nclass Odd(TopK): settings = {'oddity': 1.0}\n"
+    (my_kinds / "parts.py").write_text(parts)
+    try:
+        for sweep in (SweepConfig(kinds=(name,), features=(8,)), SweepConfig(members=(Member(8, kind=name),))):
+            with pytest.raises(BadInput, match=message) as error:
+                sweep_members(sweep)
+            assert "\n" not in str(error.value)
+    finally:
+        sys.modules.pop("parts", None)
 
 
 def test_it_is_not_there_otherwise() -> None:

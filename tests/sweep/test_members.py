@@ -109,7 +109,7 @@ def test_names_say_what_tells_members_apart() -> None:
 def test_groups_are_of_one_kind_decoder_norm_and_number_of_resamplings() -> None:
     """And of nearly equal width, but matryoshka of equal width; k and lambda may differ, the largest k counts."""
     groups = make_groups(sweep_members(SPARSE))
-    assert [(group.form.kind, len(group.members), group.form.most_k) for group in groups] == [
+    assert [(group.members[0].kind, len(group.members), group.form.most_k) for group in groups] == [
         ("relu", 4, 0),
         ("topk", 4, 8),
         ("jumprelu", 2, 0),
