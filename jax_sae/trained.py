@@ -1,5 +1,6 @@
 """A trained autoencoder: activations in the language model's own scale -> features -> activations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,9 +14,11 @@ from jax_sae.activations.normalize import Normalization, denormalize, estimate_s
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
 from jax_sae.card import card
-from jax_sae.config import Config, Member
+from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.rows import as_float32, by_rows, is_traced, widened
+from jax_sae.sweep.groups import Group
+from jax_sae.sweep.update import SweepState, member_shapes, unstack
 
 
 def _encode(model: Autoencoder, params: Params, values: Values, normalization: Normalization, x: Any) -> jax.Array:
@@ -262,3 +265,26 @@ class TrainedAutoencoder:
     def _repr_html_(self) -> str:
         """A card, in a notebook."""
         return card(f"TrainedAutoencoder {self.name}", self._facts())
+
+
+def trained_members(
+    groups: Sequence[Group], state: SweepState, normalization: Normalization, train: TrainConfig
+) -> dict[str, TrainedAutoencoder]:
+    """The members of a sweep as they are after any step, by name; they encode in the scale before the normalisation.
+
+    Args:
+        groups: as `make_groups` made them.
+        state: as `init_sweep` and `update_many` gave it, a stacked state for each group.
+        normalization: by which the rows they were trained on were made of activations.
+        train: the settings that `state` was made with.
+    """
+    found = {}
+    for group, stacked in zip(groups, state, strict=True):
+        shapes = member_shapes(group, stacked.params["W_enc"].shape[-2], train)
+        for name, member, its in zip(group.names, group.members, unstack(stacked, shapes), strict=True):
+            kind = kind_named(member.kind)
+            memory = {each: its.memory[each] for each in kind.initial_memory()}
+            settings = {each: jnp.float32(its.settings[each]) for each in kind.encode_settings}
+            fitted = jax.tree.map(jnp.asarray, normalization)
+            found[name] = TrainedAutoencoder(its.params, memory, settings, fitted, kind=member.kind)
+    return found

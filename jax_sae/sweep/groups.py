@@ -70,7 +70,10 @@ class Group:
 
 
 def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
-    """Sort members into groups, by kind, narrowest first; F = 100, 767, 768, 1000 gives (100), (767, 768), (1000)."""
+    """Sort complete members into groups, by kind, narrowest first, and name them.
+
+    F = 100, 767, 768, 1000 gives (100), (767, 768), (1000).
+    """
     kinds = list(dict.fromkeys(member.kind for member in members))
     in_order = sorted(
         zip(members, member_names(members), strict=True), key=lambda pair: (kinds.index(pair[0].kind), pair[0].features)

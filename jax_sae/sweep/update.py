@@ -43,7 +43,14 @@ SweepState = tuple[MemberState, ...]
 
 
 def init_member(member: Member, width: int, train: TrainConfig, centres: Centres) -> MemberState:
-    """The state of a complete member at step 0, at its own number of features."""
+    """The state of a complete member at step 0, at its own number of features F.
+
+    Args:
+        member: as `sweep_members` completes it.
+        width: D.
+        train: its steps, schedules and batch size become the state's `settings`, its `precision` the products'.
+        centres: of normalised activations, what `decoder_bias` names is added to b_dec.
+    """
     form = Group((member,), ("",)).form
     start = {name: value for name, value in settings_of(member).items() if SETTINGS[name].initial}
     model = form.model(width, train.precision).clone(**start)
@@ -93,7 +100,11 @@ def padded_shape(shapes: list[MemberState]) -> MemberState:
 
 
 def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centres: Centres) -> SweepState:
-    """The state of every member at step 0; a member's initial values do not depend on the others."""
+    """The state of every member at step 0; a member's initial values do not depend on the others.
+
+    Arguments are as for `init_member`. Of each group, every array has a leading axis M, and F of the widest member;
+    `unstack` gives back the members at their own.
+    """
     return tuple(
         stack(
             [init_member(member, width, train, centres) for member in group.members],
@@ -108,29 +119,31 @@ def update_member(
     x: jax.Array,
     weights: jax.Array,
     step: jax.Array,
-    any_dead: jax.Array,
+    any_dead: jax.Array | bool = True,
     *,
     form: Form,
     train: TrainConfig,
 ) -> tuple[MemberState, jax.Array]:
-    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its METRICS [3].
+    """One optimiser step of one member on a batch x[B, D] with weights[B]; also its METRICS [3], float32.
+
+    A pure function, to be compiled, mapped or scanned over.
 
     A step whose loss or squared gradient norm is not finite is not taken, nor is any after it: the member keeps its
     last finite state, and its metrics are NaN from there on. No member sees another's numbers.
 
     Args:
         state: of the member.
-        x: [B, D].
-        weights: [B].
-        step: [] int32, steps before this one.
-        any_dead: [] bool, whether AuxK is worth computing.
-        form: what the member shares with those that are computed together.
-        train: settings of the run.
+        x: [B, D] float32, normalised: mean 0, and |x|^2 is D on average.
+        weights: [B] float32, 1 for a token, 0 for padding.
+        step: [] int32, steps before this one; schedules go by it.
+        any_dead: [] bool, whether AuxK is worth computing; True is always right.
+        form: what the member shares with those that are computed together, as its group gives it.
+        train: the settings that the state was made with.
     """
     model = form.model(x.shape[-1], train.precision)
     dead = dead_features(state)
     ramp = penalty_ramp(step, state.settings)
-    values = {**state.settings, **state.memory, "ramp": ramp, "dead": dead, "any_dead": any_dead}
+    values: dict[str, Any] = {**state.settings, **state.memory, "ramp": ramp, "dead": dead, "any_dead": any_dead}
     terms, gradient = terms_and_gradient(model, state.params, values, x, weights)
     if form.unit_decoder:
         gradient["W_dec"] = along_the_sphere(gradient["W_dec"], state.params["W_dec"])
@@ -300,17 +313,18 @@ def update_many(
     program serves up to the next checkpoint as well as the whole run, and a resumed run computes the same bits.
 
     Args:
-        state: is donated.
-        x: [batches, B, D].
-        weights: [batches, B].
+        state: as `init_sweep` gives it. It is donated: use the one that comes back.
+        x: [batches, B, D] float32, normalised: mean 0, and |x|^2 is D on average.
+        weights: [batches, B] float32, 1 for a token, 0 for padding.
         first: number of the first batch to use.
         last: number after the last.
-        step: steps before the first of them.
-        forms: of the groups.
-        train: settings of the run.
+        step: steps before the first of them; schedules go by it.
+        forms: of the groups, in their order.
+        train: the settings that the state was made with.
 
     Returns:
-        The state after them, and METRICS [batches, M, 3], 0 outside first to last.
+        The state after them, and METRICS [batches, M, 3] float32, 0 outside first to last; M are the members of all
+        groups, in the groups' order.
     """
     results = [
         update_group(group, x, weights, first, last, step, form=form, train=train)
