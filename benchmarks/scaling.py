@@ -101,7 +101,8 @@ def xla_megabytes(
 ) -> float | str:
     """What the compiled steps need, by XLA's own account; a text where it gives none."""
     forms = tuple(group.form for group in groups)
-    compiled = update_many.lower(state, x, weights, 0, steps, 0, forms=forms, train=train).compile()
+    jitted = jax.jit(update_many, static_argnames=("forms", "train"), donate_argnames="state")
+    compiled = jitted.lower(state, x, weights, 0, steps, 0, forms=forms, train=train).compile()
     found = compiled.memory_analysis()
     if found is None:
         return "not told"

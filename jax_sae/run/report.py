@@ -50,8 +50,8 @@ class Log:
         self._names, self._members = setup.names(), setup.members()
         self._diverged = progress.diverged_at()
         settings = [traced_settings(member, train) for member in self._members]
-        self._settings = {name: jnp.stack([each[name] for each in settings]) for name in settings[0]}
-        self._steps = train.steps
+        of_schedules = ("schedule", "warmup_steps", "decay_steps", "steps")
+        self._settings = {name: jnp.stack([each[name] for each in settings]) for name in of_schedules}
         self._bar = progress_bar(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
@@ -109,7 +109,7 @@ class Log:
 
     def metrics(self, progress: Progress, step: int) -> dict[str, dict[str, float | None]]:
         """Of each member by its name, METRICS averaged over the `log_every` steps up to this one; the learning rate."""
-        relative = np.asarray(relative_learning_rate(step - 1, self._settings, self._steps), np.float64)
+        relative = np.asarray(relative_learning_rate(step - 1, self._settings), np.float64)
         return {
             name: {
                 **{metric: finite_or_none(mean) for metric, mean in zip(METRICS, means, strict=True)},

@@ -12,6 +12,7 @@ import optax
 from jax_sae.autoencoder.model import Values
 from jax_sae.config import SETTINGS, Member, Schedule, TrainConfig
 from jax_sae.sweep.members import settings_of
+from jax_sae.sweep.resampling import resampling_steps
 
 MOST_TOKENS_TO_DIE = 10_000_000
 """After so many tokens without firing a feature is dead (Gao et al. 2024, A.2), or after a tenth of a shorter run."""
@@ -25,7 +26,7 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
     They are those that `config.SETTINGS` says are traced, NumPy's scalars of its dtypes. Parts of the steps become
     `warmup_steps`, `decay_steps` and `penalty_warmup_steps`; `schedule` is its place in `config.Schedule`, all int32;
     `dead_after_tokens` is a tenth of the run's, MOST_TOKENS_TO_DIE at most, where the member does not say it. What the
-    kind does not have is 0.
+    kind does not have is 0. A member that is resampled has `resampled_after`, [resamples] int32, too.
     """
     tenth_of_the_run = max(1, train.steps * train.batch_tokens // 10)
     unless_said = {**asdict(train), "dead_after_tokens": min(MOST_TOKENS_TO_DIE, tenth_of_the_run)}
@@ -35,22 +36,24 @@ def traced_settings(member: Member, train: TrainConfig) -> dict[str, Any]:
         "schedule": SCHEDULES.index(given["schedule"]),
         "warmup_steps": warmup_steps,
         "decay_steps": round(given["decay"] * (train.steps - warmup_steps)),
+        "steps": train.steps,
         "penalty_warmup_steps": round(given["penalty_warmup"] * train.steps),
     }
     traced = {name: facts.traced for name, facts in SETTINGS.items() if facts.traced}
     return {
         **{name: np.dtype(dtype).type(given.get(name, 0)) for name, dtype in traced.items()},
         **{name: np.int32(value) for name, value in of_schedules.items()},
+        **({"resampled_after": resampling_steps(member.resamples, train.steps)} if member.resamples else {}),
     }
 
 
-def relative_learning_rate(step: jax.Array | int, settings: Values, steps: int) -> jax.Array:
+def relative_learning_rate(step: jax.Array | int, settings: Values) -> jax.Array:
     """The learning rate at a step, counted from 0, as a part of the member's peak.
 
     (step + 1) / (W + 1) during the warm-up of W steps; then 1, and in the last `decay_steps` falling to 0 at the end of
     the run: cosine (1 + cos(pi t)) / 2 or linear 1 - t, t from 0 to 1.
     """
-    W, decay = settings["warmup_steps"], settings["decay_steps"]
+    W, decay, steps = (settings[name] for name in ("warmup_steps", "decay_steps", "steps"))
     t = jnp.clip(jnp.float32(step - (steps - decay)) / jnp.maximum(decay, 1), 0, 1)
     falling = jnp.stack([jnp.ones_like(t), (1 + jnp.cos(jnp.pi * t)) / 2, 1 - t])
     after = jnp.take_along_axis(falling, settings["schedule"][None], 0)[0]
@@ -112,6 +115,6 @@ def make_optimizer(settings: Values, train: TrainConfig) -> optax.GradientTransf
     """
 
     def schedule(step: jax.Array) -> jax.Array:
-        return settings["learning_rate"] * relative_learning_rate(step, settings, train.steps)
+        return settings["learning_rate"] * relative_learning_rate(step, settings)
 
     return optax.chain(scale_by_adam(train.beta1, train.beta2), optax.scale_by_learning_rate(schedule))

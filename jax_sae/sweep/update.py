@@ -15,7 +15,7 @@ from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group
 from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.optimizer import clipping, make_optimizer, penalty_ramp, traced_settings
-from jax_sae.sweep.resampling import resample, resampling_steps
+from jax_sae.sweep.resampling import resample
 
 METRICS = ("loss_per_element", "penalty_per_element", "l0")
 """What is told of each step: the squared error and all else that is minimised, both per token and per element of x, in
@@ -233,7 +233,7 @@ def count_tokens(since_fired: jax.Array, fired: jax.Array, tokens: jax.Array) ->
 def resample_at_its_steps(
     state: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: TrainConfig
 ) -> MemberState:
-    """The state with dead features resampled, after those steps that `resampling_steps` says; else as it is."""
+    """The state with dead features resampled, after the steps `resampled_after`; else as it is."""
     model = form.model(x.shape[-1], train.precision)
 
     def resampled(state: MemberState) -> MemberState:
@@ -246,7 +246,7 @@ def resample_at_its_steps(
         memory = {**state.memory, "tokens_since_fired": since_fired}
         return state._replace(params=params, opt_state=(adam, *rest), memory=memory)
 
-    is_due = jnp.any(resampling_steps(form.resamples, train.steps) == step + 1)
+    is_due = jnp.any(state.settings["resampled_after"] == step + 1)
     return jax.lax.cond(is_due, resampled, lambda state: state, state)
 
 
@@ -254,9 +254,9 @@ def update_group(
     group: MemberState,
     x: jax.Array,
     weights: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-    step: jax.Array,
+    first: int | jax.Array,
+    last: int | jax.Array,
+    step: int | jax.Array,
     *,
     form: Form,
     train: TrainConfig,
@@ -295,14 +295,13 @@ def snapshot(state: SweepState) -> SweepState:
     return jax.tree.map(jnp.copy, state)
 
 
-@partial(jax.jit, static_argnames=("forms", "train"), donate_argnames="state")
 def update_many(
     state: SweepState,
     x: jax.Array,
     weights: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
-    step: jax.Array,
+    first: int | jax.Array,
+    last: int | jax.Array,
+    step: int | jax.Array,
     *,
     forms: tuple[Form, ...],
     train: TrainConfig,
@@ -310,7 +309,8 @@ def update_many(
     """A step on each of the batches first, ..., last - 1 of a run, in one dispatch.
 
     The number of steps is traced (`lax.fori_loop`, which compiles to the same loop as `lax.scan`), so that one compiled
-    program serves up to the next checkpoint as well as the whole run, and a resumed run computes the same bits.
+    program serves up to the next checkpoint as well as the whole run, and a resumed run computes the same bits. It is
+    compiled once for all runs whose members have these forms, Adam's betas and the products' precision.
 
     Args:
         state: as `init_sweep` gives it. It is donated: use the one that comes back.
@@ -326,6 +326,22 @@ def update_many(
         The state after them, and METRICS [batches, M, 3] float32, 0 outside first to last; M are the members of all
         groups, in the groups' order.
     """
+    compiled_for = TrainConfig(precision=train.precision, beta1=train.beta1, beta2=train.beta2)  # the rest is traced
+    return _update_many(state, x, weights, first, last, step, forms=forms, train=compiled_for)
+
+
+@partial(jax.jit, static_argnames=("forms", "train"), donate_argnames="state")
+def _update_many(
+    state: SweepState,
+    x: jax.Array,
+    weights: jax.Array,
+    first: int | jax.Array,
+    last: int | jax.Array,
+    step: int | jax.Array,
+    *,
+    forms: tuple[Form, ...],
+    train: TrainConfig,
+) -> tuple[SweepState, jax.Array]:
     results = [
         update_group(group, x, weights, first, last, step, form=form, train=train)
         for group, form in zip(state, forms, strict=True)

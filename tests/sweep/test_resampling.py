@@ -1,6 +1,5 @@
 """Dead features, and nothing else, are set to activations that are reconstructed badly."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -165,9 +164,11 @@ def test_only_the_dead_change_and_only_at_the_steps(kind: str) -> None:
     train = TrainConfig(steps=16, batch_tokens=B, schedule="constant", warmup=0.0)
     settings = {**NEEDED.get(kind, {}), "k": 9 if kind == "topk" else None}
     member = complete(Member(F, 0, 1e-3, kind, dead_after_tokens=54, resamples=3, **settings))
-    step_of = partial(update_member, form=make_groups((member,))[0].form)
-    step = jax.jit(partial(step_of, train=train))
-    without = jax.jit(partial(step_of, train=replace(train, steps=10**6)))  # its steps never come
+    step = jax.jit(partial(update_member, form=make_groups((member,))[0].form, train=train))
+
+    def without(state: MemberState, *batch: Any) -> tuple[MemberState, jax.Array]:
+        return step(state._replace(settings=state.settings | {"resampled_after": np.full(3, 99, np.int32)}), *batch)
+
     state, since_fired = initial(member, D, train), np.zeros(F, int)
     changed_at = []
     for number in range(16):

@@ -217,7 +217,7 @@ def test_schedule_rises_to_one_and_ends_as_it_says(schedule: str) -> None:
     """Warm-up from above 0 to 1, then constant, or 0 at the end."""
     train = TrainConfig(steps=100, warmup=0.1, schedule=schedule)  # type: ignore[arg-type]
     settings = traced_settings(complete(Member(1)), train)
-    values = np.array([relative_learning_rate(step, settings, 100) for step in range(101)])
+    values = np.array([relative_learning_rate(step, settings) for step in range(101)])
     assert 0 < values[0] < 0.1 + 1e-6 and values[10] == 1
     assert np.all(np.diff(values[:11]) > 0) and np.all(np.diff(values[10:]) <= 1e-7)
     assert values[100] == pytest.approx(1 if schedule == "constant" else 0, abs=1e-6)
