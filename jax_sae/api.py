@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from html import escape
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from jax_sae.activations.arrays import Rows, StoryArrays
 from jax_sae.activations.interruptible import Stopped
 from jax_sae.activations.sources import Sources, hold_out
 from jax_sae.analysis.evaluation import evaluate, evaluate_members
+from jax_sae.autoencoder.kinds import kind_name
 from jax_sae.config import IN_MEMORY, Config, Member, config_from_dict, flatten, full_name, settings_in
 from jax_sae.errors import BadInput
 from jax_sae.figures.curves import member_colours, training_figure
@@ -94,7 +95,7 @@ def train(
     if config is None or isinstance(config, str | Path):
         _, lower = base(None if config is None else Path(config), given)
     else:
-        said = flatten(config) if isinstance(config, Config) else settings_in(config, "the config")
+        said = flatten(config) if isinstance(config, Config) else settings_in(_with_names(config), "the config")
         lower = Layer("the config", said)
     directory = None if out is None else choose_directory(Path(os.path.expanduser(out)), resume, "")
     if resume and directory is None:
@@ -388,7 +389,18 @@ def _settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         group, _, setting = full_name(name).partition(".")
         tables.setdefault(group, {})[setting] = value
-    return settings_in(tables, CALL)
+    return settings_in(_with_names(tables), CALL)
+
+
+def _with_names(value: Any) -> Any:
+    """The same with the name of each kind that is given as a class."""
+    if isinstance(value, Mapping):
+        return {name: _with_names(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_names(part) for part in value]
+    if isinstance(value, Member):
+        return _with_names({name: part for name, part in asdict(value).items() if part is not None})
+    return kind_name(value) if isinstance(value, type) else value
 
 
 def _sources(config: Config, activations: Any, mask: Any) -> Sources:

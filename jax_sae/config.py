@@ -360,7 +360,7 @@ def load_settings(path: Path) -> dict[str, Any]:
 def settings_in(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What nested tables say, by dotted names such as `train.steps`; types are checked, and not whether values fit.
 
-    Arrays of NumPy serve as lists and numbers, paths as strings, and a `Member` as its table.
+    Arrays of NumPy serve as lists and numbers, and paths as strings.
 
     Raises:
         BadInput: at the first key or type that does not fit; `where` names the tables.
@@ -376,8 +376,6 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple | range):
         return [_plain(part) for part in value]
-    if isinstance(value, Member):
-        return {name: part for name, part in dataclasses.asdict(value).items() if part is not None}
     if isinstance(value, Path):
         return str(value)
     return value.tolist() if hasattr(value, "tolist") else value

@@ -2,9 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ import pytest
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
+from jax_sae.autoencoder.kinds.relu import ReLU
+from jax_sae.autoencoder.loss import Terms
+from jax_sae.autoencoder.model import Values
 from jax_sae.config import Config, config_from_dict, full_name
 
 X = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32) * [4, 3, 2, 1, 1, 0.5] + 3
@@ -119,6 +122,31 @@ def test_ctrl_c_gives_back_the_run_so_far(capsys: pytest.CaptureFixture[str]) ->
     told = capsys.readouterr().out
     assert "stopping: the steps under way are finished first" in told and "stopped at step 10\n" in told
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Halved(ReLU):
+    """A kind of one's own: relu's, with another penalty."""
+
+    settings: ClassVar[Mapping[str, Any]] = {**ReLU.settings, "l1_coefficient": 1.0}
+
+    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """Half of it."""
+        terms = super().loss(x, weights, values)
+        return terms._replace(penalty=terms.penalty / 2)
+
+
+def test_a_kind_may_be_a_class(tmp_path: Path) -> None:
+    """In a list, and in an explicit member; its name leads back to it."""
+    settings: dict[str, Any] = {"activations": X, "steps": 10, "batch_tokens": 64, "quiet": True}
+    run = jax_sae.train(kinds=[Halved, "relu"], features=12, l1_coefficient=2.0, out=tmp_path / "a", **settings)
+    kinds = [member.kind for member in run.members.values()]
+    assert kinds == [f"{__name__}:Halved", "relu"] and list(run) == ["Halved-F12", "relu-F12"]
+    halved, whole = (its["penalty_per_element"][0] for its in run.metrics().values())
+    assert halved == pytest.approx(whole / 2, rel=1e-6) and run["Halved-F12"].kind == f"{__name__}:Halved"
+    alone = jax_sae.train(members=[jax_sae.Member(12, kind=Halved, l1_coefficient=2.0)], **settings)  # type: ignore[arg-type]
+    assert np.array_equal(alone["F12"].params["W_dec"], run["Halved-F12"].params["W_dec"])
+    with pytest.raises(jax_sae.BadInput, match=r"kind int is not a subclass of jax_sae.autoencoder.model.Autoencoder"):
+        jax_sae.train(kinds=[int], **settings)
 
 
 def test_a_source_or_two_do_as_well_as_arrays(in_memory: jax_sae.Run) -> None:
