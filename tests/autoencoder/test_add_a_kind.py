@@ -79,7 +79,7 @@ def test_the_loss_of_the_subclass_has_the_term_that_it_adds() -> None:
 
 @pytest.mark.usefixtures("with_tanh", "my_kinds")
 def test_they_are_trained_resumed_loaded_and_evaluated_beside_others(demo_config: Config, tmp_path: Path) -> None:
-    """With the page's sweep and flag, nothing else being told of them; resuming gives the same bits."""
+    """With the page's sweep and flag, or the class itself; resuming gives the same bits."""
     import tomllib
 
     [toml] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
@@ -87,7 +87,7 @@ def test_they_are_trained_resumed_loaded_and_evaluated_beside_others(demo_config
     sweep = config_from_dict(tomllib.loads(toml), "the page").sweep
     sweep = replace(sweep, features=(20,), k=(3,), kinds=flags["sweep.kinds"])
     config = replace(demo_config, sweep=sweep)
-    assert train(config, tmp_path / "whole", resume=False, stop_requested=never)
+    jax_sae.train(config, kinds=["tanh", "topk", kind_named(OWN)], out=tmp_path / "whole", quiet=True)
     assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7))
     assert train(config, tmp_path / "run", resume=True, stop_requested=never)
     sys.modules.pop("my_kinds")  # as in another process
