@@ -1,6 +1,7 @@
 """What a program calls: a run in memory, in a directory, stopped and resumed is the same run."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running import REPOSITORY
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
@@ -193,3 +195,22 @@ def test_settings_are_called_by_their_last_names() -> None:
     with pytest.raises(jax_sae.BadInput, match=r"nowhere holds no run: there is no config.json"):
         jax_sae.open_run("nowhere")
     assert jax_sae.Config is Config
+
+
+def test_the_python_of_the_readme_runs(in_memory: jax_sae.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for a smaller sweep, which is that of the other tests."""
+    [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    for large, small in (
+        ("features=4096, k=[16, 32, 64], steps=5000", "features=12, k=[2, 3], steps=30, batch_tokens=64"),
+        ("out=", "checkpoint_every=20, out="),
+        ("topk-F4096-k32", "topk-F12-k3"),
+    ):
+        assert code.count(large) == 1
+        code = code.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    np.save("activations.npy", X)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["run"].names == NAMES and same(names["run"], in_memory)
+    assert names["features"].shape == (8, 12) and names["x_hat"].shape == names["gradient"].shape == (8, 6)
+    np.testing.assert_array_equal(names["gradient"].any(1), names["features"][:, 7] > 0)

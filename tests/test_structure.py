@@ -1,12 +1,17 @@
-"""What holds of the source as a whole: which way imports run, and that importing starts nothing."""
+"""What holds of the source as a whole: which way imports run, what importing starts, and that pages tell the truth."""
 
 import ast
+import dataclasses
+import inspect
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import REPOSITORY
@@ -15,6 +20,8 @@ import jax_sae
 from jax_sae.config import config_names
 
 PACKAGE = REPOSITORY / "jax_sae"
+PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+API = PAGES[REPOSITORY / "docs" / "api.md"]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 LAYERS = {
     "errors": 0,
@@ -96,6 +103,50 @@ def test_a_page_prints_the_file_tree() -> None:
     page = (REPOSITORY / "docs" / "house.md").read_text()
     files = [*MODULES, *(REPOSITORY / "configs").iterdir(), *(REPOSITORY / "scripts").glob("*.py")]
     assert [path.name for path in files if f"  {path.name} " not in page] == []
+
+
+def signature(value: Any) -> str:
+    """Of a function, its parameters and defaults without types and self, as docs/api.md gives them; else nothing."""
+    if not inspect.isfunction(inspect.unwrap(value)):
+        return ""
+    parameters = inspect.signature(value).parameters.values()
+    shown = [each.replace(annotation=inspect.Parameter.empty) for each in parameters if each.name != "self"]
+    return str(inspect.Signature(shown))
+
+
+def test_a_page_lists_everything_public() -> None:
+    """Every name that docs/api.md gives is there, and functions have the parameters that it gives them."""
+    listed = dict(re.findall(r"`(jax_sae(?:\.\w+)+)(\([^`]*\))?`", API))
+    assert {name.removeprefix("jax_sae.") for name in listed if name.count(".") == 1} == set(jax_sae.__all__)
+    assert listed == {name: signature(pkgutil.resolve_name(name)) for name in listed}
+
+
+@pytest.mark.parametrize("cls", [jax_sae.Run, jax_sae.TrainedAutoencoder, jax_sae.LanguageModel])
+def test_a_page_lists_every_public_method_and_attribute(cls: Any) -> None:
+    """Under the name of the class, with parameters, in docs/api.md."""
+    section = API.split(f"\n## `jax_sae.{cls.__name__}`\n")[1].split("\n## ")[0]
+    names = {field.name for field in dataclasses.fields(cls)} | set(vars(cls))
+    public = {name: signature(vars(cls).get(name)) for name in names if not name.startswith("_")}
+    assert dict(re.findall(r"`\.(\w+)(\([^`]*\))?`", section)) == public
+
+
+def test_pages_lead_somewhere() -> None:
+    """Relative links go to files and headings that are there; README links every page; examples use what is public."""
+    for path, text in PAGES.items():
+        prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+        for file, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", prose):
+            target = (path.parent / file).resolve() if file else path
+            assert target.exists(), f"{path.name} links {file}"
+            titles = re.findall(r"^#+ (.*)$", PAGES.get(target, ""), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in anchors, f"{path.name} links {file}#{heading}"
+        for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax_sae"):
+                    for alias in node.names:
+                        assert f"`{node.module}.{alias.name}" in API, f"{path.name} imports {alias.name}"
+    (_, readme), *others = PAGES.items()
+    assert [path.name for path, _ in others if f"](docs/{path.name})" not in readme] == []
 
 
 def test_a_wheel_holds_every_package_and_the_configs() -> None:

@@ -21,7 +21,9 @@ for kind, colour, marker in zip(kinds, COLOURS, MARKERS, strict=False):
     its = sorted((member for member in members if member["kind"] == kind), key=lambda member: member["l0"])
     style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2, "label": kind}
     left.plot([member["l0"] for member in its], [100 * member["fvu"] for member in its], **style)
-    right.plot([member["l0"] for member in its], [100 * member["ce_loss_score_zero_ablation"] for member in its], **style)
+    right.plot(
+        [member["l0"] for member in its], [100 * member["ce_loss_score_zero_ablation"] for member in its], **style
+    )
 pca = sorted((member["l0"], member["baselines"]["pca_l0"]) for member in members)
 style = {"color": "grey", "linestyle": "--", "linewidth": 2, "label": "PCA, as many\ndirections"}
 left.plot([l0 for l0, _ in pca], [100 * its["fvu"] for _, its in pca], **style)

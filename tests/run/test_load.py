@@ -1,10 +1,11 @@
 """A trained autoencoder takes and gives activations in the language model's own scale."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -119,15 +120,14 @@ def test_members_are_found_by_features_or_name(demo_run: Path) -> None:
         jax_sae.load_autoencoder(demo_run)
 
 
-def test_readme_example_runs(demo_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The README's Python example, as it stands there, in a directory that holds runs/demo."""
-    text = (REPOSITORY / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    assert len([line for line in code.splitlines() if line.strip()]) == 5
+def test_the_python_of_the_page_runs(demo_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That of docs/api.md, as it stands there, in a directory that holds runs/demo."""
+    [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "api.md").read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(demo_run)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(code, names)
-    features = names["features"]
-    assert isinstance(features, jax.Array) and features.shape[1] == 64
+    effects = names["effects"]
+    assert effects.shape == (len(names["token_ids"]), 64) and np.abs(effects[:-1]).max() > 0
+    assert not effects[-1].any()  # of no next token
