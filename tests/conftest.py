@@ -3,15 +3,23 @@
 Compiled programs are shared with the processes that tests start, in a folder that lives as long as the tests: some of
 those processes compile and some read what others compiled, and both must give the same bits. Each worker of
 pytest-xdist has a folder of its own, because JAX writes a program in place, where another could read half of it.
+
+Most of the time of the fast tests goes into compiling small programs, so XLA optimises them as little as it can, unless
+XLA_FLAGS says otherwise: `.ci/run` sets it to nothing for the slow tests, which run with XLA's usual optimisation.
 """
 
 import os
 import shutil
 import signal
 import tempfile
+from importlib.metadata import version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+FLAGS = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # XLA ends at a flag that it does not know, as this one after that version
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 # No limit, although a run sets one: with it, JAX reads the dates of all programs whenever it adds one, and adds none
 # where another process has left a program without its date.
