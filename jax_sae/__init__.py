@@ -3,9 +3,11 @@
 Dimension letters, here and as suffixes of local names: B tokens of a batch, T tokens of a story, D width of the
 activations, F features, M members of a group. Arrays that are stored, and public arguments, carry no suffix.
 
-    sae = jax_sae.load_autoencoder("runs/demo", features=64)
-    lm = jax_sae.load_language_model("jax_sae/demo/model", layer=2)
-    features = sae.encode(lm.activations(["Once upon a time there was a fox."])[0])
+    run = jax_sae.train(activations=x, kinds=["topk", "batchtopk"], features=4096, k=[16, 32, 64], steps=5000)
+    sae = run["topk-F4096-k32"]
+    features = sae.encode(x[:8])
+
+docs/api.md lists everything that is public; what it does not list is private.
 """
 
 from typing import TYPE_CHECKING, Any

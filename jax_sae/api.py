@@ -1,4 +1,4 @@
-"""What a program calls: train a sweep, open a run, and look at what came out."""
+"""What a program calls: train a sweep, open a run, and look at its results."""
 
 import os
 import signal
@@ -61,21 +61,24 @@ def train(
 
     Args:
         config: a TOML file or the name of one that comes with the package, its tables as dictionaries, or a `Config`.
-            Without one, without settings and without activations it is the demo.
-        out: the run's directory, which may not hold a run yet. None: the run lives in memory and leaves nothing behind,
-            and there are no checkpoints but its end.
+            Without one, settings stand over the defaults where activations, a model or a text are given, else over
+            `demo` or, where kinds are given, `demo_sparse`.
+        out: the run's directory, which may not hold a run yet. None: the run lives in memory and leaves nothing behind;
+            its members can be had at its last step only.
         resume: go on from the newest checkpoint in `out`, with the run's own settings; activations in memory have to
             be given again.
         activations: what is read in place of a language model. Rows [N, D]; stories [N, T, D]; a list of stories [T, D]
             or [n, T, D]: NumPy or JAX arrays or torch tensors of any float type. Or the path of a store, file or
-            folder; or a source (`jax_sae.activations.sources.Source`), whose end is held out, or two of them.
+            folder. Or a source (`jax_sae.activations.sources.Source`), whose end is held out; or a tuple of two, one to
+            train on and one that is held out.
         mask: which of [N, T, D] are tokens, [N, T], bool or 0 and 1.
         on_step: is called with the number of steps done and a line of metrics, {member: {"loss_per_element", "l0",
             ...}}, every `log_every` steps and at the end. If it returns something true, the run is stopped and saved.
-        quiet: nothing is printed, and there is no progress bar; warnings are Python's.
-        **settings: any setting of `jax-sae train --help` by its last name, such as steps, k, features or layer; of a
-            name that several tables have, the sweep's; else with its table's name before it: model_path, text_path,
-            train_seed. One value or a list where the sweep takes lists. Kinds may be classes.
+        quiet: print nothing and show no progress bar; warnings are issued by the module `warnings`.
+        **settings: any setting of `jax-sae train --help` by its last name, such as steps, k, features or layer. Where
+            several tables have a setting of that name, it is the sweep's; write the table's name before it for another
+            one: model_path, text_path, train_seed. Where the sweep takes a list, one value will do. Kinds may be
+            classes.
 
     Returns:
         The run, finished or stopped.
@@ -137,20 +140,20 @@ def open_run(directory: str | Path) -> "Run":
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A sweep that was trained, or is being trained: its members, what is known of them, and their use."""
+    """A sweep that was trained, or is being trained: its members, metrics, tables and figures."""
 
     directory: Path | None
-    """Where it is; None: in memory."""
+    """The run's directory; None: it is in memory."""
     config: Config
     """All of its settings."""
     sources: Sources | None = None
     """What it was trained on, where a program gave it; `evaluate` reads it again."""
     _ended: Ended | None = None
-    """Of a run that this process trained."""
+    """How training ended, if this process trained it."""
 
     @property
     def steps(self) -> list[int]:
-        """Steps at which the members can be had: those of checkpoints; of a run in memory, its last."""
+        """Steps at which members can be had: those of the checkpoints; of a run in memory, its last step only."""
         if self.directory is None:
             return [self._in_memory[1]["step"]]
         if not (self.directory / "checkpoints").is_dir():
@@ -165,12 +168,12 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it came to its last step and was measured on held-out tokens."""
+        """Whether all steps were taken and the members were measured on held-out tokens."""
         return self.summary is not None
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The contents of `summary.json`, measured at the end on held-out tokens; None where there is no end yet."""
+        """The contents of `summary.json`, measured on held-out tokens at the end; None while it is not finished."""
         if self._ended and self._ended.summary:
             return self._ended.summary
         file = self.directory / "summary.json" if self.directory else None
@@ -208,7 +211,7 @@ class Run:
             BadInput: if there is no such member or step, or what is read is damaged.
 
         Warns:
-            UserWarning: if the member had diverged; it is then as it was before that step.
+            UserWarning: if the member diverged; what is returned is its state before the step at which it did.
         """
         self._refuse_unknown(name)
         if self.directory is not None:
@@ -219,9 +222,9 @@ class Run:
         return make_autoencoder(arrays, facts, name, *measured.get(name, (None, None)))
 
     def metrics(self, step: int | None = None) -> dict[str, dict[str, np.ndarray]]:
-        """Of each member, by its name, of every step up to `step`: loss_per_element, penalty_per_element and l0.
+        """By each member's name, of every step up to `step`: loss_per_element, penalty_per_element and l0.
 
-        Float32 arrays [steps]; the losses are in normalised units; NaN from the step on at which a member diverged.
+        Float32 arrays [steps]. Losses are in normalised units. From the step at which a member diverged they are NaN.
         """
         if self.directory is None:
             self._facts(step)
@@ -239,8 +242,8 @@ class Run:
         """What is known of each member: a `pandas.DataFrame`, one row a member; without pandas a list of dictionaries.
 
         Its settings; loss_per_element, penalty_per_element and l0 as in training, averaged over the last hundredth of
-        the steps; `diverged_at_step`. At the end of a finished run l0 is that of held-out tokens, and there are their
-        dead_features, fvu, pca_floor_fvu and fvu_over_floor.
+        the steps; `diverged_at_step`. At the last step of a finished run l0 is measured on held-out tokens, and so are
+        dead_features, fvu, pca_floor_fvu and fvu_over_floor, which are then there too.
 
         Args:
             step: of a checkpoint; the last one if left out.
@@ -258,7 +261,7 @@ class Run:
     def evaluate(self, step: int | None = None, tokens: int | None = None) -> dict[str, Any]:
         """Measure every member on held-out tokens, as `jax-sae evaluate` does, and print tables.
 
-        Into the directory, if there is one, are written `evaluation.json` and its figures.
+        If the run has a directory, `evaluation.json` and its figures are written there.
 
         Args:
             step: of a checkpoint; the last one if left out.
@@ -404,7 +407,7 @@ def _with_names(value: Any) -> Any:
 
 
 def _sources(config: Config, activations: Any, mask: Any) -> Sources:
-    """Of what a program gave, the source to train on, the held-out one, and lines that say so."""
+    """What a program gave -> the source to train on, the held-out one, and lines that say what they are."""
     given = activations if isinstance(activations, tuple) else (activations,)
     if isinstance(activations, Rows | StoryArrays):
         return sources_of(config, activations, [])
@@ -421,9 +424,9 @@ def _sources(config: Config, activations: Any, mask: Any) -> Sources:
 
 @contextmanager
 def _first_interrupt() -> Iterator[Callable[[int], bool]]:
-    """Within it the first Ctrl-C is remembered, and what is yielded says so; the second one raises, as usual.
+    """Within it the first Ctrl-C is only remembered: what is yielded returns True from then on. The second one raises.
 
-    In a thread other than the main one Python lets nobody listen.
+    Python lets only the main thread listen to signals; in another one nothing changes.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

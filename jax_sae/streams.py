@@ -1,6 +1,6 @@
-"""What is told: lines and progress, in a terminal, a notebook or a log file.
+"""What the user is told: lines and progress, in a terminal, a notebook or a log file.
 
-The streams of a command may be closed, full, in ASCII, or read by nobody any more.
+The standard streams of a command may be closed, on a full disk, in ASCII, or read by nobody any more.
 """
 
 import errno
@@ -17,17 +17,17 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_A_LINE = 30.0
-"""Between two lines of progress in a log file."""
+"""Seconds between two lines of progress in a log file."""
 
 WARNING = "warning       "
-"""How a line begins that must not be missed."""
+"""How a line begins that is a warning."""
 
 _is_quiet = ContextVar("is_quiet", default=False)
 
 
 @contextmanager
 def quiet(is_quiet: bool = True) -> Iterator[None]:
-    """Within it, in this thread, nothing is told but warnings, as Python's own; there is no bar."""
+    """Within it, in this thread, nothing is printed and there is no bar; lines that warn become Python's warnings."""
     token = _is_quiet.set(is_quiet)
     try:
         yield
@@ -47,13 +47,13 @@ def say(lines: Sequence[str]) -> None:
 
 
 class Lasting(io.FileIO):
-    """An open file to which every write succeeds: what cannot be written is dropped, and `lost` is the first reason.
+    """An open file to which every write succeeds: what cannot be written is dropped, and `lost` says why.
 
-    What a command computes must not be lost because it cannot be told.
+    A command must not lose what it computes because it cannot print.
     """
 
     lost = 0
-    """The number of an `OSError`; 0: nothing was dropped."""
+    """The `errno` of the first write that failed; 0: nothing was dropped."""
 
     def write(self, data: Any) -> int:
         """Write the bytes, or drop them."""
@@ -66,9 +66,9 @@ class Lasting(io.FileIO):
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within it standard output and standard error are `Lasting`, and what their encoding does not have is escaped.
+    """Within it standard output and error are `Lasting`, and characters that their encoding does not have are escaped.
 
-    One that is closed (`>&-`, pythonw) leads nowhere. Streams that someone else has put in their place stay.
+    What is written to a closed one (`>&-`, pythonw) is dropped. Streams that a program put in their place are kept.
     """
     _occupy_missing_descriptors()
     with ExitStack() as stack:
@@ -92,7 +92,10 @@ def lasting_streams() -> Iterator[None]:
 
 
 def _occupy_missing_descriptors() -> None:
-    """Else the next file that is opened has the number of a standard stream, and gets what libraries write there."""
+    """Open the null device in place of closed standard streams.
+
+    Otherwise the next file that is opened gets the number of one, and all that libraries write to that stream.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -110,12 +113,12 @@ def _raw(stream: Any) -> Any:
 
 
 def lost_output() -> set[int]:
-    """Why some of what was told could not be written, as numbers of an `OSError`; empty if all of it was."""
+    """Why some output could not be written, as values of `errno`; empty if all of it was."""
     return {getattr(_raw(stream), "lost", 0) for stream in (sys.stdout, sys.stderr)} - {0}
 
 
 def reader_is_gone() -> bool:
-    """Whether the program that reads what is told has ended, as in `| head -1`."""
+    """Whether the program that reads the output has ended, as in `| head -1`."""
     return errno.EPIPE in lost_output()
 
 

@@ -82,9 +82,9 @@ class TrainedAutoencoder:
     `jax.vmap`, `jax.tree.map`, `jax.device_put`. Members of one kind and F can be stacked,
     `jax.tree.map(lambda *leaves: jnp.stack(leaves), *saes)`, for `jax.vmap` and `jax.lax.scan`.
 
-    All is computed in float32: x in any other precision is converted, and so are parameters in bfloat16 or float16,
-    which only take less memory. Values are looked at where they are known: not inside a transform, where shapes and
-    dtypes alone are.
+    Everything is computed in float32. x in another precision is converted, and so are parameters, which may be kept in
+    bfloat16 or float16 to save memory. Values are checked where they are known; inside a transform only shapes and
+    dtypes are.
 
     Outside of transforms, rows are padded to few shapes, since each is compiled (`jax_sae/rows.py`).
     """
@@ -92,9 +92,9 @@ class TrainedAutoencoder:
     params: Params
     """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations. A kind may have more."""
     memory: dict[str, jax.Array]
-    """What its kind remembers from training: of batchtopk and matryoshka the `threshold`."""
+    """What its kind remembers from training: the `threshold` of batchtopk and matryoshka."""
     settings: dict[str, jax.Array]
-    """What else it encodes with: of topk `k`, a float32, so that gradients with respect to all leaves can be taken."""
+    """What else it encodes with: `k` of topk, a float32, so that gradients can be taken with respect to all leaves."""
     normalization: Normalization
     """What was fitted to the run's activations; the identity where each story has its own."""
     kind: str = field(metadata={"static": True})
@@ -128,7 +128,7 @@ class TrainedAutoencoder:
 
     @property
     def step(self) -> int:
-        """Of the checkpoint."""
+        """The step of its checkpoint."""
         return self._origin("step").step
 
     @property
@@ -138,7 +138,7 @@ class TrainedAutoencoder:
 
     @property
     def config(self) -> Config:
-        """Of its run."""
+        """The settings of its run."""
         return self._origin("config").config
 
     def _origin(self, wanted: str) -> Origin:
@@ -151,12 +151,12 @@ class TrainedAutoencoder:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of the activations."""
         return self.params["W_enc"].shape[-2]
 
     @property
     def features(self) -> int:
-        """F."""
+        """F, the number of features."""
         return self.params["W_enc"].shape[-1]
 
     def encode(self, x: ArrayLike) -> jax.Array:
@@ -181,7 +181,7 @@ class TrainedAutoencoder:
         """features [..., F] -> x_hat[..., D] float32, in the language model's own scale.
 
         Where the run normalised per story, features do not hold the story's mean and scale: `story` gives them, the
-        activations [T, D] that were encoded. Else it is not used.
+        activations [T, D] that were encoded. In other runs it is not used.
 
         Raises:
             BadInput: if features are not numbers, the last axis is not F, or `story` is missing where it is needed.
@@ -240,7 +240,7 @@ class TrainedAutoencoder:
         return estimate_story_traced(jnp.asarray(x)[k:]) if is_traced(x) else estimate_story(np.asarray(x)[k:])
 
     def _facts(self) -> dict[str, str]:
-        """What tells it apart, by name, shown; of anything that JAX may put in place of its arrays."""
+        """What describes it, as text, by name; whatever JAX may have put in place of its arrays."""
         shape = getattr(self.params.get("W_enc"), "shape", ())
         k, dtype = self.settings.get("k"), getattr(self.params.get("W_enc"), "dtype", None)
         facts = {"kind": self.kind, "F": str(shape[-1]) if shape else "?", "D": str(shape[-2]) if shape else "?"}

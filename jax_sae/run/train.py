@@ -37,18 +37,18 @@ NORMALIZATION_TOKENS = 16_384
 """Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
 
 SECONDS_A_DISPATCH = 0.5
-"""About how long steps go on before signals, metrics and the progress bar are looked at; each time costs a copy of the
-state (docs/performance.md)."""
+"""About how long steps are computed before signals, metrics and the progress bar are handled; each time costs a copy of
+the state (docs/performance.md)."""
 
 
 OnStep = Callable[[int, dict[str, dict[str, float | None]]], object]
-"""Is called with the number of steps done, and with a line of metrics: by the name of each member, reconstruction loss
-and penalty per element, L0 and learning rate. What it returns, if true, asks for a stop."""
+"""A function that is called with the number of steps done and a line of metrics: by each member's name, reconstruction
+loss and penalty per element, L0 and learning rate. If it returns something true, the run stops."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ended:
-    """How training ended: true if the run is finished."""
+    """How training ended. As a bool it is True if the run is finished."""
 
     setup: Setup
     progress: Progress
@@ -77,13 +77,13 @@ def train(
         config: the run's settings, validated.
         out: the run's directory; it is made once all inputs are known to be good. None: nothing is written.
         resume: go on from the newest checkpoint.
-        stop_requested: is asked, with the number of steps done, between dispatches and while activations are made; once
-            it is true, the run is saved and ended.
-        sources: instead of what `config` names, such as `array_sources` makes of arrays in memory. To resume or
-            evaluate the run, give them again: their digests are remembered.
-        first_lines: what is said before all else, once the inputs are open.
-        on_step: is called after every `log_every`-th step and after the last one; a dispatch then ends there. What it
-            raises ends the run, which is saved first.
+        stop_requested: is called with the number of steps done, between dispatches and while activations are computed;
+            once it returns True, the run is saved and ended.
+        sources: instead of what `config` names, such as those that `array_sources` makes of arrays in memory. To resume
+            or evaluate the run, give them again: the run remembers their digests.
+        first_lines: what is printed before all else, once the inputs are open.
+        on_step: is called after every `log_every`-th step and after the last one, so dispatches end there. If it
+            raises, the run is saved, and the exception goes on.
 
     Raises:
         BadInput: if an input cannot be used.
@@ -193,7 +193,7 @@ def is_line(step: int, train: TrainConfig) -> bool:
 
 
 def inputs(source: Source, held_out_source: Source) -> dict[str, str]:
-    """Digests of what a run reads; resuming it wants the same ones."""
+    """Digests of what a run reads; it can be resumed only with the same ones."""
     training, held_out = source.digests(), held_out_source.digests()
     return training | {f"held-out {name}": value for name, value in held_out.items() if value != training[name]}
 
@@ -213,7 +213,7 @@ def begin(setup: Setup, source: Source) -> Progress:
 
 
 def find_centres(setup: Setup, sample: Sequence[np.ndarray]) -> Centres:
-    """What the members begin their decoder's bias with, of normalised activations [T, D] each."""
+    """The centres, by name, at which members of this run begin their b_dec; `sample`: normalised activations [T, D]."""
     wanted = {member.decoder_bias for member in setup.members()}
     centres: dict[DecoderBias, np.ndarray | float] = {"zero": 0.0}
     if "mean" in wanted:
