@@ -5,7 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from processes import finish, outcome, start
 from running import REPOSITORY
@@ -19,7 +18,6 @@ COMMON = [
 ]
 TOKENS = ["--train.batch-tokens", "96", "--activations.block-tokens", "4096"]
 KINDS = {
-    "tokens, harvested": [*COMMON, *TOKENS],
     "tokens, without first tokens and giants": [
         *(*COMMON, *TOKENS, "--activations.exclude-first-tokens", "1", "--activations.norm-limit", "115"),
     ],
@@ -27,7 +25,6 @@ KINDS = {
         *(*COMMON, "--train.batching", "story", "--activations.normalization", "story"),
         *("--activations.block-tokens", "4096", "--train.steps", "100"),
     ],
-    "tokens, from a store": [*COMMON, *TOKENS, "--activations.path", "store"],
 }
 
 
@@ -37,17 +34,9 @@ def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
 
     The last process compiles for itself; those before it read what the first one compiled.
     """
-    if "store" in flags:
-        from jax_sae.activations.store import write_store
-
-        chance = np.random.default_rng(1)
-        stories = (chance.normal(size=(n, 64)).astype(np.float32) for n in chance.integers(20, 300, 60))
-        write_store(tmp_path / "store", stories, model="none", layer=0)
     flags = ["--model.path", str(REPOSITORY / "jax_sae/demo/model"), *flags]
     for directory in ("straight", "stopped"):
         (tmp_path / directory).mkdir()
-        if "store" in flags:
-            (tmp_path / directory / "store").symlink_to(tmp_path / "store")
     finish(start(flags, tmp_path / "straight"), 0)
     stopped, steps = tmp_path / "stopped", []
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
