@@ -1,5 +1,6 @@
 """The kinds that `docs/add_a_kind.md` adds, taken out of that page, are kinds like the others."""
 
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -132,11 +133,28 @@ def test_a_class_that_cannot_be_imported_is_found_while_it_is_there(my_kinds: Pa
         kind_name(second)
 
 
+def test_a_class_that_outlives_its_module_does_not_stand_for_it(my_kinds: Path) -> None:
+    """The file as it is now is what counts, also where an older class is still there; one that is broken is refused."""
+    older = kind_named(OWN)
+    for code, becomes in (("0.1}", "0.7}"), ("import jax\n", "1 / 0\n")):
+        sys.modules.pop("my_kinds")
+        changed = (my_kinds / "my_kinds.py").read_text().replace(code, becomes, 1)
+        (my_kinds / "my_kinds.py").write_text(changed)
+        importlib.invalidate_caches()
+        if becomes == "0.7}":
+            assert kind_named(OWN) is not older and kind_named(OWN).settings["l1_coefficient"] == 0.7
+            with pytest.raises(BadInput, match="the name my_kinds:ShrunkTopK now means another class"):
+                kind_name(older)
+    with pytest.raises(BadInput, match=r"cannot be imported \(ZeroDivisionError: division by zero\); correct that"):
+        kind_named(OWN)
+
+
 NO_KINDS = {
     "no_such_module:Kind": "there is no kind 'no_such_module:Kind': module 'no_such_module' cannot be imported",
     "my_kinds:Other": "there is no kind 'my_kinds:Other': module 'my_kinds' has no 'Other'; import or define the class",
     "my_kinds:l1_norm": "kind my_kinds:l1_norm is not a subclass of jax_sae.autoencoder.model.Autoencoder",
     "broken:Kind": r"module 'broken' cannot be imported \(ZeroDivisionError: division by zero\)",
+    "lacking:Kind": r"module 'lacking' cannot be imported \(ModuleNotFoundError: No module named 'not_there'\)",
     "parts:Part": "kind parts:Part has no encode and no loss of its own",
     "parts:Odd": "kind parts:Odd has the setting 'oddity', which no member has; known are features, seed,",
 }
@@ -146,6 +164,7 @@ NO_KINDS = {
 def test_what_is_no_kind_is_refused_in_one_line(name: str, message: str, my_kinds: Path) -> None:
     """By its name, wherever it stands."""
     (my_kinds / "broken.py").write_text("1 / 0\n")
+    (my_kinds / "lacking.py").write_text("import not_there\n")
     parts = "from my_kinds import *\nfrom jax_sae.autoencoder.model import Autoencoder\n"
     parts += "class Part(Autoencoder): pass\nclass Odd(TopK): settings = {'oddity': 1.0}\n"
     (my_kinds / "parts.py").write_text(parts)

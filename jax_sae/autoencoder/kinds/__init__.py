@@ -59,15 +59,17 @@ def kind_named(name: str) -> type[Autoencoder]:
 def _from_elsewhere(name: str) -> Any:
     """What `module:Class` means: in that module, else, as for a class inside a function, among all that are defined."""
     module, _, path = name.partition(":")
-    living = [kind for kind in _subclasses(Autoencoder) if f"{kind.__module__}:{kind.__qualname__}" == name]
     problem = f"module {module!r} has no {path!r}"
-    if module in sys.modules or not living:
-        try:
-            return reduce(getattr, path.split("."), import_module(module))
-        except AttributeError:
-            pass
-        except Exception as error:  # whatever the module does when it is imported
-            problem = f"module {module!r} cannot be imported ({type(error).__name__}: {error})"
+    try:
+        return reduce(getattr, path.split("."), import_module(module))
+    except AttributeError:
+        pass
+    except Exception as error:  # whatever the module does when it is imported
+        problem = f"module {module!r} cannot be imported ({type(error).__name__}: {error})"
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if not is_missing:  # but broken, or lacks another module: an older class must not take its place
+            raise BadInput(f"there is no kind {name!r}: {problem}; correct that") from error
+    living = [kind for kind in _subclasses(Autoencoder) if f"{kind.__module__}:{kind.__qualname__}" == name]
     if len(living) == 1:
         return living[0]
     if living:
