@@ -12,14 +12,10 @@ import os
 import shutil
 import signal
 import tempfile
-from importlib.metadata import version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # XLA ends at a flag that it does not know, as this one after that version
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 # No limit, although a run sets one: with it, JAX reads the dates of all programs whenever it adds one, and adds none
 # where another process has left a program without its date.
@@ -68,3 +64,16 @@ def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
 def a_line_of_metrics_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dispatch ends at each line of metrics, however fast the machine is, so that tests can say where a run stops."""
     monkeypatch.setattr("jax_sae.run.train.SECONDS_A_DISPATCH", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def figures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the time of a small run is for pixels, which only tests of figures, and runs of fixtures, need."""
+    if not {"figures", "test_surroundings.py"} & set(request.path.parts):
+        monkeypatch.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+
+
+def empty_figure(figure: object, file: Path) -> None:
+    """A file where the figure would be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"\x89PNG")

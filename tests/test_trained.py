@@ -20,7 +20,7 @@ from jax_sae.trained import Origin, TrainedAutoencoder
 
 D, F, T = 8, 20, 6
 X = (np.random.default_rng(0).normal(size=(T, D)) * 3 + 1).astype(np.float32)
-EVERY = [(kind, per_story) for kind in kind_names() for per_story in (False, True)]
+EVERY = [*((kind, False) for kind in kind_names()), ("relu", True)]
 every = pytest.mark.parametrize(("kind", "per_story"), EVERY, ids=[f"{k}-story" if s else k for k, s in EVERY])
 
 

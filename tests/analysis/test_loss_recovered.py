@@ -18,7 +18,7 @@ from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 
 TIED, UNTIED = (REPOSITORY / "tests" / "data" / name for name in ("gpt_neo_bin", "gpt_neo_untied"))
 DEMO = REPOSITORY / "jax_sae" / "demo" / "model"
-LAYERS = [(TIED, n) for n in range(5)] + [(UNTIED, n) for n in range(4)] + [(DEMO, n) for n in range(5)]
+LAYERS = [(TIED, 0), (TIED, 2), (TIED, 4), (UNTIED, 1), (UNTIED, 3), (DEMO, 2)]
 SAMPLE = "Once upon a time there was a little fox. It wanted to play with the big bear."
 
 
@@ -36,7 +36,7 @@ class Scaled:
         return self.scale * (positive - negative)
 
 
-def stories_of(lm: LanguageModel, lengths: tuple[int, ...] = (9, 32, 2, 17, 1, 0, 29)) -> list[np.ndarray]:
+def stories_of(lm: LanguageModel, lengths: tuple[int, ...] = (9, 32, 2, 9, 1, 0, 32)) -> list[np.ndarray]:
     """Random token ids."""
     rng = np.random.default_rng(0)
     return [rng.integers(lm.model.config.vocab_size, size=T) for T in lengths]
@@ -126,18 +126,18 @@ def assert_close(found: LossRecovered, expected: dict[str, float]) -> None:
 
 @pytest.mark.parametrize(("directory", "layer"), LAYERS)
 def test_untouched_activations_give_the_same_logits(directory: Path, layer: int) -> None:
-    """At every layer, the last one after the final layer norm included, with a tied and an untied head.
+    """At the first, a middle and the last layer, after the final layer norm, with a tied and an untied head.
 
     To 1e-4 at a scale of 2 to 17, since rounding differs between two programs; mostly it is 1e-6.
     """
     lm = load_language_model(str(directory), layer)
     text = SAMPLE if directory == DEMO else stories_of(lm)[1]
     [x], [logits] = lm.activations([text]), lm.logits([text])
-    assert lm.whole[0].config.num_layers == max(n for other, n in LAYERS if other == directory)
+    assert lm.whole[0].config.num_layers == {TIED: 4, UNTIED: 3, DEMO: 4}[directory]
     np.testing.assert_allclose(rest_of_network(lm, x[None])[0], logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("directory", "layer"), [(TIED, 0), (TIED, 2), (TIED, 4), (UNTIED, 1), (UNTIED, 3)])
+@pytest.mark.parametrize(("directory", "layer"), [(TIED, 2), (UNTIED, 3)])
 def test_losses_are_the_formulas_on_unpadded_stories(directory: Path, layer: int) -> None:
     """Stories of unequal lengths, among them one without a token and one without a prediction."""
     lm = load_language_model(str(directory), layer)
@@ -145,10 +145,10 @@ def test_losses_are_the_formulas_on_unpadded_stories(directory: Path, layer: int
     mean = mean_of(lm, stories)
     found = loss_recovered(lm, stories, {"half": batch_at_once(Scaled(0.5))}, mean)
     assert_close(found["half"], by_hand(lm, stories, 0.5, mean))
-    assert found["half"].predictions == 8 + 31 + 1 + 16 + 28
+    assert found["half"].predictions == 8 + 31 + 1 + 8 + 31
 
 
-@pytest.mark.parametrize(("exclude", "quantile"), [(1, 1.0), (3, 1.0), (0, 0.7), (2, 0.5)])
+@pytest.mark.parametrize(("exclude", "quantile"), [(3, 1.0), (0, 0.7), (2, 0.5)])
 def test_excluded_and_large_tokens_stay_as_they_are(exclude: int, quantile: float) -> None:
     """Under the autoencoder and under both ablations, and they are counted."""
     lm = load_language_model(str(TIED), 2)
@@ -223,7 +223,7 @@ def test_story_by_story_sees_whole_stories_without_padding() -> None:
     autoencoders = {"batch": batch_at_once(Scaled(0.5)), "stories": story_by_story(half)}
     found = loss_recovered(lm, stories, autoencoders, mean)
     assert found["batch"] == found["stories"]
-    assert sorted(seen) == [2, 9, 17, 29, 32]
+    assert sorted(seen) == [2, 9, 9, 32, 32]
 
 
 def test_one_program_for_each_padded_length() -> None:

@@ -20,6 +20,13 @@ from jax_sae.errors import BadInput
 from jax_sae.run.lock import locked
 from jax_sae.run.train import train
 
+CACHE_SETTINGS = [
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_COMPILATION_CACHE_MAX_SIZE",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+]
+
 THREADS = """
 import sys, threading
 from jax_sae.commands.train import main
@@ -32,27 +39,33 @@ sys.exit(code)
 
 
 def test_no_threads_and_no_temporary_files_are_left(tmp_path: Path) -> None:
-    """Of a whole run in a process of its own: nothing is running at its end, and nothing lies beside its results."""
+    """Of a whole run in a process of its own: nothing is running at its end, and nothing lies beside its results.
+
+    Its compiled programs are kept below the cache directory, where nothing says where.
+    """
     (tmp_path / "temporary").mkdir()
     flags = ["--train.steps", "6", "--train.batch-tokens", "32", "--activations.block-tokens", "256", "--out", "run"]
-    flags += ["--activations.held-out-tokens", "500", "--train.checkpoint-every", "2", "--sweep.features", "4", "64"]
-    command = [sys.executable, "-c", THREADS, *flags]
+    flags += ["--activations.held-out-tokens", "500", "--train.checkpoint-every", "2", "--sweep.features", "4"]
+    kept = {name: value for name, value in os.environ.items() if name not in CACHE_SETTINGS}
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", THREADS, *flags],
         cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
+        env={**kept, "TMPDIR": str(tmp_path / "temporary"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     finish(process, 0)
     assert not any((tmp_path / "temporary").iterdir())
-    assert {path.name for path in tmp_path.iterdir()} == {"temporary", "run"}
+    assert {path.name for path in tmp_path.iterdir()} == {"temporary", "cache", "run"}
     expected = {"config.json", "metrics.jsonl", "summary.json", "figures", "checkpoints", ".lock"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "4", "6"}
+    programs = {path.name.split("-")[0] for path in (tmp_path / "cache" / "jax_sae" / "compiled").glob("*/*-cache")}
+    assert {"jit_update_many", "jit_forward"} <= programs
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     """It changes nothing; once the first is killed, the directory is free."""
     flags = ["--train.steps", "100000", "--train.batch-tokens", "64", "--activations.block-tokens", "4096"]

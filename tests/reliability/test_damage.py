@@ -1,9 +1,7 @@
 """Whatever happens to the files of a checkpoint: it is noticed, or it changes no value."""
 
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +156,8 @@ def test_an_explicit_step_raises_and_a_resumed_run_falls_back(
             with pytest.raises(BadInput, match=f"step 12 in .* is damaged: {message}"):
                 jax_sae.load_autoencoder(run, features=64, step=step)
         assert jax_sae.load_autoencoder(run, features=63).step == 12  # its own arrays are good
+    if "missing" in message or "has no digest" in message:
+        return  # a resume finds them as it finds the others
     assert train(demo_config, run, resume=True, stop_requested=never)
     printed = capsys.readouterr().out
     assert message in printed and "going on from step 10; it is now 12.damaged" in printed
@@ -194,23 +194,19 @@ def test_when_all_are_damaged_the_run_is_refused_and_left_as_it_is(run: Path, de
     assert files() == before
 
 
-def test_half_written_and_damaged_lines_of_metrics_are_written_again(
-    demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_lines_of_metrics_after_the_checkpoint_and_damaged_ones(
+    demo_run: Path, demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last line of a killed run is cut off; a line that is none is removed and named."""
-    config = replace(demo_config, train=replace(demo_config.train, log_every=1))
-    for name in ("straight", "damaged"):
-        train(config, tmp_path / name, resume=False, stop_requested=stop_at(7) if name == "damaged" else never)
-    metrics = tmp_path / "damaged" / "metrics.jsonl"
+    """What a killed run wrote after its last checkpoint is written again; a line that is none is removed and named."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    assert not train(demo_config, tmp_path / "run", resume=False, stop_requested=stop_at(3))
     with open(metrics, "a") as file:
-        file.write('{"step": 8, "tok')
-    assert train(config, tmp_path / "damaged", resume=True, stop_requested=never)
-    assert metrics.read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
-    assert "no line of metrics" not in capsys.readouterr().out
+        file.write('{"step": 6, "tokens": 1, "members": {}}\n{"step": 8, "tok')
+    assert not train(demo_config, tmp_path / "run", resume=True, stop_requested=stop_at(7))
+    expected = (demo_run / "metrics.jsonl").read_text().splitlines()
     lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([*lines[:3], "nonsense", *lines[4:]]) + "\n")
-    config = replace(config, train=replace(config.train, steps=14))
-    assert train(config, tmp_path / "damaged", resume=True, stop_requested=never)
-    assert "line 4 is no line of metrics; it was removed" in capsys.readouterr().out
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == [1, 2, 3, *range(5, 15)]
+    assert lines == expected[:4] and "no line of metrics" not in capsys.readouterr().out
+    metrics.write_text("\n".join([lines[0], "nonsense", *lines[2:]]) + "\n")
+    assert train(demo_config, tmp_path / "run", resume=True, stop_requested=never)
+    assert "line 2 is no line of metrics; it was removed" in capsys.readouterr().out
+    assert metrics.read_text().splitlines() == [expected[0], *expected[2:]]

@@ -14,7 +14,7 @@ from processes import finish, outcome, start
 
 pytestmark = pytest.mark.slow
 
-TRIALS = 20
+TRIALS = 6
 FLAGS = [
     *("--activations.path", "x.npy", "--activations.block-tokens", "4096", "--activations.held-out-tokens", "1000"),
     *("--sweep.features", "32", "900", "--sweep.learning-rates", "1e-3", "3e-3"),

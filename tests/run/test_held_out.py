@@ -367,7 +367,7 @@ def test_a_story_member_reaches_its_floor_of_two_directions_more() -> None:
     assert held_out.fvu_floor(1) == pytest.approx(0, abs=1e-12) and fvu == pytest.approx(0, abs=1e-11)
 
 
-@settings(max_examples=30, derandomize=True, database=None, deadline=None)
+@settings(max_examples=12, derandomize=True, database=None, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4),

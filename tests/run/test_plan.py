@@ -52,7 +52,7 @@ def test_a_resumed_run_needs_the_rest(demo_config: Config, tmp_path: Path, capsy
 
 
 def test_stories_are_counted_with_story_batching(
-    demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step is a story."""
     config = replace(demo_config, train=replace(demo_config.train, batching="story"))
@@ -64,7 +64,7 @@ def test_the_disk_that_is_said_is_enough_and_not_ten_times_too_much(
     demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a state that is large beside what each file costs."""
-    config = replace(demo_config, sweep=replace(demo_config.sweep, features=(8000,)))
+    config = replace(demo_config, sweep=replace(demo_config.sweep, features=(3000,)))
     assert train(config, tmp_path / "run", resume=False, stop_requested=never)
     found = re.search(r"3 checkpoints of about ([\d.]+) MB, ([\d.]+) MB in all", capsys.readouterr().out)
     assert found is not None
