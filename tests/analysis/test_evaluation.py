@@ -237,10 +237,10 @@ def test_another_step_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("run", ["limit"], indirect=True)
 def test_fewer_tokens_are_whole_stories_up_to_that_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And it is said where there are fewer than were asked for."""
-    source, _ = opened(run)
+    source, activations = opened(run)
     copy = Path(shutil.copytree(run, run.parent / "tokens", dirs_exist_ok=True))
     found = evaluate(copy, n_tokens=300)
-    expected = first_activations(source, 300, None)
+    expected = first_activations(source, 300, None, activations.norm_limit)
     assert found["tokens"] == sum(map(len, expected)) and found["stories"] == len(expected)
     assert "note          300 tokens were asked for" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 """Kinds, widths, penalties and schedules side by side in one sweep: each member is what it is alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -10,6 +10,7 @@ import pytest
 from running import NO_CENTRES
 
 from jax_sae.config import Member, TrainConfig
+from jax_sae.sweep import update
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, MemberState, init_sweep, member_shapes, unstack, update_many
@@ -83,11 +84,19 @@ def test_the_members_need_what_they_are_here_for(alone: Results) -> None:
     assert np.max(silent) == 5 * TOKENS  # since the second of two times in 16 steps
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_every_member_equals_its_solo_run(backend: str, alone: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """JAX says that it computes on this one; what is compiled for another one is not used for it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    update._update_many.clear_cache()
+    yield
+    update._update_many.clear_cache()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"], indirect=True)
+@pytest.mark.usefixtures("backend")
+def test_every_member_equals_its_solo_run(alone: Results) -> None:
     """Parameters, moments, what it remembers and metrics to 1e-5: members in turn, and by vmap, as accelerators do."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    update_many.clear_cache()  # what was compiled for the other one would be used again
     together = trained(MEMBERS)
     for member, (expected, metrics) in alone.items():
         state, its_metrics = together[member]
