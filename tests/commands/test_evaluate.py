@@ -34,7 +34,7 @@ def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     ("flags", "message"),
     [
         (["--step", "7"], "has no checkpoint at step 7; there are 5, 10, 12"),
-        (["--tokens", "0"], "--tokens is 0"),
+        (["--tokens", "0"], "number of held-out tokens is 0"),
         (["--tokens", "many"], "--tokens is 'many'; a whole number was expected"),
         (["--steps", "5"], "unknown flag --steps; did you mean --step?"),
     ],
