@@ -56,15 +56,15 @@ def test_what_the_environment_says_of_compiled_programs_is_not_changed(monkeypat
 def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
     """runs/demo, then runs/demo-2, with members one by one; the contract's examples are accepted."""
     flags = [*SMALL, "--sweep.features", "4", "--sweep.learning-rates", "1e-3", "3e-3", "--sweep.seeds", "0", "1"]
-    assert run(*flags, "--model.layer", "1") == 0
+    assert run(*flags, "--train.seed", "1") == 0
     of_members = ["--sweep.features", "--sweep.members", "features=3,seed=2,learning_rate=1e-2", FIVE]
     assert run("--config", str(DEMO), *SMALL[3:], *of_members) == 0
     config = json.loads(Path("runs/demo/config.json").read_text())
-    assert config["sweep"]["learning_rates"] == [1e-3, 3e-3] and config["model"]["layer"] == 1
+    assert config["sweep"]["learning_rates"] == [1e-3, 3e-3] and config["train"]["seed"] == 1
     assert len(json.loads(Path("runs/demo/summary.json").read_text())["members"]) == 4
     assert sorted(path.name for path in Path("runs").iterdir()) == ["demo", "demo-2"]
     config = json.loads(Path("runs/demo-2/config.json").read_text())
-    assert config["model"]["layer"] == 2
+    assert config["train"]["seed"] == 0
     members = config["sweep"]["members"]
     given = [{name: value for name, value in member.items() if value is not None} for member in members]
     assert given == [

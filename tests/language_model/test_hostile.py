@@ -136,6 +136,7 @@ for path in paths:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system limits a process's memory so")
 def test_no_file_takes_memory_on_its_word(tmp_path: Path) -> None:
     """A process that may have 256 MB more than for harmless files refuses every one of them, each by its name."""

@@ -152,7 +152,7 @@ HOSTILE = {
     "deeply nested tuples as a function": NESTED + b")R",
     "numbers of 255 bytes": view(shape=b"(" + LONG * 30 + b"t", stride=b"(" + b"K\1" * 30 + b"t", offset=LONG),
     "a text with a bad escape": b"S'\\d'\n",
-    "a million lists": b"]" * (1 << 20),
+    "a hundred thousand lists": b"]" * (1 << 17),
     "a description of 16 MB": b"N" * (16 << 20),
 }
 

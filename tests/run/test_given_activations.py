@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from datasets import Array2D, Dataset, Features, List, Value
 from running import never, stop_at
-from safetensors.numpy import save_file
 
 from jax_sae.activations.array_sources import array_sources
 from jax_sae.analysis.evaluation import evaluate
@@ -48,26 +47,14 @@ def saved_folder(folder: Path) -> dict[str, str]:
     return {"path": str(folder / "saved")}
 
 
-def npy(folder: Path) -> dict[str, str]:
-    """With the mask in another file."""
-    np.save(folder / "x.npy", PADDED)
-    np.save(folder / "mask.npy", MASK.astype(bool))
-    return {"path": str(folder / "x.npy"), "mask": str(folder / "mask.npy")}
-
-
 def npz(folder: Path) -> dict[str, str]:
     """Among others, in float64."""
     np.savez(folder / "x.npz", acts=PADDED.astype(np.float64), more=PADDED, keep=MASK)
     return {"path": str(folder / "x.npz"), "array": "acts", "mask": "keep"}
 
 
-def safetensors(folder: Path) -> dict[str, str]:
-    """With the usual names."""
-    save_file({"activations": PADDED, "attention_mask": MASK, "input_ids": MASK}, folder / "x.safetensors")
-    return {"path": str(folder / "x.safetensors")}
-
-
-FILES: list[Callable[[Path], dict[str, str]]] = [npy, npz, safetensors, saved_folder]
+FILES: list[Callable[[Path], dict[str, str]]] = [npz, saved_folder]
+"""The others are read in activations/test_array_files.py."""
 IN_MEMORY_FORMS: dict[str, tuple[Any, Any]] = {
     "padded": (PADDED, MASK),
     "jax": (jnp.asarray(PADDED), jnp.asarray(MASK)),
