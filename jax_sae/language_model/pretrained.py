@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, cast
@@ -350,6 +350,7 @@ def _as_float32(weight: _Weight) -> np.ndarray:
     return value
 
 
+@cache
 def _shapes(model: GPTNeo) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The shape of each parameter, by its path in the tree."""
     method = "logits" if model.layer == model.config.num_layers else None  # which alone makes an untied head

@@ -1,7 +1,7 @@
 """One optimiser step of a member; many steps of a group (the only vmap), and of the sweep, in one dispatch."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -90,8 +90,14 @@ def unstack(stacked: MemberState, shapes: list[MemberState]) -> list[MemberState
 
 def member_shapes(group: Group, width: int, train: TrainConfig) -> list[MemberState]:
     """Shapes and dtypes of each member's state, at its own number of features; computes nothing."""
+    return [_member_shape(member, group.form, width, train) for member in group.members]
+
+
+@cache  # tracing takes a tenth of a second, and each save of a checkpoint asks
+def _member_shape(member: Member, form: Form, width: int, train: TrainConfig) -> MemberState:
+    """Of one; its form holds its class, so that one that is defined anew under the same name has its own shapes."""
     zero: Centres = dict.fromkeys(get_args(DecoderBias), 0.0)
-    return [jax.eval_shape(partial(init_member, member, width, train, zero)) for member in group.members]
+    return jax.eval_shape(partial(init_member, member, width, train, zero))
 
 
 def padded_shape(shapes: list[MemberState]) -> MemberState:
