@@ -12,10 +12,17 @@ import os
 import shutil
 import signal
 import tempfile
+from importlib.metadata import version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# In one part, else an operation may differ in its last bit in two programs; and without fusion emitters as long as
+# XLA has that flag: it ends the process at one that it does not know.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 # No limit, although a run sets one: with it, JAX reads the dates of all programs whenever it adds one, and adds none
 # where another process has left a program without its date.
