@@ -29,9 +29,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from running import REPOSITORY, never
 
@@ -65,6 +67,13 @@ def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("runs") / "demo"
     assert train(demo_config, out, resume=False, stop_requested=never)
     return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_other_files_are_forgotten() -> Iterator[None]:
+    """JAX keeps all that it has compiled, and the more it keeps, the slower it compiles: the last files by a third."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
