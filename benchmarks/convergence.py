@@ -32,7 +32,8 @@ from jax_sae.activations.batches import Position, batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset, identity
 from jax_sae.activations.sources import Source, Wrapped, open_sources
 from jax_sae.commands.process import run_script
-from jax_sae.config import Config, SweepConfig, load_config, validate
+from jax_sae.config import Config, SweepConfig, validate
+from jax_sae.config_tables import load_config
 from jax_sae.errors import BadInput
 from jax_sae.run.held_out import harvest_held_out, measure_held_out
 from jax_sae.run.train import NORMALIZATION_TOKENS

@@ -34,7 +34,8 @@ from unittest.mock import patch
 import tyro
 
 from jax_sae.commands.process import run_script
-from jax_sae.config import Config, TextConfig, load_config, validate
+from jax_sae.config import Config, TextConfig, validate
+from jax_sae.config_tables import load_config
 from jax_sae.errors import BadInput
 
 BEGUN = time.perf_counter() - time.process_time()  # of this process: until here it did nothing but import

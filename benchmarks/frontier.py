@@ -274,7 +274,7 @@ def compare(options: Options, path: str) -> None:
         "frontier",
         lines,
         activations=options.activations or "embedded model",
-        rows=len(x),
+        tokens=len(x),
         D=x.shape[1],
         F=options.features,
         B=options.batch_tokens,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from jax_sae.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
-    from jax_sae.api import Run, open_run, train
+    from jax_sae.api.run import Run, open_run
+    from jax_sae.api.train import train
     from jax_sae.config import Config, Member
     from jax_sae.language_model.pretrained import LanguageModel, load_language_model
     from jax_sae.run.load import load_autoencoder
@@ -38,9 +39,9 @@ __all__ = [
 _WHERE = {
     "Config": "jax_sae.config",
     "Member": "jax_sae.config",
-    "Run": "jax_sae.api",
-    "open_run": "jax_sae.api",
-    "train": "jax_sae.api",
+    "Run": "jax_sae.api.run",
+    "open_run": "jax_sae.api.run",
+    "train": "jax_sae.api.train",
     "LanguageModel": "jax_sae.language_model.pretrained",
     "load_language_model": "jax_sae.language_model.pretrained",
     "TrainedAutoencoder": "jax_sae.trained",

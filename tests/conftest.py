@@ -37,7 +37,8 @@ import jax
 import pytest
 from running import REPOSITORY, never
 
-from jax_sae.config import Config, load_config
+from jax_sae.config import Config
+from jax_sae.config_tables import load_config
 from jax_sae.run.train import train
 
 # As a terminal has them: what starts the tests in the background, or by nohup, has them ignored.

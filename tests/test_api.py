@@ -15,10 +15,12 @@ from running import REPOSITORY
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
+from jax_sae.activations.sources import hold_out
 from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import Terms
 from jax_sae.autoencoder.model import Values
-from jax_sae.config import Config, config_from_dict, full_name
+from jax_sae.config import Config
+from jax_sae.config_tables import config_from_dict, full_name
 
 X = np.random.default_rng(0).normal(size=(3000, 6)).astype(np.float32) * [4, 3, 2, 1, 1, 0.5] + 3
 SETTINGS: dict[str, Any] = {
@@ -103,8 +105,11 @@ def test_stopped_by_a_callback_and_resumed_it_is_the_same_run(
     assert "stopped and saved at step 20" in told.out and "\r" not in told.out + told.err and "100%" in told.err
 
 
-def test_what_a_callback_raises_ends_a_run_that_is_saved(in_memory: jax_sae.Run, tmp_path: Path) -> None:
-    """At the step at which it was called."""
+def test_what_a_callback_raises_ends_a_run_that_is_saved(
+    in_memory: jax_sae.Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """At the step at which it was called; nothing is told where the run is quiet, and Ctrl-C is Python's again."""
+    before = signal.getsignal(signal.SIGINT)
 
     def fail(step: int, metrics: object) -> None:
         raise RuntimeError("mine")
@@ -113,6 +118,7 @@ def test_what_a_callback_raises_ends_a_run_that_is_saved(in_memory: jax_sae.Run,
         jax_sae.train(activations=X, out=tmp_path / "a", on_step=fail, quiet=True, **SETTINGS)
     run = jax_sae.open_run(tmp_path / "a")
     assert run.steps == [10] and list(run.metrics()) == NAMES
+    assert signal.getsignal(signal.SIGINT) is before and capfd.readouterr() == ("", "")
     np.testing.assert_array_equal(run.metrics()[NAMES[3]]["l0"], in_memory.metrics()[NAMES[3]]["l0"][:10])
 
 
@@ -156,6 +162,9 @@ def test_a_source_or_two_do_as_well_as_arrays(in_memory: jax_sae.Run) -> None:
     config = config_from_dict({"train": {"batch_tokens": 64}}, "here")
     training, held_out, _ = array_sources(config, X)
     assert same(jax_sae.train(activations=(training, held_out), quiet=True, **SETTINGS), in_memory)
+    first, last, _ = hold_out(training, config)
+    parts = [chunk for part in (first, last) for chunk in part.read(range(len(part)))]
+    assert parts == training.read(range(len(training))) and len(last) == 1  # no chunk in both
     run = jax_sae.train(activations=array_sources(config, X)[0], quiet=True, **SETTINGS)
     assert run.summary is not None and run.summary["held_out_tokens"] == 140  # the last of eleven chunks
     with pytest.raises(jax_sae.BadInput, match=r"activations are 3 sources; one, or one to train on"):
@@ -174,6 +183,9 @@ def test_a_source_or_two_do_as_well_as_arrays(in_memory: jax_sae.Run) -> None:
         ({"config": {"train": {"stops": 3}}}, r"the config: unknown key 'train.stops'; did you mean 'train.steps'\?"),
         ({"config": "nowhere.toml"}, r"cannot read the config nowhere.toml"),
         ({"activations": "nowhere.npy"}, r"activations.path is 'nowhere.npy', but there is no such file"),
+        ({"activations": "nowhere.npy", "mask": np.ones(3)}, r"mask is a name, but activations are in memory, or the"),
+        ({"mask": "mask.npy"}, r"mask is a name, but activations are in memory, or the other way round"),
+        ({"activations": array_sources(Config(), X)[0], "mask": np.ones(3)}, r"mask is given with a source, which"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(given: dict[str, Any], message: str) -> None:

@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 from running import REPOSITORY
 
-from jax_sae.config import (
-    ActivationsConfig,
-    Config,
-    Member,
-    TrainConfig,
-    config_from_dict,
-    config_to_dict,
-    load_config,
-    option_names,
-    validate,
-)
+from jax_sae.config import ActivationsConfig, Config, Member, TrainConfig, validate
+from jax_sae.config_tables import config_from_dict, config_to_dict, load_config, option_names
 from jax_sae.errors import BadInput
 from jax_sae.sweep.members import complete, sweep_members, with_features
 

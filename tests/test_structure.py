@@ -17,7 +17,7 @@ import pytest
 from running import REPOSITORY
 
 import jax_sae
-from jax_sae.config import config_names
+from jax_sae.config_tables import config_names
 
 PACKAGE = REPOSITORY / "jax_sae"
 PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
@@ -29,6 +29,7 @@ LAYERS = {
     "rows": 1,
     "streams": 0,
     "config": 1,
+    "config_tables": 2,
     "precision": 2,
     "language_model": 3,
     "autoencoder": 3,

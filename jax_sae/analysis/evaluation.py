@@ -28,14 +28,16 @@ from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
 from jax_sae.autoencoder.baselines import baselines, pca_curve, principal_directions
-from jax_sae.config import Config, DecoderBias, config_from_dict
+from jax_sae.config import Config, DecoderBias
+from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
-from jax_sae.language_model.hub import find_model_files, read_json
+from jax_sae.language_model.hub import find_model_files
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.directory import read_config, refuse_no_run
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_json
@@ -144,8 +146,7 @@ def evaluate_members(
 
 def _read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
     """The JSON of a checkpoint, and what names of files end in: nothing for the newest one."""
-    if not (run / "config.json").is_file():
-        raise BadInput(f"{run} holds no run: there is no config.json; give the directory of one, such as runs/demo")
+    refuse_no_run(run)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         newest, step = checkpoints.step_or_newest(None), checkpoints.step_or_newest(step)
         return checkpoints.read_run(step), "" if step == newest else f"-step{step}"
@@ -160,10 +161,7 @@ def _refuse_read_only(run: Path) -> None:
 
 def _config_of(run: Path, facts: Tree) -> Config:
     """The checkpoint's settings, with the paths of the run's `config.json`: they may change when a run is resumed."""
-    file = run / "config.json"
-    saved = read_json(file)
-    saved.pop("versions", None)
-    now = config_from_dict(saved, str(file))
+    now = read_config(run)
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {facts['step']}")
     return replace(
         config,

@@ -9,7 +9,8 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal, TypeVar
 
-from jax_sae.config import Config, Member, SweepConfig, expected, flatten, option_types, without_none
+from jax_sae.config import Config, Member, SweepConfig, without_none
+from jax_sae.config_tables import expected, flatten, option_types
 from jax_sae.errors import BadInput
 
 Options = TypeVar("Options")

@@ -1,6 +1,6 @@
 """The frontier of sparsity and quality: FVU, and loss recovered, against L0."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,15 @@ class FrontierPoint:
     fvu: float
     ce_loss_score: float | None = None
     """Against the zero ablation, as in SAELens; None where there was no language model."""
+
+
+def points_of(measured: Sequence[Mapping[str, Any]]) -> list[FrontierPoint]:
+    """Of the members of a `summary.json`, those that give finite numbers."""
+    return [
+        FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
+        for member in measured
+        if member["fvu"] is not None
+    ]
 
 
 def frontier_figure(points: Sequence[FrontierPoint], pca: PcaCurve | None, title: str) -> Any:

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+from jax_sae.config import Config
+from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
+from jax_sae.language_model.hub import read_json
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "figures", "summary.json")
 """What a run leaves, with config.json."""
@@ -50,3 +53,23 @@ def choose_directory(out: Path | None, resume: bool, name: str) -> Path:
 def holds_run(directory: Path) -> bool:
     """Whether a run was started in a directory."""
     return (directory / "config.json").exists()
+
+
+def refuse_no_run(directory: Path) -> None:
+    """Raise BadInput unless a run was started in a directory."""
+    if not holds_run(directory):
+        raise BadInput(
+            f"{directory} holds no run: there is no config.json; give the directory of one, such as runs/demo"
+        )
+
+
+def read_config(directory: Path) -> Config:
+    """The settings of the run in a directory, from its `config.json`.
+
+    Raises:
+        BadInput: if there is no run, or the file is not what a run wrote.
+    """
+    refuse_no_run(directory)
+    saved = read_json(directory / "config.json")
+    saved.pop("versions", None)
+    return config_from_dict(saved, str(directory / "config.json"))

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
 from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.directory import refuse_no_run
 from jax_sae.run.report import table
 
 
@@ -24,8 +24,7 @@ def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:
     Raises:
         BadInput: if there is no run in that directory.
     """
-    if not (run / "config.json").is_file():
-        raise BadInput(f"{run} holds no run: there is no config.json; give the directory of one, such as runs/demo")
+    refuse_no_run(run)
     config = read_json(run / "config.json")
     found: list[tuple[int, Tree | None, str]] = []
     if (run / "checkpoints").is_dir():

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_sae.activations.normalize import Normalization
 from jax_sae.autoencoder.kinds import kind_named
-from jax_sae.config import config_from_dict
+from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
 from jax_sae.run.checkpoints import Checkpoints, Tree

@@ -11,7 +11,8 @@ import numpy as np
 
 from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import Normalization
-from jax_sae.config import Config, Member, config_to_dict
+from jax_sae.config import Config, Member
+from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
 from jax_sae.sweep.groups import Group

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.autoencoder.baselines import pca_curve
-from jax_sae.config import Config, config_to_dict
+from jax_sae.config import Config
+from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import RunFailed
 from jax_sae.figures.curves import loss_figure, member_colours, training_figure
 from jax_sae.figures.drawing import Figures, save_each
-from jax_sae.figures.frontier import FrontierPoint, frontier_figure
+from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.run.advice import advice
 from jax_sae.run.held_out import HeldOut, measure_held_out
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
@@ -229,11 +230,7 @@ def run_figures(
         folder / "loss_zoomed.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
         folder / "training.png": lambda: training_figure(*curves(), metrics, features, f"{out.name}: training"),
     }
-    points = [
-        FrontierPoint(member["name"], member["kind"], member["l0"], member["fvu"])
-        for member in measured
-        if member["fvu"] is not None
-    ]
+    points = points_of(measured)
     if points and any(group.form.is_sparse for group in setup.groups):
         tokens, pca = f"{out.name}: {len(held_out.x):,} held-out tokens", pca_curve(held_out.eigenvalues)
         figures[folder / "frontier.png"] = lambda: frontier_figure(points, pca, tokens)

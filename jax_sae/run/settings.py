@@ -9,19 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jax_sae.config import (
-    Config,
-    Member,
-    config_from_dict,
-    config_with,
-    find_config,
-    flatten,
-    load_settings,
-    option_names,
-    validate,
-)
+from jax_sae.config import Config, Member, validate
+from jax_sae.config_tables import config_with, find_config, flatten, load_settings, option_names
 from jax_sae.errors import BadInput, Contradiction
-from jax_sae.language_model.hub import find_local, read_json
+from jax_sae.language_model.hub import find_local
+from jax_sae.run.directory import read_config
 from jax_sae.sweep.members import of_some_kinds, settings_of, sweep_members
 
 FLAGS = "the command line"
@@ -162,9 +154,7 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any],
     Raises:
         BadInput: naming every setting that differs from the run's and must not.
     """
-    saved = read_json(out / "config.json")
-    saved.pop("versions", None)
-    own = config_from_dict(saved, str(out / "config.json"))
+    own = read_config(out)
     before = flatten(own)
     if lower is None:
         config = config_with(flags, own)

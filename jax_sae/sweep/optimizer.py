@@ -2,7 +2,7 @@
 
 import typing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,26 @@ import numpy as np
 import optax
 
 from jax_sae.autoencoder.model import Values
-from jax_sae.config import SETTINGS, Member, Schedule, TrainConfig
+from jax_sae.config import SETTINGS, Member, Precision, Schedule, TrainConfig
 from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.resampling import resampling_steps
+
+
+class Compiled(Protocol):
+    """Settings of [train] for which a step is compiled; all others are traced, in `MemberState.settings`."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of the products."""
+
+    @property
+    def beta1(self) -> float:
+        """Adam's."""
+
+    @property
+    def beta2(self) -> float:
+        """Adam's."""
+
 
 MOST_TOKENS_TO_DIE = 10_000_000
 """After so many tokens without firing a feature is dead (Gao et al. 2024, A.2), or after a tenth of a shorter run."""
@@ -108,7 +125,7 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.Gr
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(settings: Values, train: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(settings: Values, train: Compiled) -> optax.GradientTransformation:
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) with the member's own, traced, learning rate.
 
     It is made inside the vmapped update, so that learning rates and schedules may differ between members of a group.

@@ -14,7 +14,7 @@ from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sph
 from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group
 from jax_sae.sweep.members import settings_of
-from jax_sae.sweep.optimizer import clipping, make_optimizer, penalty_ramp, traced_settings
+from jax_sae.sweep.optimizer import Compiled, clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample
 
 METRICS = ("loss_per_element", "penalty_per_element", "l0")
@@ -128,7 +128,7 @@ def update_member(
     any_dead: jax.Array | bool = True,
     *,
     form: Form,
-    train: TrainConfig,
+    train: Compiled,
 ) -> tuple[MemberState, jax.Array]:
     """One optimiser step of one member on a batch x[B, D] with weights[B]; also its METRICS [3], float32.
 
@@ -237,7 +237,7 @@ def count_tokens(since_fired: jax.Array, fired: jax.Array, tokens: jax.Array) ->
 
 
 def resample_at_its_steps(
-    state: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: TrainConfig
+    state: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: Compiled
 ) -> MemberState:
     """The state with dead features resampled, after the steps `resampled_after`; else as it is."""
     model = form.model(x.shape[-1], train.precision)
@@ -265,7 +265,7 @@ def update_group(
     step: int | jax.Array,
     *,
     form: Form,
-    train: TrainConfig,
+    train: Compiled,
 ) -> tuple[MemberState, jax.Array]:
     """A step of every member of a group on each of the batches first, ..., last - 1; also METRICS [M, batches, 3].
 
@@ -338,19 +338,8 @@ def update_many(
 
 @partial(jax.jit, static_argnames=("forms", "train"), donate_argnames="state")
 def _update_many(
-    state: SweepState,
-    x: jax.Array,
-    weights: jax.Array,
-    first: int | jax.Array,
-    last: int | jax.Array,
-    step: int | jax.Array,
-    *,
-    forms: tuple[Form, ...],
-    train: TrainConfig,
+    state: SweepState, *batches: Any, forms: tuple[Form, ...], train: Compiled
 ) -> tuple[SweepState, jax.Array]:
-    results = [
-        update_group(group, x, weights, first, last, step, form=form, train=train)
-        for group, form in zip(state, forms, strict=True)
-    ]
+    results = [update_group(group, *batches, form=form, train=train) for group, form in zip(state, forms, strict=True)]
     states, metrics = zip(*results, strict=True)
     return tuple(states), jnp.concatenate(metrics).swapaxes(0, 1)

@@ -22,7 +22,8 @@ from jax_sae.autoencoder import kinds
 from jax_sae.autoencoder.kinds import kind_name, kind_named, kind_names
 from jax_sae.autoencoder.model import Autoencoder, encode, loss
 from jax_sae.commands.flags import parse
-from jax_sae.config import Config, Member, SweepConfig, TrainConfig, config_from_dict
+from jax_sae.config import Config, Member, SweepConfig, TrainConfig
+from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.run.train import train
 from jax_sae.sweep.groups import Group

@@ -15,7 +15,8 @@ from running import REPOSITORY
 from jax_sae.commands.flags import parse
 from jax_sae.commands.process import caches
 from jax_sae.commands.train import main
-from jax_sae.config import Member, option_names
+from jax_sae.config import Member
+from jax_sae.config_tables import option_names
 from jax_sae.run.directory import choose_directory
 from jax_sae.run.settings import base
 

@@ -11,7 +11,8 @@ from refusals import SMALL, usual_signals
 
 from jax_sae.commands.flags import parse
 from jax_sae.commands.train import main
-from jax_sae.config import Config, Member, config_with, flatten, load_settings
+from jax_sae.config import Config, Member
+from jax_sae.config_tables import config_with, flatten, load_settings
 from jax_sae.errors import BadInput
 from jax_sae.run.settings import Layer, base, merge
 

@@ -180,14 +180,14 @@ def test_a_setting_is_said_in_one_place(
     for name in [name for name in sys.modules if name.split(".")[0] == "jax_sae"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    new, names, flags, optimizer = (
+    new, tables, names, flags, optimizer = (
         importlib.import_module(f"jax_sae.{name}")
-        for name in ("config", "sweep.members", "commands.flags", "sweep.optimizer")
+        for name in ("config", "config_tables", "sweep.members", "commands.flags", "sweep.optimizer")
     )
     try:
         assert new.__file__ == str(config)
         table = {"sweep": {"features": 8, "turning": [1, 2.5]}}
-        members = names.sweep_members(new.config_from_dict(table, "a file").sweep)
+        members = names.sweep_members(tables.config_from_dict(table, "a file").sweep)
         assert names.member_names(members) == ["F8-turn1.0", "F8-turn2.5"]
         assert names.settings_of(members[1])["turning"] == 2.5 and names.complete(new.Member(8)).turning == 0.5
         assert names.recorded_member({"features": 8}).turning == 0.25
