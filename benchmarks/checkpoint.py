@@ -20,8 +20,8 @@ import tyro
 from stepping import initial_state, many
 from timing import spread
 
-from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import identity
+from jax_sae.activations.position import Position
 from jax_sae.config import Config, SweepConfig, TrainConfig
 from jax_sae.run.checkpoints import Checkpoints, array_digest, named_leaves
 from jax_sae.run.progress import Progress, Setup, save

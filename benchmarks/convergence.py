@@ -28,8 +28,9 @@ import tyro
 from stepping import initial_state
 from timing import ratios, report
 
-from jax_sae.activations.batches import Position, batch_runs, first_activations
+from jax_sae.activations.batches import batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset, identity
+from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Source, Wrapped, open_sources
 from jax_sae.commands.process import run_script
 from jax_sae.config import Config, SweepConfig, validate

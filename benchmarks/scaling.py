@@ -33,8 +33,9 @@ import tyro
 from stepping import initial_state, many
 from timing import ratios, report, seconds
 
-from jax_sae.activations.batches import Position, batch_runs, first_activations
+from jax_sae.activations.batches import batch_runs, first_activations
 from jax_sae.activations.normalize import estimate_dataset
+from jax_sae.activations.position import Position
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import write_store
 from jax_sae.commands.process import run_script

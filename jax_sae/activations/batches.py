@@ -10,7 +10,6 @@ blocks are smaller, so that training begins after seconds.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,37 +17,14 @@ import numpy as np
 from jax_sae.activations import normalize
 from jax_sae.activations.normalize import Normalization
 from jax_sae.activations.norms import over_norm_limit, token_norms, within_norm_limit
-from jax_sae.activations.sources import Item, Source
+from jax_sae.activations.position import Position
+from jax_sae.activations.sources import Item, Source, in_order
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.harvest import padded_length
 
-READ_AHEAD = 64
-"""Items that are read (tokenised) at a time."""
-
 SMALL_BLOCKS = 4
 """Blocks at the start of a run that are smaller: 1/16, 1/8, 1/4 and 1/2 of the others."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the data: the start of a block, and how much of the block is used."""
-
-    block: int = 0
-    epoch: int = 0
-    item: int = 0
-    """Place in the epoch's order of items."""
-    token: int = 0
-    """Tokens of that item that earlier blocks have used."""
-    batch: int = 0
-    """Batches of the block that are used."""
-    empty_stories: int = 0
-    """Stories without tokens that are used, skipped so far; like the next three counted in the first epoch only."""
-    cut_stories: int = 0
-    """Stories longer than the language model's positions, cut there."""
-    tokens_cut: int = 0
-    tokens_excluded: int = 0
-    """Tokens at the start of stories that are not used (`exclude_first_tokens`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +85,13 @@ def _token_block(
     items: list[Item] = []
     spans: list[tuple[int, int]] = []  # of each item: the first and last token used
     free = n_batches * B
-    for item, here in walk(source, start, shuffle_seed=train.seed):
+    for item, here, after_item in walk(source, start, shuffle_seed=train.seed):
         last = min(here.token + free, len(item))
         items.append(item)
         spans.append((here.token, last))
         free -= last - here.token
         if not free:
-            end = replace(here, token=last) if last < len(item) else _after(here, item)
+            end = replace(here, token=last) if last < len(item) else after_item
             break
     places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
     firsts = np.cumsum([0] + [last - first for first, last in spans])
@@ -143,11 +119,11 @@ def _story_block(
     del train  # stories come in the order of the text, whole
     items: list[Item] = []
     tokens = 0
-    for item, here in walk(source, start, shuffle_seed=None):
+    for item, _, after_item in walk(source, start, shuffle_seed=None):
         items.append(item)
         tokens += len(item)
         if tokens >= activations.block_tokens:
-            end = replace(_after(here, item), block=start.block + 1)
+            end = replace(after_item, block=start.block + 1)
             break
     stories: list[Any] = [None] * len(items)
     for i, x in finite_activations(source, items):
@@ -160,50 +136,27 @@ def _story_block(
         yield BatchRun(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,), end), end
 
 
-def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
-    """Yield items that have tokens, and where they stand, epoch after epoch; empty ones are skipped and counted.
+def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position, Position]]:
+    """Yield items that have tokens, where they stand and what follows them, epoch after epoch; empty ones are counted.
 
     Raises:
         BadInput: if an epoch has no tokens at all.
     """
-    here, seen_in_epoch = start, start.item > 0
+    here, seen_in_epoch = start, start.within_epoch
     while True:
-        order = _order(len(source), shuffle_seed, here.epoch)
-        while here.item < len(source):
-            for item in source.read(order[here.item : here.item + READ_AHEAD].tolist()):
-                if len(item):
-                    seen_in_epoch = True
-                    yield item, here
-                here = _after(here, item)
+        for item, following in in_order(source, here, shuffle_seed):
+            if len(item):
+                seen_in_epoch = True
+                yield item, here, following
+            here = following
         if not seen_in_epoch:
             if here.tokens_excluded:
                 raise BadInput(
-                    f"{source.name}: not one of {len(source)} has any tokens but the first ones, which are excluded; "
+                    f"{source.name}: not one has any tokens but the first ones, which are excluded; "
                     "lower activations.exclude_first_tokens"
                 )
-            raise BadInput(f"{source.name}: not one of {len(source)} has any tokens; is this the right text column?")
-        here, seen_in_epoch = replace(here, epoch=here.epoch + 1, item=0), False
-
-
-def _after(here: Position, item: Item) -> Position:
-    """The place of the item that follows."""
-    first_time = here.epoch == 0
-    return replace(
-        here,
-        item=here.item + 1,
-        token=0,
-        empty_stories=here.empty_stories + (first_time and len(item) == 0),
-        cut_stories=here.cut_stories + (first_time and item.tokens_cut > 0),
-        tokens_cut=here.tokens_cut + first_time * item.tokens_cut,
-        tokens_excluded=here.tokens_excluded + first_time * item.tokens_excluded,
-    )
-
-
-@lru_cache(maxsize=2)
-def _order(n: int, seed: int | None, epoch: int) -> np.ndarray:
-    if seed is None:
-        return np.arange(n)
-    return np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).permutation(n)
+            raise BadInput(f"{source.name}: not one has any tokens; is this the right text column?")
+        here, seen_in_epoch = here.next_epoch(), False
 
 
 def finite_activations(source: Source, items: Sequence[Item]) -> Iterator[tuple[int, np.ndarray]]:
@@ -234,7 +187,7 @@ def first_activations(
         BadInput: if an activation is not finite, or more than half of them are over the limit.
     """
     items: list[Item] = []
-    for item, here in walk(source, Position(), shuffle_seed):
+    for item, here, _ in walk(source, Position(), shuffle_seed):
         if here.epoch or (items and sum(map(len, items)) + len(item) > n_tokens):
             break
         items.append(item)

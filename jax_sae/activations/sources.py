@@ -7,12 +7,14 @@ tokens it has; its activations are computed or copied only when they are needed.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from flax import traverse_util
 
 from jax_sae.activations.array_sources import open_array_sources
+from jax_sae.activations.position import Position
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
@@ -20,6 +22,9 @@ from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
 from jax_sae.language_model.text import Stories, Story, text_digest, tokenizer_of
+
+READ_AHEAD = 64
+"""Items that are read (tokenised) at a time."""
 
 STORIES_TO_COMPARE = 64
 """Stories whose token ids tell one tokenizer from another."""
@@ -66,6 +71,34 @@ class Source(Protocol):
 
     def digests(self) -> dict[str, str]:
         """What decides the activations, by its name: a sha256 in hexadecimal of its content, not of its path."""
+
+
+def in_order(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+    """The items of an epoch from a position on, to its end, and the position after each.
+
+    A source with a method `in_order(start, shuffle_seed)` says so itself; it must not depend on anything else. Of
+    another one they are all of its items, in an order that is random by the seed and the epoch, without a seed in their
+    own.
+    """
+    own = getattr(source, "in_order", None)
+    return by_number(source, start, shuffle_seed) if own is None else own(start, shuffle_seed)
+
+
+def by_number(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+    """The items of a source that can read each by its number, as `in_order` gives them."""
+    order, here = random_order(len(source), shuffle_seed, start.epoch), start
+    while here.item < len(order):
+        for item in source.read(order[here.item : here.item + READ_AHEAD].tolist()):
+            here = here.after(item, item=here.item + 1)
+            yield item, here
+
+
+@lru_cache(maxsize=2)
+def random_order(n: int, seed: int | None, epoch: int) -> np.ndarray:
+    """The numbers below n in an order that is random by the seed and the epoch; without a seed, in their own."""
+    if seed is None:
+        return np.arange(n)
+    return np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).permutation(n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +204,10 @@ class Wrapped:
         """Read these items, in this order."""
         return self.source.read(items)
 
+    def in_order(self, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+        """The items of an epoch from a position on, and the position after each."""
+        return in_order(self.source, start, shuffle_seed)
+
     def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
         return self.source.activations(items)
@@ -203,6 +240,10 @@ class Part(Wrapped):
     def read(self, items: Sequence[int]) -> Sequence[Any]:
         """Read these items, in this order."""
         return self.source.read([self.first + int(i) for i in items])
+
+    def in_order(self, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+        """Its own, by their numbers."""
+        return by_number(self, start, shuffle_seed)
 
     def count_tokens(self) -> tuple[int, bool]:
         """As many as its part of all items, an estimate."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.activations.batches import Position, finite_activations, walk
+from jax_sae.activations.batches import finite_activations, walk
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
 from jax_sae.activations.norms import token_norms
+from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Item, Source
 from jax_sae.analysis.loss_recovered import Reconstruct
 from jax_sae.analysis.statistics import Sums, add_tokens, no_tokens
@@ -79,7 +80,7 @@ def _pieces(source: Source, n_tokens: int) -> Iterator[list[Item]]:
     """The items that `first_activations` would read, about `PIECE_TOKENS` tokens at a time."""
     piece: list[Item] = []
     in_piece = total = 0
-    for item, here in walk(source, Position(), shuffle_seed=None):
+    for item, here, _ in walk(source, Position(), shuffle_seed=None):
         if here.epoch or (total and total + len(item) > n_tokens):
             break
         if in_piece + len(item) > PIECE_TOKENS and piece:

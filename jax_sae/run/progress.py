@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sae.activations.batches import Position
 from jax_sae.activations.normalize import Normalization
+from jax_sae.activations.position import Position
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput

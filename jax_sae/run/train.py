@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae.activations.batches import Position, batch_runs, first_activations
+from jax_sae.activations.batches import batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize
 from jax_sae.activations.norms import norm_lines, norm_statistics
+from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Source, Sources, open_sources, refuse_large_batch
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig

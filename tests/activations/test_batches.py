@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_sae.activations.batches import SMALL_BLOCKS, BatchRun, Position, batch_runs, first_activations
+from jax_sae.activations.batches import SMALL_BLOCKS, BatchRun, batch_runs, first_activations
 from jax_sae.activations.normalize import identity
+from jax_sae.activations.position import Position
 from jax_sae.autoencoder.loss import loss_per_element
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -221,9 +222,9 @@ def test_excluded_tokens_are_counted_in_the_first_epoch() -> None:
 
 def test_text_without_tokens_is_an_error() -> None:
     """Not an endless search."""
-    with pytest.raises(BadInput, match="not one of 3"):
+    with pytest.raises(BadInput, match="not one has any tokens"):
         next(runs(TOKENS, source=FakeSource([0, 0, 0])))
-    with pytest.raises(BadInput, match=r"not one of 3 .* lower activations.exclude_first_tokens"):
+    with pytest.raises(BadInput, match=r"not one has any tokens .* lower activations.exclude_first_tokens"):
         next(runs(TOKENS, source=FakeSource([0, 3, 2], exclude=3)))
 
 
