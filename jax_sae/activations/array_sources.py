@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_sae.activations.array_files import ENDINGS, open_arrays
 from jax_sae.activations.arrays import Rows, StoryArrays, from_memory, refuse_not_finite
+from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.store import open_store
 from jax_sae.config import IN_MEMORY, Config
 from jax_sae.errors import BadInput
@@ -47,9 +48,14 @@ class RowSource:
         return f"rows {self.first} to {self.last - 1} of {self.rows.name}"
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns the activations are."""
+        return (Place("", self.rows.width),)
+
+    @property
     def width(self) -> int:
-        """D."""
-        return self.rows.width
+        """D, the sum of the places' widths."""
+        return total_width(self.places)
 
     @property
     def has_stories(self) -> bool:
@@ -109,9 +115,14 @@ class StoryArraySource:
         return f"stories {self.first} to {self.last - 1} of {self.stories.name}"
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns the activations are."""
+        return (Place("", self.stories.width),)
+
+    @property
     def width(self) -> int:
-        """D."""
-        return self.stories.width
+        """D, the sum of the places' widths."""
+        return total_width(self.places)
 
     @property
     def has_stories(self) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from jax_sae.activations.array_sources import open_array_sources
+from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
@@ -43,15 +44,19 @@ class Item(Protocol):
 
 
 class Source(Protocol):
-    """A sequence of items with activations of width D."""
+    """A sequence of items with activations of one place, or of several side by side."""
 
     @property
     def name(self) -> str:
         """What it is, for messages."""
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns the activations are, in their order; names are unique. A single one may have the name ''."""
+
+    @property
     def width(self) -> int:
-        """D."""
+        """D, the sum of the places' widths."""
 
     @property
     def has_stories(self) -> bool:
@@ -117,9 +122,14 @@ class StorySource:
         return f"stories {self.first} to {self.last - 1}"
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """The place that is read."""
+        return (Place("", self.model.config.hidden_size),)
+
+    @property
     def width(self) -> int:
-        """D."""
-        return self.model.config.hidden_size
+        """D, the sum of the places' widths."""
+        return total_width(self.places)
 
     @property
     def has_stories(self) -> bool:
@@ -187,8 +197,13 @@ class Wrapped:
         return self.source.name
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns the activations are."""
+        return self.source.places
+
+    @property
     def width(self) -> int:
-        """D."""
+        """D, the sum of the places' widths."""
         return self.source.width
 
     @property
