@@ -22,6 +22,7 @@ DecoderNorm = Literal["free", "unit"]
 DecoderBias = Literal["zero", "mean", "geometric_median"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
+PrependBos = Literal["auto", "on", "off"]
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
@@ -116,20 +117,31 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What the language model reads: a dataset with one story a row."""
+    """What the language model reads: a dataset with one story or document a row."""
 
     path: str = "roneneldan/TinyStories"
-    """Hugging Face id, directory or file of a dataset."""
+    """Hugging Face id, directory or file of a dataset; with streaming also an address, with {00..15} of several."""
     config: str = ""
     """Which configuration (subset), of a dataset that has several."""
     tokenizer: str = ""
     """Hugging Face id or directory of the tokenizer; empty: the language model's own."""
     column: str = "text"
-    """The column that holds the story, as text or as a list of token ids; meta.text is an entry of the column meta."""
+    """The column that holds the story: as text, a list of token ids, or messages for the tokenizer's chat template;
+    meta.text is an entry of the column meta."""
     split: str = "train"
     """The split to train on."""
     validation_split: str = ""
-    """The held-out split; empty: 'validation' or 'test', else the end of the training split, then not trained on."""
+    """The held-out split; empty: 'validation' or 'test', else the end of the training split (with streaming its first
+    1024 stories), then not trained on."""
+    window: int = setting(0, check=not_negative)
+    """Cut each document into windows of so many tokens, the last one shorter, each then a story; 0: documents are read
+    whole, up to the language model's positions."""
+    pack: bool = False
+    """Let adjacent windows share one as long as they fit, each attending to itself alone; needs window."""
+    prepend_bos: PrependBos = "auto"
+    """Whether each story, so each window, begins with the tokenizer's BOS token; auto: where the tokenizer adds one."""
+    streaming: bool = False
+    """Read the text while training, shard by shard, without first downloading, counting or hashing it."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,9 @@ class ActivationsConfig:
     """Tokens (rows) that are harvested, shuffled among each other and held in memory at a time."""
     held_out_tokens: int = setting(65_536, check=positive)
     """Tokens of the held-out set, on which FVU and the PCA floor are measured; whole stories up to this number."""
-    exclude_first_tokens: int = setting(0, check=not_negative)
-    """Tokens at the start of each story that are not used, neither for training nor held out."""
+    exclude_first_tokens: int | None = setting(check=not_negative)
+    """Tokens at the start of each story that are not used, neither for training nor held out; default 1 where stories
+    begin with BOS, else 0."""
     norm_limit: float = setting(0.0, check=not_negative, most=sys.float_info.max)
     """Tokens whose activation has a larger norm |x|, in the model's scale, are not used; 0: no limit."""
 
@@ -336,6 +349,8 @@ def validate(config: Config) -> None:
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
             "a block must hold at least one batch"
         )
+    if config.text.pack and not config.text.window:
+        raise BadInput("text.pack is true, but text.window is 0: there is no window to share; give its tokens")
     for name in ("array", "mask"):
         if getattr(activations, name) and not activations.path:
             raise BadInput(

@@ -37,3 +37,7 @@ class RunFailed(RuntimeError):
 
     The message is one line, as for `BadInput`; a command prints it and ends with exit code 1. What was saved stays.
     """
+
+
+class SourceLost(RunFailed):
+    """What a run reads cannot be reached any more, such as a text on the network; the run is saved before it ends."""

@@ -253,12 +253,12 @@ def sources_of(
             "rows, one array [N, D]"
         )
     refuse_not_finite(activations)
-    used = np.maximum(0, activations.lengths - settings.exclude_first_tokens)
+    exclude = settings.exclude_first_tokens or 0
+    used = np.maximum(0, activations.lengths - exclude)
     enough = 1 + int(np.searchsorted(np.cumsum(used[::-1]), settings.held_out_tokens))
     first = N - min(enough, N // 10)
     training, held_out_source = (
-        StoryArraySource(activations, start, stop, settings.exclude_first_tokens)
-        for start, stop in ((0, first), (first, N))
+        StoryArraySource(activations, start, stop, exclude) for start, stop in ((0, first), (first, N))
     )
     shortest, longest = int(activations.lengths.min()), int(activations.lengths.max())
     tokens = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"

@@ -17,8 +17,9 @@ import numpy as np
 from jax_sae.activations import normalize
 from jax_sae.activations.normalize import Normalization
 from jax_sae.activations.norms import over_norm_limit, token_norms, within_norm_limit
+from jax_sae.activations.order import in_order
 from jax_sae.activations.position import Position
-from jax_sae.activations.sources import Item, Source, in_order
+from jax_sae.activations.sources import Item, Source
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.harvest import padded_length

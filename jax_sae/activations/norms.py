@@ -64,7 +64,7 @@ def norm_statistics(sample: Sequence[np.ndarray], activations: ActivationsConfig
     share = float(squares[large].sum() / squares.sum()) if large.any() else 0.0
     first_tokens = exclude = None
     if has_stories and not activations.norm_limit:
-        places = np.concatenate([np.arange(len(each)) for each in of_each]) + activations.exclude_first_tokens
+        places = np.concatenate([np.arange(len(each)) for each in of_each]) + (activations.exclude_first_tokens or 0)
         found = places[large & (places < FIRST_POSITIONS)]
         first_tokens, exclude = len(found), int(found.max(initial=-1)) + 1
     return NormStatistics(

@@ -5,15 +5,15 @@ tokens it has; its activations are computed or copied only when they are needed.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from flax import traverse_util
 
 from jax_sae.activations.array_sources import open_array_sources
+from jax_sae.activations.order import by_number, in_order, random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.config import Config
@@ -22,10 +22,13 @@ from jax_sae.language_model.dataset import choose_split, open_dataset
 from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.pretrained import load_language_model
-from jax_sae.language_model.text import Stories, Story, text_digest, tokenizer_of
+from jax_sae.language_model.stream import Buffer, Shards, choose_shards, first_buffer, open_shards
+from jax_sae.language_model.text import Stories, beginning, tokenizer_of
+from jax_sae.language_model.text_digest import text_digest
+from jax_sae.language_model.windows import Story
 
-READ_AHEAD = 64
-"""Items that are read (tokenised) at a time."""
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 STORIES_TO_COMPARE = 64
 """Stories whose token ids tell one tokenizer from another."""
@@ -34,10 +37,13 @@ STORIES_TO_COMPARE = 64
 class Item(Protocol):
     """A story, or a chunk of rows."""
 
-    tokens_cut: int
-    """Beyond the language model's positions."""
-    tokens_excluded: int
-    """At its start, not used and not counted as its own."""
+    @property
+    def tokens_cut(self) -> int:
+        """Beyond the language model's positions."""
+
+    @property
+    def tokens_excluded(self) -> int:
+        """At its start, not used and not counted as its own."""
 
     def __len__(self) -> int:
         """Return its number of tokens, those that are used."""
@@ -71,44 +77,16 @@ class Source(Protocol):
     def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
 
-    def count_tokens(self) -> tuple[int, bool]:
-        """The tokens of one epoch, and whether that number is exact; takes well below a second."""
+    def count_tokens(self) -> tuple[int | None, bool]:
+        """The tokens of one epoch, None if they are not known, and whether that is exact; takes well below a second."""
 
     def digests(self) -> dict[str, str]:
         """What decides the activations, by its name: a sha256 in hexadecimal of its content, not of its path."""
 
 
-def in_order(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
-    """The items of an epoch from a position on, to its end, and the position after each.
-
-    A source with a method `in_order(start, shuffle_seed)` says so itself; it must not depend on anything else. Of
-    another one they are all of its items, in an order that is random by the seed and the epoch, without a seed in their
-    own.
-    """
-    own = getattr(source, "in_order", None)
-    return by_number(source, start, shuffle_seed) if own is None else own(start, shuffle_seed)
-
-
-def by_number(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
-    """The items of a source that can read each by its number, as `in_order` gives them."""
-    order, here = random_order(len(source), shuffle_seed, start.epoch), start
-    while here.item < len(order):
-        for item in source.read(order[here.item : here.item + READ_AHEAD].tolist()):
-            here = here.after(item, item=here.item + 1)
-            yield item, here
-
-
-@lru_cache(maxsize=2)
-def random_order(n: int, seed: int | None, epoch: int) -> np.ndarray:
-    """The numbers below n in an order that is random by the seed and the epoch; without a seed, in their own."""
-    if seed is None:
-        return np.arange(n)
-    return np.random.Generator(np.random.Philox(key=[seed, 2 * epoch])).permutation(n)
-
-
 @dataclass(frozen=True, eq=False)
 class StorySource:
-    """Stories `first` to `last` of a text, read by a language model; an item is a story."""
+    """Rows `first` to `last` of a text, read by a language model; an item is a story: a row, or a window of rows."""
 
     stories: Stories
     first: int
@@ -137,20 +115,25 @@ class StorySource:
         return True
 
     def __len__(self) -> int:
-        """Return the number of stories, empty ones included."""
+        """Return the number of rows, empty ones included."""
         return self.last - self.first
 
     def read(self, items: Sequence[int]) -> Sequence[Story]:
-        """Tokenise stories."""
+        """Tokenise rows."""
         return self.stories.read([self.first + int(i) for i in items])
+
+    def in_order(self, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+        """The stories of rows in an order that is random by the seed, those of a row one after the other."""
+        order = self.first + random_order(len(self), shuffle_seed, start.epoch)
+        return stories_in_order(self.stories, order, start)
 
     def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
         """Run the language model over whole stories; the activations of excluded tokens are left out."""
         token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
         for i, x in harvest(self.model, self.params, token_ids):
-            yield i, x[items[i].tokens_excluded :]
+            yield i, x[items[i].used]
 
-    def count_tokens(self) -> tuple[int, bool]:
+    def count_tokens(self) -> tuple[int | None, bool]:
         """Those of 256 stories, evenly spread, make an estimate; exact if there are no more."""
         return self.stories.count_tokens(self.first, self.last)
 
@@ -163,13 +146,98 @@ class StorySource:
             BadInput: if the column does not hold text.
         """
         of_ids = hashlib.sha256()
-        for story in self.read(range(min(len(self), STORIES_TO_COMPARE))):
+        for story in self.read(range(min(self.last - self.first, STORIES_TO_COMPARE))):
             of_ids.update(f"{len(story.token_ids)}\n".encode() + story.token_ids.astype("<i4").tobytes())
         return {
             "language model": model_digest(self.model, self.params),
             "text": text_digest(self.stories.rows, self.stories.column),
             "tokenizer": of_ids.hexdigest(),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSource(StorySource):
+    """A text that is read while it is trained on; how much there is of it is not known.
+
+    An epoch is all shards in an order that is random by the seed, and of each buffer of their rows the rows in such an
+    order. `stories` are those that are held out, by which the tokenizer is known.
+    """
+
+    shards: Shards
+    _reading: list[tuple[tuple[Any, ...], Buffer, Iterator[Buffer]]] = field(default_factory=list, repr=False)
+    """The buffer that was read last, what it is, and those that follow it."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages."""
+        return f"the stream {self.shards.path}"
+
+    def __len__(self) -> int:
+        """Raise TypeError: that is not known."""
+        raise TypeError("how many stories a stream has is not known")
+
+    def in_order(self, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position]]:
+        """The stories of shards in an order that is random by the seed, mixed within buffers of about a thousand rows.
+
+        Raises:
+            BadInput: if a shard was changed since it was read before; and as `Shards.buffers`.
+            SourceLost: if a shard cannot be reached.
+        """
+        here = start
+        order = self.shards.order(random_order(len(self.shards.names), shuffle_seed, start.epoch).tolist())
+        while here.shard < len(order):
+            buffer = self._buffer(order, here, shuffle_seed)
+            if buffer is None:
+                return
+            self._refuse_changes(here, buffer)
+            rows = replace(self.stories, rows=buffer.rows)
+            place = np.arange(len(rows))
+            if shuffle_seed is not None:
+                place = np.random.Generator(
+                    np.random.Philox(key=[shuffle_seed, 2 * here.epoch], counter=[0, 0, here.shard + 1, here.row])
+                ).permutation(place)
+            within: dict[str, Any] = {"digest": buffer.digest, "shards": {**here.shards, **buffer.through}}
+            for item, here in stories_in_order(rows, place, here):  # noqa: B020
+                if here.item < len(rows):
+                    here = replace(here, **within)
+                else:
+                    shard, row = buffer.end
+                    here = replace(here, **within, item=0, shard=shard, row=row, digest=buffer.at_end)
+                yield item, here
+
+    def _buffer(self, order: Sequence[int], here: Position, seed: int | None) -> Buffer | None:
+        """The buffer that begins at a position, if there are rows left; what was just read is not read again."""
+        of, begin = (here.epoch, seed), (here.shard, here.row)
+        following = self.shards.buffers(order, *begin)
+        if self._reading and self._reading[0][0] == of:
+            _, buffer, rest = self._reading[0]
+            if buffer.begin == begin:
+                return buffer
+            following = rest if buffer.end == begin else following
+        self._reading.clear()
+        if (found := next(following, None)) is not None:
+            self._reading.append((of, found, following))
+        return found
+
+    def _refuse_changes(self, here: Position, buffer: Buffer) -> None:
+        """Raise BadInput if what was read before is not what is read now."""
+        changed = [name for name, digest in buffer.through.items() if here.shards.get(name, digest) != digest]
+        if here.digest and here.digest != (buffer.digest if here.item or here.offset else buffer.before):
+            changed.append(self.shards.names[here.shard])
+        if changed:
+            raise BadInput(
+                f"{' and '.join(changed)} of {self.shards.path}: changed since it was read before, by its sha256; put "
+                "back what was there, or start a new run"
+            )
+
+    def count_tokens(self) -> tuple[int | None, bool]:
+        """They are not known."""
+        return None, False
+
+    def digests(self) -> dict[str, str]:
+        """Of the language model, of the tokenizer, and of the shards' names; positions remember what is in them."""
+        names = hashlib.sha256("\n".join(self.shards.names).encode()).hexdigest()
+        return {**super().digests(), "text": names}
 
 
 def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
@@ -227,7 +295,7 @@ class Wrapped:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
         return self.source.activations(items)
 
-    def count_tokens(self) -> tuple[int, bool]:
+    def count_tokens(self) -> tuple[int | None, bool]:
         """The tokens of one epoch, and whether that number is exact."""
         return self.source.count_tokens()
 
@@ -260,9 +328,11 @@ class Part(Wrapped):
         """Its own, by their numbers."""
         return by_number(self, start, shuffle_seed)
 
-    def count_tokens(self) -> tuple[int, bool]:
+    def count_tokens(self) -> tuple[int | None, bool]:
         """As many as its part of all items, an estimate."""
         tokens, _ = self.source.count_tokens()
+        if tokens is None:
+            return None, False
         return round(tokens * len(self) / max(1, len(self.source))), False
 
 
@@ -305,25 +375,76 @@ def open_sources(config: Config) -> Sources:
 def refuse_large_batch(config: Config, training: Source) -> None:
     """Raise BadInput if an epoch is known to have fewer tokens than a batch."""
     tokens, exact = training.count_tokens()
-    if config.train.batching == "tokens" and exact and 0 < tokens < config.train.batch_tokens:
+    if config.train.batching == "tokens" and exact and tokens is not None and 0 < tokens < config.train.batch_tokens:
         raise BadInput(
             f"train.batch_tokens is {config.train.batch_tokens}, but the "
             f"{'activations have' if config.activations.path else 'text has'} {tokens:,} tokens to train on; lower it"
         )
 
 
+def excluded_first_tokens(source: Source, said: int | None) -> int:
+    """How many tokens are left out at the start of each item: what is said or, without that, what the source does."""
+    if said is not None:
+        return said
+    return source.stories.exclude_first_tokens if isinstance(source, StorySource) else 0
+
+
 def _open_stories(run: Config) -> Sources:
-    model, text, exclude = run.model, run.text, run.activations.exclude_first_tokens
+    model, text = run.model, run.text
     lm = load_language_model(model.path, model.layer, model.precision)
-    splits = open_dataset(text.path, text.config)
-    held_out_split = text.validation_split or next((name for name in ("validation", "test") if name in splits), "")
     config = lm.model.config
+    model_line = (
+        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, "
+        f"width {config.hidden_size}"
+    )
+
+    def stories(rows: "Dataset") -> Stories:
+        """The stories of rows, as the settings say."""
+        tokenizer = tokenizer_of(rows, text.column, text.tokenizer, lambda: lm.tokenizer)
+        bos, exclude = beginning(tokenizer, text.prepend_bos), run.activations.exclude_first_tokens
+        return Stories(
+            rows,
+            text.column,
+            tokenizer,
+            config.max_position_embeddings,
+            config.vocab_size,
+            (0 if bos is None else 1) if exclude is None else exclude,
+            text.window,
+            text.pack,
+            bos,
+            tokenizer.eos_token_id if text.pack and tokenizer and bos is None else None,
+        )
+
+    if text.pack:
+        raise BadInput("text.pack: the language model does not yet read several documents at once; leave it out")
+    if text.streaming:
+        all_shards = open_shards(text.path, text.column, text.config)
+        name = held_out_name(text.validation_split, all_shards)
+        shards = choose_shards(all_shards, text.path, text.split)
+        some = first_buffer(choose_shards(all_shards, text.path, name) if name else shards)
+        held_out = StorySource(stories(some.rows), 0, len(some.rows), lm.model, lm.params)
+        if not name:
+            shards = replace(shards, first=some.end)
+            if some.end[0] == len(shards.names):
+                raise BadInput(
+                    f"{text.path} has {len(held_out):,} stories in all, which a stream holds out; leave text.streaming "
+                    "out, or name a held-out split by text.validation_split"
+                )
+        stream = StreamSource(held_out.stories, 0, len(held_out), lm.model, lm.params, shards)
+        lines = [
+            model_line,
+            f"text          {text.path}: the split '{text.split}', {len(shards.names):,} shards, streamed; how many "
+            "stories they have is not known",
+            f"held out      the first {len(held_out):,} stories of the split '{name or text.split}'"
+            f"{'' if name else ', which are not trained on'}",
+        ]
+        return stream, held_out, [*lines, *_story_lines(held_out.stories)]
+    splits = open_dataset(text.path, text.config)
+    held_out_split = held_out_name(text.validation_split, splits)
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
-        rows = choose_split(splits, text.path, split, text.column)
-        tokenizer = tokenizer_of(rows, text.column, text.tokenizer, lambda: lm.tokenizer)
-        stories = Stories(rows, text.column, tokenizer, config.max_position_embeddings, config.vocab_size, exclude)
-        return StorySource(stories, first, len(stories) if last is None else last, lm.model, lm.params)
+        found = stories(choose_split(splits, text.path, split, text.column))
+        return StorySource(found, first, len(found) if last is None else last, lm.model, lm.params)
 
     training = source(text.split)
     if held_out_split:
@@ -339,9 +460,27 @@ def _open_stories(run: Config) -> Sources:
         held_out, training = source(text.split, first), source(text.split, 0, first)
         held_out_line = f"the last {len(held_out):,} stories of the split '{text.split}', which are not trained on"
     lines = [
-        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, "
-        f"width {config.hidden_size}",
+        model_line,
         f"text          {text.path}: {len(training):,} stories of the split '{text.split}'",
         f"held out      {held_out_line}",
+        *_story_lines(training.stories),
     ]
     return training, held_out, lines
+
+
+def held_out_name(said: str, splits: Iterable[str]) -> str:
+    """The split that is held out; empty where none is."""
+    return said or next((name for name in ("validation", "test") if name in splits), "")
+
+
+def _story_lines(stories: Stories) -> list[str]:
+    """Lines that say how rows become stories, where they are not read as they are."""
+    lines, k = [], stories.exclude_first_tokens
+    if stories.window:
+        how = ", shared by as many as fit" if stories.pack else ""
+        lines.append(f"windows       rows are cut into windows of {stories.window:,} tokens, each then a story{how}")
+    if stories.bos is not None:
+        token = stories.tokenizer.convert_ids_to_tokens(stories.bos)
+        out = f"; the first {k:,} tokens are not trained on" if k > 1 else f", which is {'not ' if k else ''}trained on"
+        lines.append(f"beginnings    each story begins with {token}{out}")
+    return lines

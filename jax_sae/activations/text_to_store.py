@@ -13,7 +13,8 @@ import numpy as np
 
 from jax_sae.activations.store import write_store
 from jax_sae.errors import BadInput
-from jax_sae.language_model.text import Stories, Story
+from jax_sae.language_model.text import Stories
+from jax_sae.language_model.windows import Story
 from jax_sae.streams import progress_bar
 
 BLOCK_TOKENS = 65_536
@@ -59,7 +60,7 @@ def write_text(
             for number, block in enumerate(_blocks(stories, n_tokens, counts)):
                 found: list[Any] = [None] * len(block)
                 for i, x in activations_of([story.token_ids for story in block]):
-                    found[i] = x[block[i].tokens_excluded :]
+                    found[i] = x[block[i].used]
                     bar.update(min(len(found[i]), bar.total - bar.n) if n_tokens else 1)
                 if number == 0:
                     refuse_small_disk(directory, stories, n_tokens, found[0].shape[1], dtype)

@@ -259,7 +259,7 @@ def _recover(
                 reconstructions |= {pca_name(n, len(mean)): pca(n) for n in (sae.features, round(metrics(sums).l0))}
     say([f"loss          {len(measured.stories):,} stories, with {len(reconstructions)} reconstructions in turn"])
     a = config.activations
-    return loss_recovered(lm, measured.stories, reconstructions, mean, a.exclude_first_tokens, a.norm_limit)
+    return loss_recovered(lm, measured.stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit)
 
 
 def pca_name(directions: int, width: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import (
@@ -23,7 +24,7 @@ from jax_sae.language_model.hub import (
 )
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 FILE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
@@ -42,6 +43,10 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".lz4
 
 PACKAGES = {"zstd": "zstandard", "lz4": "lz4"}
 """Compressions that need a package."""
+
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 60.0
+"""How long a server on the network may take to answer, and to send something more."""
 
 
 def open_split(path: str, split: str, column: str, config: str = "") -> "Dataset":
@@ -63,13 +68,18 @@ def open_split(path: str, split: str, column: str, config: str = "") -> "Dataset
 
 
 def choose_split(splits: "DatasetDict", path: str, split: str, column: str) -> "Dataset":
-    """The rows of one split of a dataset that is open already; `path` names it in errors, which are `open_split`'s.
-
-    They have the column, and others; of a nested column, those beside it, with dotted names.
-    """
+    """The rows of one split of a dataset that is open already; `path` names it in errors, which are `open_split`'s."""
     if split not in splits:
         raise BadInput(f"{path}: no split {split!r}; there are {', '.join(map(repr, splits))}: name one of them")
-    rows = splits[split]
+    return with_column(splits[split], column, f"{path}: no column {column!r} in the split {split!r}")
+
+
+def with_column(rows: "Dataset", column: str, missing: str) -> "Dataset":
+    """Rows that have the column, and others; of a nested column, those beside it, with dotted names.
+
+    Raises:
+        BadInput: if there is no such column; `missing` says so.
+    """
     if column in rows.column_names:
         return rows
     for outer in rows.column_names:
@@ -78,11 +88,60 @@ def choose_split(splits: "DatasetDict", path: str, split: str, column: str) -> "
             if column in nested.column_names:
                 return nested
     there = ", ".join(map(repr, rows.flatten().column_names))
-    raise BadInput(f"{path}: no column {column!r} in the split {split!r}; there are {there}: name one of them")
+    raise BadInput(f"{missing}; there are {there}: name one of them")
 
 
 def open_dataset(path: str, config: str = "") -> "DatasetDict":
     """All splits of a dataset, by name; `path`, `config` and errors as for `open_split`."""
+    if is_address(path):
+        raise BadInput(f"{path}: an address; it is read while training, with text.streaming, or download the file")
+    return _load(path, config, streaming=False)
+
+
+def open_streams(path: str, config: str = "") -> "IterableDatasetDict":
+    """The same without reading or downloading more than names and the beginning of a file.
+
+    Raises:
+        BadInput: also for a folder that `save_to_disk` wrote.
+    """
+    if (local := find_local(path)) is not None and is_saved_to_disk(local):
+        raise BadInput(f"{path}: save_to_disk wrote it, which needs no streaming; leave text.streaming out")
+    return _load(path, config, streaming=True)
+
+
+def is_address(path: str) -> bool:
+    """Whether it is the address of a file on the network."""
+    return re.match(r"\w+://", path) is not None
+
+
+def addresses(path: str) -> list[str]:
+    """An address with `{00..15}` or `{a,b}` in it as all that it stands for, in order; another one alone."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)
+    if found is None:
+        return [path]
+    first, last, names = found.groups()
+    parts = names.split(",") if names else [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [whole for part in parts for whole in addresses(path[: found.start()] + part + path[found.end() :])]
+
+
+def open_address(address: str) -> "IterableDataset":
+    """The rows of a file on the network, which are read as they are asked for; errors of many kinds, of the network."""
+    import datasets
+    from aiohttp import ClientTimeout
+
+    module, settings = _kind_of_file(Path(urlsplit(address).path), address)
+    timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+    return datasets.load_dataset(
+        module,
+        data_files=[address],
+        split="train",
+        streaming=True,
+        storage_options={"client_kwargs": {"timeout": timeout}},
+        **settings,
+    )
+
+
+def _load(path: str, config: str, streaming: bool) -> Any:
     import datasets
 
     hub_is_silent = ""
@@ -91,7 +150,7 @@ def open_dataset(path: str, config: str = "") -> "DatasetDict":
             ask_hub(path, "dataset")
         except NoAnswer as reason:
             hub_is_silent = str(reason)
-    elif is_saved_to_disk(local):
+    elif not streaming and is_saved_to_disk(local):
         if config:
             raise BadInput(
                 f"{path}: text.config is {config!r}, but a folder that save_to_disk wrote has one; leave it out"
@@ -100,8 +159,8 @@ def open_dataset(path: str, config: str = "") -> "DatasetDict":
     try:
         with _files_on_this_machine() if local or hub_is_silent else nullcontext():
             if local is None:
-                return datasets.load_dataset(path, config or None)
-            return datasets.load_dataset(**_local_arguments(local, config))
+                return datasets.load_dataset(path, config or None, streaming=streaming)
+            return datasets.load_dataset(**_local_arguments(local, config), streaming=streaming)
     except BadInput:
         raise
     except Exception as error:  # there are many, for each file format and each trouble
@@ -139,7 +198,7 @@ def _local_arguments(local: Path, config: str) -> dict[str, Any]:
             "name": config or None,
             "data_files": {split: [f"{escaped}/{pattern}" for pattern in some] for split, some in patterns.items()},
         }
-    module, settings = _kind_of_file(local)
+    module, settings = _kind_of_file(local, str(local))
     if config:
         raise BadInput(f"{local}: text.config is {config!r}, but a file has no configurations; leave it out")
     if not local.stat().st_size:
@@ -147,20 +206,20 @@ def _local_arguments(local: Path, config: str) -> dict[str, Any]:
     return {"path": module, "data_files": [escaped], **settings}
 
 
-def _kind_of_file(local: Path) -> tuple[str, dict[str, Any]]:
-    """The module of `datasets` for a single file, and its settings; BadInput if it is of another kind."""
+def _kind_of_file(path: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """The module of `datasets` for a single file, and its settings; BadInput, with `name`, if it is of another kind."""
     import fsspec
 
-    endings = [ending.lower() for ending in local.suffixes]
+    endings = [ending.lower() for ending in path.suffixes]
     compression = COMPRESSIONS.get(endings.pop()) if endings and endings[-1] in COMPRESSIONS else None
     if not endings or endings[-1] not in FILE_KINDS:
         raise BadInput(
-            f"{local}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}, or in one of these and "
+            f"{name}: neither a folder nor a file that ends in {', '.join(FILE_KINDS)}, or in one of these and "
             f"{', '.join(COMPRESSIONS)}"
         )
     if compression and compression not in fsspec.available_compressions():
         package = PACKAGES.get(compression, compression)
-        raise BadInput(f"{local}: needs the package {package}; run `pip install {package}`, or decompress the file")
+        raise BadInput(f"{name}: needs the package {package}; run `pip install {package}`, or decompress the file")
     return FILE_KINDS[endings[-1]]
 
 

@@ -1,23 +1,22 @@
-"""Rows of text, or of token ids -> the token ids of one story each.
+"""Rows of text, of messages, or of token ids -> the token ids of their stories.
 
 Rows stay in the files of the `datasets` library, mapped into memory: only the rows asked for are read and tokenised.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jax_sae.config import PrependBos
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import find_tokenizer_files, has_tokenizer, hub_switched_off, one_line
+from jax_sae.language_model.windows import Story, Windows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-ROWS_HASHED_AT_A_TIME = 100_000
 
 STORIES_TO_COUNT = 256
 """Stories whose tokens are counted, to estimate those of all."""
@@ -53,30 +52,17 @@ def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Story:
-    """One row as token ids [T] int32, all of which the language model reads."""
-
-    token_ids: np.ndarray
-    tokens_cut: int
-    """How many more tokens the text had than were kept."""
-    tokens_excluded: int = 0
-    """How many of the T, at the start, are read but not used."""
-
-    def __len__(self) -> int:
-        """Return the number of tokens whose activations are used."""
-        return len(self.token_ids) - self.tokens_excluded
-
-
-@dataclass(frozen=True, eq=False)
 class Stories:
-    """The stories in one column of a dataset: text, or lists of token ids, which are used as they are.
+    """The stories in one column of a dataset: text, messages of a chat, or lists of token ids, used as they are.
 
     Beside a column `input_ids`, a column `attention_mask` says by 0 which ids are padding; they are left out. A story
-    longer than `max_tokens` is cut off there. `vocab_size` is the language model's. Of each story, the first
-    `exclude_first_tokens` tokens are read by the language model but not used; a shorter one has length 0.
+    longer than `max_tokens` is cut off there, unless rows are cut into windows. `vocab_size` is the language model's.
+    Of each story, the first `exclude_first_tokens` tokens are read by the language model but not used; a shorter one
+    has length 0.
 
     Raises:
-        BadInput: if `exclude_first_tokens` is negative, or leaves nothing of any story.
+        BadInput: if `exclude_first_tokens` is negative, or leaves nothing of any story, or a window is longer than
+            `max_tokens`.
     """
 
     rows: "Dataset"
@@ -86,17 +72,29 @@ class Stories:
     max_tokens: int
     vocab_size: int
     exclude_first_tokens: int = 0
+    window: int = 0
+    """Tokens of the windows that rows are cut into, each a story of its own; 0: a row is a story."""
+    pack: bool = False
+    """Whether windows are shared, where `windows` makes stories of documents; `read` makes none that are."""
+    bos: int | None = None
+    """The token that each story begins with."""
+    eos: int | None = None
+    """The token that follows each row."""
 
     def __post_init__(self) -> None:
-        """Check the number of tokens that are excluded."""
-        k = self.exclude_first_tokens
-        if k < 0:
-            raise BadInput(f"the number of first tokens to exclude is {k}; 0 or more was expected")
-        if k >= self.max_tokens:
+        """Check the window and the number of tokens that are excluded."""
+        if self.window > self.max_tokens:
             raise BadInput(
-                f"the number of first tokens to exclude is {k}, but a story has at most {self.max_tokens} tokens: "
-                "nothing would be left of any; exclude fewer"
+                f"text.window is {self.window:,}, but the language model has {self.max_tokens:,} positions; give at "
+                "most that"
             )
+        _ = self.windows
+
+    @property
+    def windows(self) -> Windows:
+        """How rows become stories."""
+        k, length = self.exclude_first_tokens, self.window or self.max_tokens
+        return Windows(length, k, self.window > 0, self.pack, self.bos, self.eos)
 
     def __len__(self) -> int:
         """The number of rows, those without text included."""
@@ -112,27 +110,32 @@ class Stories:
         return (tokens, True) if n == some else (round(tokens * n / some), False)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Story]:
-        """The stories in these rows, in this order; where there is no text (or only white space), of no tokens.
+        """The stories in these rows, in this order: one a row, or its windows. One without text has no tokens.
 
         Raises:
-            BadInput: if the column holds neither text nor token ids, an id is not one of the model's, or the tokenizer
-                is not the model's.
+            BadInput: as for `token_ids`.
+        """
+        return [story for ids in self.token_ids(indices) for story, _ in self.windows.stories(ids)]
+
+    def token_ids(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
+        """The token ids of these rows, in this order, whole; none where there is no text, or only white space.
+
+        Raises:
+            BadInput: if the column holds neither text nor messages nor token ids, an id is not one of the model's, the
+                tokenizer is not the model's, or its chat template does not take the messages.
         """
         places = [int(i) for i in indices]
-        token_ids = self._given(places) if holds_token_ids(self.rows, self.column) else self._tokenized(places)
-        stories = []
-        for ids in token_ids:
-            kept = np.asarray(ids[: self.max_tokens], np.int32)
-            stories.append(Story(kept, len(ids) - len(kept), min(self.exclude_first_tokens, len(kept))))
-        return stories
+        return self._given(places) if holds_token_ids(self.rows, self.column) else self._tokenized(places)
 
     def _tokenized(self, places: list[int]) -> list[list[int]]:
         texts = self.rows[self.column][places]
+        if holds_messages(self.rows, self.column):
+            texts = [self._rendered(i, messages) for i, messages in zip(places, texts, strict=True)]
         for i, text in zip(places, texts, strict=True):
             if not isinstance(text, str | None):
                 raise BadInput(
                     f"column {self.column!r}, row {i}: a {type(text).__name__}; text was expected: name a column with "
-                    "stories as text, or as lists of token ids"
+                    "stories as text, as lists of token ids, or as lists of messages"
                 )
         token_ids = tokenize(self.tokenizer, [text if text and not text.isspace() else "" for text in texts])
         for ids in token_ids:
@@ -142,6 +145,24 @@ class Stories:
                     "belong together; name the model's own tokenizer"
                 )
         return token_ids
+
+    def _rendered(self, row: int, messages: Any) -> str:
+        """A chat as the text that the tokenizer's template makes of it."""
+        if not messages:
+            return ""
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        if not all({"role", "content"} <= message.keys() for message in said):
+            raise BadInput(
+                f"column {self.column!r}, row {row}: a message with {', '.join(map(repr, said[0])) or 'nothing'}; "
+                "'role' and 'content' were expected in each"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(said, tokenize=False)
+        except Exception as error:  # whatever a template raises
+            raise BadInput(
+                f"column {self.column!r}, row {row}: the tokenizer's chat template does not take these messages "
+                f"({one_line(error)})"
+            ) from error
 
     def _given(self, places: list[int]) -> list[list[int]]:
         rows = self.rows[places]
@@ -174,6 +195,14 @@ def holds_token_ids(rows: "Dataset", column: str) -> bool:
     return is_list and pa.types.is_integer(kind.value_type)
 
 
+def holds_messages(rows: "Dataset", column: str) -> bool:
+    """Whether a column holds lists of messages, each with named entries."""
+    import pyarrow as pa
+
+    kind = rows.data.schema.field(column).type
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+
+
 def mask_column(rows: "Dataset", column: str) -> str | None:
     """The column that says which ids of `input_ids` are tokens, if there is one."""
     outer, _, name = column.rpartition("input_ids")
@@ -185,10 +214,17 @@ def tokenizer_of(rows: "Dataset", column: str, given: str, own: Callable[[], Any
     """The tokenizer for a column: the one that is given by name or directory, else the model's own; None for token ids.
 
     Raises:
-        BadInput: if there is no such tokenizer, or one is given for token ids, which need none.
+        BadInput: if there is no such tokenizer, it has no chat template for a column of messages, or one is given for
+            token ids, which need none.
     """
     if not holds_token_ids(rows, column):
-        return load_tokenizer(given) if given else own()
+        tokenizer = load_tokenizer(given) if given else own()
+        if holds_messages(rows, column) and not tokenizer.chat_template:
+            raise BadInput(
+                f"the column {column!r} holds messages, but the tokenizer has no chat template; name the tokenizer of "
+                "a chat model by text.tokenizer, or a column of text"
+            )
+        return tokenizer
     if given:
         raise BadInput(
             f"the tokenizer {given!r} is given, but the column {column!r} holds token ids, which are used as they are; "
@@ -197,61 +233,20 @@ def tokenizer_of(rows: "Dataset", column: str, given: str, own: Callable[[], Any
     return None
 
 
-def text_digest(rows: "Dataset", column: str) -> str:
-    """The sha256, in hexadecimal, of all texts of a column: of the sha256s of their lengths and of their UTF-8 bytes.
+def beginning(tokenizer: Any, prepend: PrependBos) -> int | None:
+    """The token id that stories begin with: the tokenizer's BOS token, with 'auto' if it adds one to texts itself.
 
-    It does not depend on files, formats or chunks; null counts as "". Arrow's buffers are hashed where they lie, at
-    about 2 GB a second. Of token ids, it is that of their numbers and of the ids without padding.
+    Args:
+        tokenizer: None for token ids, which begin as they are.
+        prepend: the setting `text.prepend_bos`.
 
     Raises:
-        BadInput: if the column holds neither text nor token ids.
+        BadInput: if there is to be one, but the tokenizer has none, or there is no tokenizer.
     """
-    import pyarrow as pa
-
-    lengths, content = hashlib.sha256(), hashlib.sha256()
-    if holds_token_ids(rows, column):
-        lengths.update(b"token ids")
-        for counts, ids in _token_id_chunks(rows, column):
-            lengths.update(counts.astype("<i8").data)
-            content.update(ids.astype("<i8").data)
-        return hashlib.sha256(lengths.digest() + content.digest()).hexdigest()
-    offset_types = {pa.string(): np.int32, pa.large_string(): np.int64}
-    for table in rows.select_columns([column]).with_format("arrow").iter(ROWS_HASHED_AT_A_TIME):
-        for chunk in table.column(column).chunks:
-            kind = chunk.type.value_type if pa.types.is_dictionary(chunk.type) else chunk.type
-            if pa.types.is_string_view(kind) or (kind != chunk.type and kind in offset_types):
-                chunk = chunk.cast(pa.large_string())
-            if chunk.type not in offset_types:
-                raise BadInput(f"column {column!r} is of the type {chunk.type}; text was expected")
-            texts = chunk.fill_null("") if chunk.null_count else chunk
-            _, places, data = texts.buffers()
-            offsets = np.frombuffer(places, offset_types[chunk.type])[texts.offset : texts.offset + len(texts) + 1]
-            lengths.update(np.diff(offsets).astype("<i8").data)
-            content.update(memoryview(data or b"")[offsets[0] : offsets[-1]])
-    return hashlib.sha256(lengths.digest() + content.digest()).hexdigest()
-
-
-def _token_id_chunks(rows: "Dataset", column: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Numbers of token ids of rows [n], and those ids one after another, without padding."""
-    import pyarrow as pa
-
-    mask = mask_column(rows, column)
-    columns = [column, mask] if mask else [column]
-    for table in rows.select_columns(columns).with_format("arrow").iter(ROWS_HASHED_AT_A_TIME):
-        flat = []
-        for name in columns:
-            lists = table.column(name).cast(pa.large_list(pa.int64())).combine_chunks()
-            lengths = np.asarray(lists.value_lengths().fill_null(0))
-            values = lists.flatten()
-            if values.null_count:
-                raise BadInput(f"column {name!r}: a list has an entry that is null; whole numbers were expected")
-            flat.append((lengths, np.asarray(values)))
-        lengths, ids = flat[0]
-        if mask:
-            if not np.array_equal(lengths, flat[1][0]):
-                raise BadInput(f"columns {column!r} and {mask!r}: a row has more of one than of the other")
-            kept = flat[1][1] == 1
-            ends = np.cumsum(lengths)
-            lengths = np.diff(np.concatenate([[0], np.cumsum(kept)])[np.concatenate([[0], ends])])
-            ids = ids[kept]
-        yield lengths, ids
+    bos: int | None = None if tokenizer is None else tokenizer.bos_token_id
+    if prepend == "on" and bos is None:
+        found = "the tokenizer has no BOS token" if tokenizer else "the column holds token ids, used as they are"
+        raise BadInput(f"text.prepend_bos is 'on', but {found}; leave it out")
+    if prepend == "off" or bos is None:
+        return None
+    return bos if prepend == "on" or tokenizer("a")["input_ids"][:1] == [bos] else None

@@ -86,7 +86,7 @@ def make_autoencoder(
         **jax.tree.map(jnp.asarray, arrays),
         kind=member.kind,
         per_story=config.activations.normalization == "story",
-        exclude_first_tokens=config.activations.exclude_first_tokens,
+        exclude_first_tokens=config.activations.exclude_first_tokens or 0,
         origin=Origin(name, facts["step"], member, config, l0, fvu),
     )
 

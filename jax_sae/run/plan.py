@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jax_sae.activations.sources import Source
+from jax_sae.activations.sources import Source, StorySource, StreamSource
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import SPACE_TO_SPARE
@@ -44,9 +44,13 @@ def _tokens(setup: Setup, source: Source, done: int) -> str:
     train = setup.config.train
     steps = train.steps - done
     if train.batching == "story":
+        if isinstance(source, StorySource) and (isinstance(source, StreamSource) or source.stories.window):
+            return f"stories       {steps:,} needed; how many there are is not known"
         epochs = train.steps / len(source)
         return f"stories       {steps:,} needed, {len(source):,} there: {_epochs(epochs)}"
     available, is_exact = source.count_tokens()
+    if available is None:
+        return f"tokens        {steps * train.batch_tokens:,} needed; how many there are is not known (streamed)"
     epochs = train.steps * train.batch_tokens / max(1, available)
     about = "" if is_exact else "about "
     return f"tokens        {steps * train.batch_tokens:,} needed, {about}{available:,} there: {_epochs(epochs)}"

@@ -165,7 +165,10 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any],
         sweep = merged.config.sweep
         if not sweep.features:  # the run's own depend on the width of its activations
             sweep = replace(sweep, features=own.sweep.features)
-        merged = replace(merged, config=replace(merged.config, sweep=sweep))
+        activations = merged.config.activations
+        if activations.exclude_first_tokens is None:  # it depends on the tokenizer
+            activations = replace(activations, exclude_first_tokens=own.activations.exclude_first_tokens)
+        merged = replace(merged, config=replace(merged.config, sweep=sweep, activations=activations))
     now = flatten(merged.config)
     without_meaning: tuple[str, ...] = ()
     if before["activations.path"] and now["activations.path"]:

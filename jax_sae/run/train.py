@@ -18,10 +18,10 @@ from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize
 from jax_sae.activations.norms import norm_lines, norm_statistics
 from jax_sae.activations.position import Position
-from jax_sae.activations.sources import Source, Sources, open_sources, refuse_large_batch
+from jax_sae.activations.sources import Source, Sources, excluded_first_tokens, open_sources, refuse_large_batch
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, SourceLost
 from jax_sae.language_model.hub import read_json
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
@@ -96,7 +96,12 @@ def train(
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
-    config = replace(config, sweep=with_features(config.sweep, source.width))
+    exclude = excluded_first_tokens(source, config.activations.exclude_first_tokens)
+    config = replace(
+        config,
+        activations=replace(config.activations, exclude_first_tokens=exclude),
+        sweep=with_features(config.sweep, source.width),
+    )
     members, changed = sweep_members(config.sweep), list[str]()
     if resume and out:
         members, changed = members_begun_with(out, members)
@@ -176,6 +181,11 @@ def advance(
                     raise Stopped
         except Stopped:
             save_now()
+        except (BadInput, SourceLost) as error:
+            save_now()
+            if out and saved:
+                raise type(error)(f"{error}; saved at step {saved}: go on with --out {out} --resume") from error
+            raise
     return progress
 
 

@@ -12,9 +12,10 @@ import pytest
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
 from jax_sae.errors import BadInput
-from jax_sae.language_model import text
+from jax_sae.language_model import text_digest as digests
 from jax_sae.language_model.dataset import open_split
-from jax_sae.language_model.text import Stories, load_tokenizer, text_digest, tokenizer_of
+from jax_sae.language_model.text import Stories, load_tokenizer, tokenizer_of
+from jax_sae.language_model.text_digest import text_digest
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def rows_of(texts: list[Any], kind: str = "string") -> Dataset:
 def test_a_texts_digest_is_of_the_texts_alone(n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they are divided, in memory and on disk, of both types for text, and wherever in a buffer they begin."""
     expected = text_digest(rows_of(TEXTS), "text")
-    monkeypatch.setattr(text, "ROWS_HASHED_AT_A_TIME", n)
+    monkeypatch.setattr(digests, "ROWS_HASHED_AT_A_TIME", n)
     assert text_digest(rows_of(TEXTS), "text") == expected
     for kind in ("large_string", "string_view"):
         assert text_digest(rows_of(TEXTS, kind), "text") == expected
@@ -201,7 +202,7 @@ def test_token_ids_have_a_digest_of_their_own(kind: str, make: Any, monkeypatch:
     """Of the ids alone, whatever their type and wherever in a buffer they begin; it is not that of any text."""
     ids = [[3, 1], [], None, [7], list(range(20))]
     expected = text_digest(ids_of(ids).rows, "input_ids")
-    monkeypatch.setattr(text, "ROWS_HASHED_AT_A_TIME", 2)
+    monkeypatch.setattr(digests, "ROWS_HASHED_AT_A_TIME", 2)
     rows = ids_of([[9], *ids, [8]]).rows.cast(Features({"input_ids": make(Value(kind))})).select(range(1, 6))
     assert text_digest(rows, "input_ids") == expected
     others = [[[3], [1], None, [7], list(range(20))], [[3, 1], [], None, [7], list(range(1, 21))], [*ids, []], ids[:-1]]
