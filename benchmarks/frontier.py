@@ -218,10 +218,12 @@ def demo_rows(directory: Path) -> str:
 
     lm = load_language_model("jax_sae/demo/model", 2)
     rows = open_split("jax_sae/demo/stories", "train", "text")
-    stories = Stories(rows, "text", lm.tokenizer, lm.model.config.max_position_embeddings, lm.model.config.vocab_size)
+    stories = Stories(
+        rows, "text", lm.tokenizer, lm.model.architecture.max_position_embeddings, lm.model.architecture.vocab_size
+    )
     token_ids = [story.token_ids for story in stories.read(range(len(stories)))]
     found = [np.zeros((0, lm.width), np.float32) for _ in token_ids]
-    for i, x in harvest(lm.model, lm.params, token_ids):
+    for i, x in harvest(lm.model, lm.places, lm.params, token_ids):
         found[i] = np.array(x)
     np.save(directory / "demo.npy", np.concatenate(found))
     return str(directory / "demo.npy")

@@ -36,7 +36,8 @@ import tokenizers
 import tyro
 from tqdm import tqdm
 
-from jax_sae.language_model.gpt_neo import ACTIVATION_FUNCTIONS, GPTNeo, GPTNeoConfig
+from jax_sae.language_model.decoder import FUNCTIONS, Decoder
+from jax_sae.language_model.families import read_architecture
 
 END = "<|endoftext|>"
 END_ID = 0  # the tokenizer's first entry
@@ -109,8 +110,8 @@ def main(options: Options) -> None:
     train_rows, validation_rows = (story_rows(tokenizer, texts) for texts in (clean_texts, validation_texts))
     print(f"{train_rows.n_tokens.sum():,} training tokens, {validation_rows.n_tokens.sum():,} validation tokens")
 
-    config = GPTNeoConfig.from_hugging_face(CONFIG, "CONFIG")
-    model = GPTNeo(config, layer=config.num_layers)
+    architecture = read_architecture(CONFIG, "CONFIG")
+    model = Decoder(architecture, layer=architecture.num_layers)
     params = train(model, train_rows, options)
     write_model(params, model_dir)
     print_validation_loss(model, params, validation_rows, validation_texts)
@@ -201,7 +202,7 @@ def training_batches(rows: Rows, batch_tokens: int, rng: np.random.Generator) ->
 # Token rows -> model
 
 
-def negative_log_likelihood(model: GPTNeo, params: Params, batch: Batch) -> jax.Array:
+def negative_log_likelihood(model: Decoder, params: Params, batch: Batch) -> jax.Array:
     """Nats of each target, [B, T]; 0 on padding."""
     logits = model.apply(params, batch.inputs, method="logits")
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets) * batch.mask
@@ -228,7 +229,7 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
     )
 
 
-def train(model: GPTNeo, rows: Rows, options: Options) -> Params:
+def train(model: Decoder, rows: Rows, options: Options) -> Params:
     """The trained parameters."""
     optimizer = make_optimizer(options)
 
@@ -253,7 +254,7 @@ def train(model: GPTNeo, rows: Rows, options: Options) -> Params:
     return params
 
 
-def initial_parameters(model: GPTNeo, seed: int) -> Params:
+def initial_parameters(model: Decoder, seed: int) -> Params:
     """Embeddings and matrices from a normal distribution of standard deviation 0.02, as PyTorch's GPT-Neo has them.
 
     Flax's own are larger; attention that is not scaled by 1/sqrt(d_head) would start out nearly one-hot.
@@ -265,7 +266,7 @@ def initial_parameters(model: GPTNeo, seed: int) -> Params:
     return jax.tree.unflatten(treedef, small)
 
 
-def print_validation_loss(model: GPTNeo, params: Params, rows: Rows, texts: list[str]) -> None:
+def print_validation_loss(model: Decoder, params: Params, rows: Rows, texts: list[str]) -> None:
     """Nats per token and per character, for stories that fit into the model whole.
 
     A story's nats are those of its tokens and of its end, after <|endoftext|>. Without <|endoftext|> in front the model
@@ -300,17 +301,17 @@ Cache = list[tuple[jax.Array, jax.Array]]  # of each block, keys and values [B, 
 
 
 def decode_step(
-    model: GPTNeo, params: Params, cache: Cache, token: jax.Array, position: jax.Array
+    model: Decoder, params: Params, cache: Cache, token: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """One token further: token[B] at `position` -> logits [B, vocab_size], as `GPTNeo` has them, and the new cache."""
-    c = model.config
+    """One token further: token[B] at `position` -> logits [B, vocab_size], as `Decoder` has them, and the new cache."""
+    a = model.architecture
     p = params["params"]
 
     def norm(p: Params, x_BD: jax.Array) -> jax.Array:
-        return nn.LayerNorm(epsilon=c.layer_norm_epsilon, use_fast_variance=False).apply({"params": p}, x_BD)
+        return nn.LayerNorm(epsilon=a.norm_epsilon, use_fast_variance=False).apply({"params": p}, x_BD)
 
     def heads(p: Params, x_BD: jax.Array) -> jax.Array:
-        return (x_BD @ p["kernel"]).reshape(len(token), c.num_heads, 1, -1)
+        return (x_BD @ p["kernel"]).reshape(len(token), a.num_heads, 1, -1)
 
     def linear(p: Params, x_BD: jax.Array) -> jax.Array:
         return x_BD @ p["kernel"] + p["bias"]
@@ -332,17 +333,17 @@ def decode_step(
         mixed_BH1d = jnp.einsum("bhqs,bhsd->bhqd", weights_BH1S, values_BHSd)
         x_BD = x_BD + linear(attention["out_proj"], mixed_BH1d.reshape(x_BD.shape))
         hidden = linear(block["mlp"]["c_fc"], norm(block["ln_2"], x_BD))
-        x_BD = x_BD + linear(block["mlp"]["c_proj"], ACTIVATION_FUNCTIONS[c.activation_function](hidden))
+        x_BD = x_BD + linear(block["mlp"]["c_proj"], FUNCTIONS[a.activation](hidden))
     return norm(p["ln_f"], x_BD) @ p["wte"]["embedding"].T, new_cache
 
 
 def sample(
-    model: GPTNeo, params: Params, key: jax.Array, batch: int, length: int, temperature: float
+    model: Decoder, params: Params, key: jax.Array, batch: int, length: int, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens sampled after <|endoftext|>, [batch, length], and the logit that each had (before the temperature)."""
-    c = model.config
-    seen = [length if kind == "global" else min(length, c.window_size) for kind in c.attention_layers]
-    empty = [jnp.zeros((batch, c.num_heads, S, c.hidden_size // c.num_heads)) for S in seen]
+    a = model.architecture
+    seen = [min(length, window or length) for window in a.windows]
+    empty = [jnp.zeros((batch, a.num_heads, S, a.head_dim)) for S in seen]
 
     def step(carry: tuple[Cache, jax.Array], position: jax.Array) -> tuple[Any, Any]:
         cache, token = carry
@@ -355,8 +356,8 @@ def sample(
     return tokens.T, logits.T
 
 
-def check_sampled_logits(model: GPTNeo, params: Params, tokens: np.ndarray, logits: np.ndarray) -> None:
-    """Compare what the cached path said, tokens[B, T] and their logits [B, T], with `GPTNeo` run on whole rows."""
+def check_sampled_logits(model: Decoder, params: Params, tokens: np.ndarray, logits: np.ndarray) -> None:
+    """Compare what the cached path said, tokens[B, T] and their logits [B, T], with `Decoder` run on whole rows."""
     inputs = np.pad(tokens[:, :-1], [(0, 0), (1, 0)], constant_values=END_ID)
     expected = jnp.take_along_axis(model.apply(params, inputs, method="logits"), tokens[:, :, None], axis=2)[:, :, 0]
     difference = float(abs(logits - expected).max())
@@ -364,7 +365,7 @@ def check_sampled_logits(model: GPTNeo, params: Params, tokens: np.ndarray, logi
     assert difference < 1e-3
 
 
-def write_stories(model: GPTNeo, params: Params, tokenizer: tokenizers.Tokenizer, options: Options) -> list[str]:
+def write_stories(model: Decoder, params: Params, tokenizer: tokenizers.Tokenizer, options: Options) -> list[str]:
     """Distinct stories that ended by themselves, as many as the options ask for."""
     n_stories, rows_at_once = options.train_stories + options.validation_stories, 128
     draw = jax.jit(lambda key: sample(model, params, key, rows_at_once, options.max_new_tokens, options.temperature))

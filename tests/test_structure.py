@@ -73,6 +73,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
     assert files_with("import torch") == {"commands/export_activations.py"}
     assert files_with("jax.jit") == {
         "analysis/loss_recovered.py",
+        "language_model/generate.py",
         "language_model/harvest.py",
         "language_model/pretrained.py",
         "run/held_out.py",

@@ -5,7 +5,7 @@ tokens it has; its activations are computed or copied only when they are needed.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +19,9 @@ from jax_sae.activations.position import Position
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
-from jax_sae.language_model.gpt_neo import GPTNeo
 from jax_sae.language_model.harvest import harvest
-from jax_sae.language_model.pretrained import load_language_model
+from jax_sae.language_model.places import width_of
+from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.stream import Buffer, Shards, choose_shards, first_buffer, open_shards
 from jax_sae.language_model.text import Stories, beginning, tokenizer_of
 from jax_sae.language_model.text_digest import text_digest
@@ -91,8 +91,7 @@ class StorySource:
     stories: Stories
     first: int
     last: int
-    model: GPTNeo
-    params: Mapping[str, Any]
+    lm: LanguageModel
 
     @property
     def name(self) -> str:
@@ -101,8 +100,10 @@ class StorySource:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """The place that is read."""
-        return (Place("", self.model.config.hidden_size),)
+        """Those that the language model reads; one alone has no name."""
+        architecture = self.lm.model.architecture
+        named = tuple(Place(place, width_of(place, architecture)) for place in self.lm.places)
+        return named if len(named) > 1 else (Place("", self.lm.width),)
 
     @property
     def width(self) -> int:
@@ -130,7 +131,9 @@ class StorySource:
     def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
         """Run the language model over whole stories; the activations of excluded tokens are left out."""
         token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
-        for i, x in harvest(self.model, self.params, token_ids):
+        segments = [story.segments for story in items]
+        together = segments if any(each is not None for each in segments) else None
+        for i, x in harvest(self.lm.model, self.lm.places, self.lm.params, token_ids, together):
             yield i, x[items[i].used]
 
     def count_tokens(self) -> tuple[int | None, bool]:
@@ -149,7 +152,7 @@ class StorySource:
         for story in self.read(range(min(self.last - self.first, STORIES_TO_COMPARE))):
             of_ids.update(f"{len(story.token_ids)}\n".encode() + story.token_ids.astype("<i4").tobytes())
         return {
-            "language model": model_digest(self.model, self.params),
+            "language model": model_digest(self.lm),
             "text": text_digest(self.stories.rows, self.stories.column),
             "tokenizer": of_ids.hexdigest(),
         }
@@ -240,17 +243,33 @@ class StreamSource(StorySource):
         return {**super().digests(), "text": names}
 
 
-def model_digest(model: GPTNeo, params: Mapping[str, Any]) -> str:
+def model_digest(lm: LanguageModel) -> str:
     """The sha256, in hexadecimal, of a language model's sizes and of its parameters' names, dtypes, shapes and bytes.
 
-    It is that of the parameters as they are run, in float32, whatever file and format they come from.
+    It is that of the parameters as they are run, whatever file and format they come from.
     """
-    digest = hashlib.sha256(f"{model.config}\n".encode())
-    for name, value in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+    digest = hashlib.sha256(f"{_described(lm)}\n".encode())
+    for name, value in sorted(traverse_util.flatten_dict(lm.params, sep="/").items()):
         array = np.ascontiguousarray(value)
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()
+
+
+def _described(lm: LanguageModel) -> str:
+    """What it is made of; of a GPT-Neo in the words of the versions that ran no other, whose runs go on."""
+    a = lm.model.architecture
+    if lm.model_type != "gpt_neo":
+        return f"{lm.model_type} {a}"
+    window = next((window for window in a.windows if window), 256)
+    kinds = tuple("local" if window else "global" for window in a.windows)
+    return (
+        f"GPTNeoConfig(vocab_size={a.vocab_size}, hidden_size={a.hidden_size}, num_layers={a.num_layers}, "
+        f"num_heads={a.num_heads}, max_position_embeddings={a.max_position_embeddings}, window_size={window}, "
+        f"intermediate_size={a.intermediate_size}, activation_function={a.activation!r}, "
+        f"layer_norm_epsilon={a.norm_epsilon}, attention_layers={kinds}, "
+        f"tie_word_embeddings={a.tie_word_embeddings})"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,10 +411,10 @@ def excluded_first_tokens(source: Source, said: int | None) -> int:
 def _open_stories(run: Config) -> Sources:
     model, text = run.model, run.text
     lm = load_language_model(model.path, model.layer, model.precision)
-    config = lm.model.config
+    architecture = lm.model.architecture
     model_line = (
-        f"model         {model.path}, the residual stream after {model.layer} of {config.num_layers} blocks, "
-        f"width {config.hidden_size}"
+        f"model         {model.path}, the residual stream after {model.layer} of {architecture.num_layers} blocks, "
+        f"width {lm.width}"
     )
 
     def stories(rows: "Dataset") -> Stories:
@@ -406,8 +425,8 @@ def _open_stories(run: Config) -> Sources:
             rows,
             text.column,
             tokenizer,
-            config.max_position_embeddings,
-            config.vocab_size,
+            architecture.max_position_embeddings,
+            architecture.vocab_size,
             (0 if bos is None else 1) if exclude is None else exclude,
             text.window,
             text.pack,
@@ -415,14 +434,12 @@ def _open_stories(run: Config) -> Sources:
             tokenizer.eos_token_id if text.pack and tokenizer and bos is None else None,
         )
 
-    if text.pack:
-        raise BadInput("text.pack: the language model does not yet read several documents at once; leave it out")
     if text.streaming:
         all_shards = open_shards(text.path, text.column, text.config)
         name = held_out_name(text.validation_split, all_shards)
         shards = choose_shards(all_shards, text.path, text.split)
         some = first_buffer(choose_shards(all_shards, text.path, name) if name else shards)
-        held_out = StorySource(stories(some.rows), 0, len(some.rows), lm.model, lm.params)
+        held_out = StorySource(stories(some.rows), 0, len(some.rows), lm)
         if not name:
             shards = replace(shards, first=some.end)
             if some.end[0] == len(shards.names):
@@ -430,7 +447,7 @@ def _open_stories(run: Config) -> Sources:
                     f"{text.path} has {len(held_out):,} stories in all, which a stream holds out; leave text.streaming "
                     "out, or name a held-out split by text.validation_split"
                 )
-        stream = StreamSource(held_out.stories, 0, len(held_out), lm.model, lm.params, shards)
+        stream = StreamSource(held_out.stories, 0, len(held_out), lm, shards)
         lines = [
             model_line,
             f"text          {text.path}: the split '{text.split}', {len(shards.names):,} shards, streamed; how many "
@@ -444,7 +461,7 @@ def _open_stories(run: Config) -> Sources:
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
         found = stories(choose_split(splits, text.path, split, text.column))
-        return StorySource(found, first, len(found) if last is None else last, lm.model, lm.params)
+        return StorySource(found, first, len(found) if last is None else last, lm)
 
     training = source(text.split)
     if held_out_split:

@@ -34,7 +34,6 @@ from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
-from jax_sae.language_model.hub import find_model_files
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config, refuse_no_run
@@ -194,10 +193,8 @@ def _open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None)
         )
     if not isinstance(source, StorySource):
         return source, None
-    path = config.model.path
-    lm = LanguageModel(path, config.model.layer, find_model_files(path), source.model, source.params)
-    _ = lm.whole  # what is wrong with the other blocks is said now
-    return source, lm
+    _ = source.lm.whole  # what is wrong with the other blocks is said now
+    return source, source.lm
 
 
 def kind_of(member: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What a language model loses when an activation is replaced by its reconstruction.
 
-At every real token the activation x at the autoencoder's layer is replaced, the rest of the network is run, and its
+At every real token the activation x at the autoencoder's place is replaced, the rest of the network is run, and its
 predictions of the next tokens are compared with those without replacement: by cross-entropy and by KL divergence, in
 nats a token. The last token of a story predicts nothing and is not scored, nor is padding. Two ablations, x replaced by
 0 and by the mean activation, give the scale: a score is 1 where nothing is lost, 0 where as much as by the ablation.
@@ -17,13 +17,13 @@ from numpy.typing import ArrayLike
 
 from jax_sae.activations.norms import token_norms
 from jax_sae.errors import BadInput
-from jax_sae.language_model.gpt_neo import GPTNeo
+from jax_sae.language_model.decoder import Decoder, untouched
 from jax_sae.language_model.harvest import harvest, padded_length, tokens_at_a_time
-from jax_sae.language_model.pretrained import LanguageModel, Text
-from jax_sae.rows import widened
+from jax_sae.language_model.places import layer_of, place_of_layer, read_place, stream_layer, width_of
+from jax_sae.language_model.pretrained import LOGITS_AT_A_TIME, LanguageModel, Text
 
 MOST_TOKENS_AT_A_TIME = 8192
-"""Logits are large: with GPT-2's vocabulary, 8192 tokens of them take 1.6 GB."""
+"""All reconstructions of so many tokens are in memory at once."""
 
 Reconstruct = Callable[[np.ndarray, np.ndarray], ArrayLike]
 """(x[B, T, D], activations of stories, zeros right of their ends; lengths [B]) -> x_hat[B, T, D]."""
@@ -96,6 +96,7 @@ def loss_recovered(
     mean: np.ndarray,
     exclude_first_tokens: int = 0,
     norm_limit: float = 0.0,
+    place: str | None = None,
 ) -> dict[str, LossRecovered]:
     """Splice reconstructions into a language model, all autoencoders' in one pass over the text.
 
@@ -103,24 +104,36 @@ def loss_recovered(
     float64, the network float32.
 
     Args:
-        lm: stopped after the autoencoders' layer; the rest is loaded here.
+        lm: the language model; blocks that were not loaded are loaded here.
         texts: strings or token ids, one a story; those with fewer than 2 tokens predict nothing and are left out.
         autoencoders: by name, from `batch_at_once` or `story_by_story`.
         mean: [D], what the mean ablation puts in place of x.
         exclude_first_tokens: activations of that many first tokens of each story stay as they are.
         norm_limit: so do those of tokens with a larger norm; 0 for no limit.
+        place: where they are replaced, such as "9.mlp_out"; without it, the one place that `lm` reads.
 
     Returns:
         For each name its numbers; those without an autoencoder are the same in all.
 
     Raises:
         BadInput: if no text predicts a token, all activations stay as they are, `mean` or a reconstruction has another
-            shape or is not finite, or the texts are none for this language model.
+            shape or is not finite, there is no such place or none is said, or the texts are none for this language
+            model.
     """
-    mean = np.asarray(mean, np.float32)
-    if mean.shape != (lm.width,) or not np.isfinite(mean).all():
-        raise BadInput(f"the mean has the shape {mean.shape}; {lm.width} finite numbers were expected: its width")
     model, params = lm.whole
+    architecture = model.architecture
+    if place is None and len(lm.places) != 1:
+        raise BadInput(f"{lm.name} reads {', '.join(lm.places)}; say at which place reconstructions are put in")
+    place = read_place(lm.places[0] if place is None else place, architecture, lm.model_type)
+    D = width_of(place, architecture)
+    mean = np.asarray(mean, np.float32)
+    if mean.shape != (D,) or not np.isfinite(mean).all():
+        raise BadInput(f"the mean has the shape {mean.shape}; {D} finite numbers were expected: its width")
+    # The network goes on from `first`: with what is put into the stream there, or else with the stream as it is, and
+    # what is put in further on.
+    in_stream = stream_layer(place, architecture)
+    first = layer_of(place, architecture) - 1 if in_stream is None else in_stream
+    read = (place,) if in_stream is not None else (place_of_layer(first, architecture), place)
     texts = list(texts)  # which may be a generator
     stories = sorted((story for story in lm.token_ids(texts) if len(story) > 1), key=len, reverse=True)
     if not stories:
@@ -129,23 +142,26 @@ def loss_recovered(
     losses, divergences = np.zeros(1 + S), np.zeros(S)
     n_tokens = predictions = replaced_tokens = 0
     while stories:
-        T = min(padded_length(len(stories[0])), model.config.max_position_embeddings)
+        T = min(padded_length(len(stories[0])), architecture.max_position_embeddings)
         B = max(1, min(tokens_at_a_time(), MOST_TOKENS_AT_A_TIME) // T)  # rows without a story count for nothing
         batch, stories = stories[:B], stories[B:]
-        token_ids, x, lengths = np.zeros((B, T), np.int32), np.zeros((B, T, lm.width), np.float32), np.zeros(B, int)
-        for i, activations in harvest(lm.model, lm.params, batch):
+        token_ids, lengths = np.zeros((B, T), np.int32), np.zeros(B, int)
+        both = np.zeros((B, T, sum(width_of(each, architecture) for each in read)), np.float32)
+        for i, activations in harvest(model, read, params, batch):
             lengths[i] = len(batch[i])
-            token_ids[i, : lengths[i]], x[i, : lengths[i]] = batch[i], activations
-        place = np.arange(T)
-        replaced = (place < lengths[:, None]) & (place >= exclude_first_tokens)
+            token_ids[i, : lengths[i]], both[i, : lengths[i]] = batch[i], activations
+        stream, x = np.split(both, [both.shape[-1] - D], axis=-1)
+        at = np.arange(T)
+        replaced = (at < lengths[:, None]) & (at >= exclude_first_tokens)
         if norm_limit:
             replaced &= token_norms(x.reshape(B * T, -1)).reshape(B, T) <= norm_limit
         replaced_tokens += int(replaced.sum())
         others = [np.zeros_like(x), np.broadcast_to(mean, x.shape)]
         others += [_reconstruction(name, autoencoders[name], x, lengths, replaced) for name in autoencoders]
         spliced = np.where(replaced[:, :, None], np.stack(others), x)
-        loss, divergence = _losses_and_divergences(model, lm.layer, params, x, spliced, token_ids)
-        scored = place[:-1] < lengths[:, None] - 1
+        inside = None if in_stream is not None else place
+        loss, divergence = _losses_and_divergences(model, first, inside, params, stream, x, spliced, token_ids)
+        scored = at[:-1] < lengths[:, None] - 1
         losses += np.asarray(loss, np.float64)[:, scored].sum(1)
         divergences += np.asarray(divergence, np.float64)[:, scored].sum(1)
         n_tokens += int(lengths.sum())
@@ -190,31 +206,63 @@ def _reconstruction(
     return x_hat
 
 
-@jax.jit(static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1, 2))
 def _losses_and_divergences(
-    model: GPTNeo, layer: int, params: Mapping[str, Any], x: jax.Array, spliced: jax.Array, token_ids: jax.Array
+    model: Decoder,
+    first: int,
+    place: str | None,
+    params: Mapping[str, Any],
+    stream: jax.Array,
+    x: jax.Array,
+    spliced: jax.Array,
+    token_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Of each token but the last: -log p(next token) with x and with each of spliced[S, B, T, D], KL(x || spliced).
 
+    They stand at `place`, which the network comes to after `first` blocks and stream[B, T, D]; or, if that is None,
+    they are the stream there.
+
     Returns:
-        ([1 + S, B, T - 1], [S, B, T - 1]). One replacement after the other, since logits are large.
+        ([1 + S, B, T - 1], [S, B, T - 1]). Logits are large: they are made of some tokens at a time, and of one
+        replacement after the other.
     """
 
-    def log_probabilities(x: jax.Array) -> jax.Array:
-        logits = cast(jax.Array, model.apply({"params": widened(params)}, x, layer, method="logits_from"))
-        return jax.nn.log_softmax(logits[:, :-1])
+    def apply(method: str, *arguments: Any) -> jax.Array:
+        return cast(jax.Array, model.apply({"params": params}, *arguments, method=method))
 
-    def loss(log_p: jax.Array) -> jax.Array:
-        return -jnp.take_along_axis(log_p, token_ids[:, 1:, None], -1)[..., 0]
+    def rest(y: jax.Array) -> jax.Array:
+        start, tap = (y, untouched) if place is None else (stream, lambda at, x: y if at == place else x)
+        return apply("rest", start, first, tap)[:, :-1]
 
-    without = log_probabilities(x)
+    def compare(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        without, others, targets = rows
 
-    def compare(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_p = log_probabilities(x)
-        return loss(log_p), jnp.sum(jnp.exp(without) * (without - log_p), -1)
+        def loss(log_p: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(log_p, targets[:, None], -1)[..., 0]
 
-    losses, divergences = jax.lax.map(compare, spliced)
-    return jnp.concatenate([loss(without)[None], losses]), divergences
+        def with_replacement(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+            log_q = jax.nn.log_softmax(apply("head", y))
+            return loss(log_q), jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+        log_p = jax.nn.log_softmax(apply("head", without))
+        losses, divergences = jax.lax.map(with_replacement, others)
+        return jnp.concatenate([loss(log_p)[None], losses]), divergences
+
+    S, (B, T) = len(spliced), token_ids.shape
+    without, others, targets = rest(x), jax.lax.map(rest, spliced), token_ids[:, 1:]
+    N, D = B * (T - 1), without.shape[-1]
+    at_a_time = min(N, max(16, LOGITS_AT_A_TIME // model.architecture.vocab_size))
+    parts = -(-N // at_a_time)
+    more = parts * at_a_time - N
+    rows = (
+        jnp.pad(without.reshape(N, D), ((0, more), (0, 0))).reshape(parts, at_a_time, D),
+        jnp.pad(others.reshape(S, N, D), ((0, 0), (0, more), (0, 0))).reshape(S, parts, at_a_time, D).swapaxes(0, 1),
+        jnp.pad(targets.reshape(N), (0, more)).reshape(parts, at_a_time),
+    )
+    losses, divergences = jax.lax.map(compare, rows)
+    return tuple(
+        y.swapaxes(0, 1).reshape(-1, parts * at_a_time)[:, :N].reshape(-1, B, T - 1) for y in (losses, divergences)
+    )
 
 
 def _score(with_sae: float, with_ablation: float, without: float) -> float | None:

@@ -66,19 +66,19 @@ def harvest_to_store(options: Options) -> str:
     lm = load_language_model(options.model, options.layer)
     rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
     tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, lambda: lm.tokenizer)
-    config = lm.model.config
+    architecture = lm.model.architecture
     stories = Stories(
         rows,
         options.text_column,
         tokenizer,
-        config.max_position_embeddings,
-        config.vocab_size,
+        architecture.max_position_embeddings,
+        architecture.vocab_size,
         options.exclude_first_tokens,
     )
     return write_text(
         options.out,
         stories,
-        partial(harvest, lm.model, lm.params),
+        partial(harvest, lm.model, lm.places, lm.params),
         options.tokens,
         model=options.model,
         layer=options.layer,

@@ -1,13 +1,13 @@
 """Token ids -> activations, batched by length so that little padding is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jax_sae.language_model.gpt_neo import GPTNeo
-from jax_sae.rows import widened
+from jax_sae.language_model.decoder import Decoder
 
 
 def tokens_at_a_time() -> int:
@@ -29,34 +29,60 @@ def padded_length(n_tokens: int) -> int:
     return -(-n_tokens // step) * step
 
 
-@jax.jit(static_argnums=0)
-def forward(model: GPTNeo, params: Mapping[str, Any], token_ids: jax.Array) -> jax.Array:
-    """token_ids[B, T] -> the residual stream [B, T, D] float32; parameters kept in fewer bits compute as precisely."""
-    return cast(jax.Array, model.apply({"params": widened(params)}, token_ids))
+@jax.jit(static_argnums=(0, 1))
+def read_places(
+    model: Decoder,
+    places: tuple[str, ...],
+    params: Mapping[str, Any],
+    token_ids: jax.Array,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """token_ids[B, T] -> what stands at the places, side by side, [B, T, sum of their widths] float32.
+
+    The parts of the last block that none of them needs are not computed.
+    """
+    found: dict[str, jax.Array] = {}
+
+    def tap(place: str, x: jax.Array) -> jax.Array:
+        if place in places:
+            found[place] = x
+        return x
+
+    model.apply({"params": params}, token_ids, tap, segments)
+    return found[places[0]] if len(places) == 1 else jnp.concatenate([found[place] for place in places], axis=-1)
 
 
 def harvest(
-    model: GPTNeo, params: Mapping[str, Any], stories: Sequence[np.ndarray]
+    model: Decoder,
+    places: tuple[str, ...],
+    params: Mapping[str, Any],
+    stories: Sequence[np.ndarray],
+    segments: Sequence[np.ndarray | None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Run the language model over whole stories, several of about the same length at a time.
 
     Args:
-        model: stopped after the layer that is read.
+        model: with the blocks that the places need.
+        places: that are read, in one pass.
         params: its parameters.
         stories: token ids [T] of one story each, T from 0 to the positions of the model.
+        segments: for each story None, or the number of its document for each token [T], as `Decoder` takes them.
 
     Yields:
-        (number of the story in `stories`, its activations [T, D] float32), longest stories first; a story without
-        tokens yields nothing. The array is a view of a larger one: copy what you keep.
+        (number of the story in `stories`, its activations [T, sum of widths] float32), longest stories first; a story
+        without tokens yields nothing. The array is a view of a larger one: copy what you keep.
     """
     longest_first = sorted((i for i in range(len(stories)) if len(stories[i])), key=lambda i: -len(stories[i]))
     while longest_first:
-        length = min(padded_length(len(stories[longest_first[0]])), model.config.max_position_embeddings)
+        length = min(padded_length(len(stories[longest_first[0]])), model.architecture.max_position_embeddings)
         rows = min(max(1, tokens_at_a_time() // length), 1 << (len(longest_first) - 1).bit_length())
         batch, longest_first = longest_first[:rows], longest_first[rows:]
         token_ids = np.zeros((rows, length), np.int32)  # the model is causal: what is right of a story does not matter
+        its = None if segments is None else np.zeros((rows, length), np.int32)
         for row, i in enumerate(batch):
             token_ids[row, : len(stories[i])] = stories[i]
-        activations = np.asarray(forward(model, params, token_ids))
+            if its is not None and segments is not None and (of_story := segments[i]) is not None:
+                its[row, : len(stories[i])] = of_story
+        activations = np.asarray(read_places(model, places, params, token_ids, its))
         for row, i in enumerate(batch):
             yield i, activations[row, : len(stories[i])]

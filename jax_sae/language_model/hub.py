@@ -60,7 +60,7 @@ def find_local(name: str) -> Path | None:
 
 
 def find_model_files(name: str) -> Path:
-    """A directory with config.json, the weights and, where it has one, the tokenizer of a language model.
+    """A directory with config.json, the weights and, where it has one, the tokenizer of a language model; or a .gguf.
 
     Downloads them from the hub, unless it is a local directory or in the local cache.
 
@@ -234,6 +234,8 @@ def one_line(said: BaseException | str) -> str:
 def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[Path], bool]) -> Path:
     """The directory that a name means; `marks` are files by which the cache finds it."""
     if (local := find_local(name)) is not None:
+        if what == "language model" and local.suffix == ".gguf":
+            return local
         if not local.is_dir():
             raise BadInput(f"{local}: a file; give the directory that holds the {what}")
         return local

@@ -13,7 +13,7 @@ from running import REPOSITORY
 from jax_sae.analysis import loss_recovered as module
 from jax_sae.analysis.loss_recovered import LossRecovered, batch_at_once, loss_recovered, story_by_story
 from jax_sae.errors import BadInput
-from jax_sae.language_model.gpt_neo import GPTNeo
+from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 
 TIED, UNTIED = (REPOSITORY / "tests" / "data" / name for name in ("gpt_neo_bin", "gpt_neo_untied"))
@@ -39,7 +39,7 @@ class Scaled:
 def stories_of(lm: LanguageModel, lengths: tuple[int, ...] = (9, 32, 2, 9, 1, 0, 32)) -> list[np.ndarray]:
     """Random token ids."""
     rng = np.random.default_rng(0)
-    return [rng.integers(lm.model.config.vocab_size, size=T) for T in lengths]
+    return [rng.integers(lm.model.architecture.vocab_size, size=T) for T in lengths]
 
 
 def mean_of(lm: LanguageModel, stories: list[np.ndarray]) -> np.ndarray:
@@ -48,7 +48,7 @@ def mean_of(lm: LanguageModel, stories: list[np.ndarray]) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def logits_from(model: GPTNeo, layer: int, params: Any, x: np.ndarray) -> jax.Array:
+def logits_from(model: Decoder, layer: int, params: Any, x: np.ndarray) -> jax.Array:
     """Logits [B, T, V]."""
     return cast(jax.Array, model.apply({"params": params}, x, layer, method="logits_from"))
 
@@ -133,7 +133,7 @@ def test_untouched_activations_give_the_same_logits(directory: Path, layer: int)
     lm = load_language_model(str(directory), layer)
     text = SAMPLE if directory == DEMO else stories_of(lm)[1]
     [x], [logits] = lm.activations([text]), lm.logits([text])
-    assert lm.whole[0].config.num_layers == {TIED: 4, UNTIED: 3, DEMO: 4}[directory]
+    assert lm.whole[0].architecture.num_layers == {TIED: 4, UNTIED: 3, DEMO: 4}[directory]
     np.testing.assert_allclose(rest_of_network(lm, x[None])[0], logits, rtol=0, atol=1e-4)
 
 

@@ -5,7 +5,7 @@ gpt_neo_untied: two shards, an untied head, the blocks local-global-local, its o
 """
 
 import tracemalloc
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_sae.errors import BadInput
-from jax_sae.language_model.gpt_neo import GPTNeo, GPTNeoConfig
+from jax_sae.language_model.architectures import Architecture
+from jax_sae.language_model.decoder import Decoder
+from jax_sae.language_model.families import FAMILIES, read_architecture
 from jax_sae.language_model.pretrained import load_language_model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -58,7 +60,7 @@ def test_padding_on_the_right_changes_nothing(name: str) -> None:
 
 def test_local_attention_sees_256_tokens_of_a_longer_story() -> None:
     """Against a reference that goes over the query positions one by one, in float64."""
-    config = GPTNeoConfig.from_hugging_face(
+    config = read_architecture(
         {
             "model_type": "gpt_neo",
             "vocab_size": 50,
@@ -70,8 +72,8 @@ def test_local_attention_sees_256_tokens_of_a_longer_story() -> None:
         },
         "config.json",
     )
-    assert config.window_size == 256
-    model = GPTNeo(config, layer=3)
+    assert config.windows == (256, None, 256, None)
+    model = Decoder(config, layer=3)
     rng = np.random.default_rng(0)
     ids = rng.integers(50, size=300)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -80,13 +82,13 @@ def test_local_attention_sees_256_tokens_of_a_longer_story() -> None:
     np.testing.assert_allclose(activations, slow_reference(params, ids, config, layer=3), rtol=0, atol=2e-4)
 
 
-def slow_reference(params: Any, ids: np.ndarray, config: GPTNeoConfig, layer: int) -> np.ndarray:
+def slow_reference(params: Any, ids: np.ndarray, config: Architecture, layer: int) -> np.ndarray:
     """The residual stream after `layer` blocks, from the definition."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x: np.ndarray, p: Any) -> np.ndarray:
         centred = x - x.mean(1, keepdims=True)
-        return centred / np.sqrt(x.var(1, keepdims=True) + config.layer_norm_epsilon) * p["scale"] + p["bias"]
+        return centred / np.sqrt(x.var(1, keepdims=True) + config.norm_epsilon) * p["scale"] + p["bias"]
 
     T, d_head = len(ids), config.hidden_size // config.num_heads
     x = params["wte"]["embedding"][ids] + params["wpe"]["embedding"][:T]
@@ -96,7 +98,7 @@ def slow_reference(params: Any, ids: np.ndarray, config: GPTNeoConfig, layer: in
         q, k, v = (y @ p["attn"][f"{name}_proj"]["kernel"] for name in "qkv")
         mixed = np.zeros_like(x)
         for t in range(T):
-            first = max(0, t - 255) if config.attention_layers[block] == "local" else 0
+            first = max(0, t - 255) if config.windows[block] else 0
             for head in range(config.num_heads):
                 at = slice(head * d_head, (head + 1) * d_head)
                 weights = np.exp(k[first : t + 1, at] @ q[t, at])
@@ -125,7 +127,7 @@ def test_more_tokens_than_positions_are_refused_not_clamped() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"num_heads": 5}, "not a multiple of num_heads"),
         ({"activation_function": "selu"}, "activation_function is 'selu'"),
@@ -137,7 +139,7 @@ def test_configs_that_cannot_be_run_are_refused_by_name(change: dict[str, object
     """Each message names the file and the key."""
     config = {"model_type": "gpt_neo", "hidden_size": 8, "num_layers": 4, "num_heads": 2} | change
     with pytest.raises(BadInput, match=f"some/config.json: .*{message}"):
-        GPTNeoConfig.from_hugging_face(config, "some/config.json")
+        read_architecture(config, "some/config.json")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_configs_that_cannot_be_run_are_refused_by_name(change: dict[str, object
         ("activation_function", "gelu\n\x1b[31m" * 10**6),
         ("num_heads", 0),
         ("tie_word_embeddings", "yes"),
-        ("model_type", "llama"),
+        ("model_type", "mamba"),
     ],
 )
 def test_a_config_that_cannot_be_is_named(key: str, value: object) -> None:
@@ -186,9 +188,9 @@ def test_a_config_that_cannot_be_is_named(key: str, value: object) -> None:
     config = {"model_type": "gpt_neo", "num_layers": 4, "attention_types": [[["global", "local"], 2]], key: value}
     tracemalloc.start()
     with pytest.raises(
-        BadInput, match=rf"here\.json: .*{key}.* is .*(expected|known are|not a multiple|but only)"
+        BadInput, match=rf"here\.json: .*{key}.* is .*(expected|known are|not a multiple|not run here)"
     ) as error:
-        GPTNeoConfig.from_hugging_face(config, "here.json")
+        read_architecture(config, "here.json")
     assert tracemalloc.get_traced_memory()[1] < 1e6 and len(str(error.value)) < 300 and str(error.value).isprintable()
     tracemalloc.stop()
 
@@ -198,7 +200,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=2),
     max_leaves=8,
 )
-KEYS = st.sampled_from([*(field.name for field in fields(GPTNeoConfig)), "attention_types", "model_type"])
+MORE_KEYS = ("intermediate_size", "attention_layers", "attention_types", "model_type")
+KEYS = st.sampled_from([*FAMILIES["gpt_neo"].defaults, *MORE_KEYS])
 
 
 @FUZZ
@@ -206,7 +209,7 @@ KEYS = st.sampled_from([*(field.name for field in fields(GPTNeoConfig)), "attent
 def test_whatever_a_config_says_it_is_read_or_refused(change: dict[str, object]) -> None:
     """Any JSON value under any key; what is read has sizes that fit together."""
     small = {"model_type": "gpt_neo", "hidden_size": 8, "num_layers": 4, "num_heads": 2}
-    config = loaded_or_refused(lambda: GPTNeoConfig.from_hugging_face(small | change, "here.json"), "here.json")
+    config = loaded_or_refused(lambda: read_architecture(small | change, "here.json"), "here.json")
     if config is not None:
-        assert config.hidden_size % config.num_heads == 0 and len(config.attention_layers) == config.num_layers
+        assert config.hidden_size % config.num_heads == 0 and len(config.windows) == config.num_layers
         assert all(1 <= size <= 2**24 for size in asdict(config).values() if type(size) is int)

@@ -188,7 +188,7 @@ def with_nan(tensors: Tensors) -> Tensors:
     [
         (lambda t: {k: x for k, x in t.items() if k != Q_PROJ}, "lack h.0.attn.attention.q_proj.weight"),
         (lambda t: t | {Q_PROJ: t[Q_PROJ][:16]}, r"q_proj.weight has the shape \(16, 32\), .* asks for \(32, 32\)"),
-        (lambda t: {k: x for k, x in t.items() if ".h.3." not in k}, r"asks for 4 blocks .num_layers., .* have 3"),
+        (lambda t: {k: x for k, x in t.items() if ".h.3." not in k}, r"asks for 4 blocks, .* have 3"),
         (lambda t: t | {f"a\n\x1b[31m{'b' * 300}": np.zeros(3)}, r"name of a tensor, 'a\\n\\x1b\[31mb*', is too long"),
         (lambda t: t | {Q_PROJ: t[Q_PROJ].astype(np.int8)}, "q_proj.weight is int8"),
         (lambda t: t | {Q_PROJ: t[Q_PROJ] * 1e300}, "q_proj.weight has values that are not finite"),
@@ -343,7 +343,7 @@ def test_a_damaged_index_is_refused(directory: Path, weight_map: object, message
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "[" * 100_000, '{"a":' * 100_000, '{"model_type": "gpt2"}', '{"num_layers": 1%s}' % ("0" * 9999)],
+    ["", "{", "[]", "[" * 100_000, '{"a":' * 100_000, '{"model_type": "bert"}', '{"num_layers": 1%s}' % ("0" * 9999)],
 )
 def test_a_damaged_or_foreign_config_is_refused(directory: Path, content: str) -> None:
     """The message names the file."""

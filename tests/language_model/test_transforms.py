@@ -108,7 +108,7 @@ def test_copies_and_other_precisions(lm: LanguageModel) -> None:
 
 def test_what_is_known_is_checked(lm: LanguageModel) -> None:
     """Shapes and dtypes always, ids where they are not traced."""
-    config = lm.model.config
+    config = lm.model.architecture
     for bad in (IDS.astype(float), IDS[None], np.int32(3), "words"):
         with pytest.raises(BadInput, match=r"^token_ids "):
             lm(bad)
