@@ -18,6 +18,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.checkpoint import WeightsDtype
 from jax_sae.language_model.decoder import Decoder, Tap, untouched
 from jax_sae.language_model.files import open_model
+from jax_sae.language_model.generate import continued
 from jax_sae.language_model.gguf_file import read_gguf_tokenizer
 from jax_sae.language_model.harvest import harvest, padded_length, read_places
 from jax_sae.language_model.hub import has_tokenizer
@@ -84,7 +85,7 @@ class LanguageModel:
         """
         return self.run(token_ids)
 
-    def run(self, token_ids: ArrayLike, tap: Tap = untouched) -> jax.Array:
+    def run(self, token_ids: ArrayLike, tap: Tap | None = None) -> jax.Array:
         """The whole network, with `tap` at every place: token_ids[T] or [B, T] -> logits as of `logits_of`.
 
         Args:
@@ -98,7 +99,7 @@ class LanguageModel:
         """
         model, params = self.whole
         ids = self._checked_ids(token_ids)
-        if tap is untouched:
+        if tap is None:
             return self._of_rows(lambda rows: _logits(model, params, rows), ids)
         return _logits(model, params, ids if ids.ndim == 2 else ids[None], tap).reshape(*ids.shape, -1)
 
@@ -258,6 +259,73 @@ class LanguageModel:
                 n = min(padded_length(len(rows)), at_a_time)
                 logits[i][first : first + len(rows)] = np.asarray(_head(model, params, padded(rows, (n,))))[: len(rows)]
         return logits
+
+    def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        until: int | None = None,
+        tap: Tap | None = None,
+    ) -> Any:
+        """The prompt and what the language model adds to it: a string for a string, token ids [T] int32 for token ids.
+
+        Keys and values of the tokens so far are kept, so that each step reads one token. The same prompt, settings and
+        seed give the same text.
+
+        Args:
+            prompt: a string, which needs the tokenizer, or token ids; no special tokens are added.
+            max_new_tokens: it ends after so many at the latest.
+            temperature: 0 takes the likeliest token each time; else it is drawn, with logits divided by this.
+            top_p: it is drawn among the likeliest tokens that together have at least this probability.
+            seed: of the draws.
+            until: the token after which it ends; for a string, the tokenizer's eos if this is left out.
+            tap: as for `run`; it sees the whole prompt x[1, T, width] first, then one token x[1, 1, width] at a time.
+
+        Raises:
+            BadInput: if the prompt has no tokens, prompt and new tokens have more than the model has positions, or a
+                setting is out of range.
+        """
+        [ids] = self.token_ids([prompt])
+        positions = self.model.architecture.max_position_embeddings
+        if not len(ids):
+            raise BadInput("the prompt has no tokens; give at least one")
+        if max_new_tokens < 1 or len(ids) + max_new_tokens > positions:
+            raise BadInput(
+                f"max_new_tokens is {max_new_tokens}; 1 to {positions - len(ids)} was expected: the prompt has "
+                f"{len(ids)} tokens, the model {positions} positions"
+            )
+        if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+            raise BadInput(
+                f"temperature is {temperature:g} and top_p {top_p:g}; 0 or more, and above 0 up to 1, were expected"
+            )
+        if until is None and isinstance(prompt, str):
+            until = self.tokenizer.eos_token_id
+        model, params = self.whole
+        most = len(ids) + max_new_tokens
+        room = min(positions, padded_length(most))
+        given = padded(ids, (min(room, padded_length(len(ids))),)) if tap is None else ids
+        found, n = continued(
+            model,
+            params,
+            given,
+            len(ids),
+            most,
+            -1 if until is None else until,
+            temperature,
+            top_p,
+            jax.random.key(seed),
+            room=room,
+            tap=tap or untouched,
+        )
+        tokens = np.asarray(found)[: int(n)]
+        if not isinstance(prompt, str):
+            return tokens
+        before, text = self.tokenizer.decode(ids), self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return prompt + text.removeprefix(before)  # decoded by themselves, the new ones may lose a space
 
     @cached_property
     def whole(self) -> tuple[Decoder, Mapping[str, Any]]:

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from running import REPOSITORY
 from safetensors.numpy import load_file, save_file
 
 from jax_sae.errors import BadInput
+from jax_sae.language_model import families
 from jax_sae.language_model import harvest as harvest_module
 from jax_sae.language_model.families import FAMILIES, read_architecture
 from jax_sae.language_model.harvest import harvest
@@ -35,6 +37,7 @@ from jax_sae.language_model.places import (
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 
 DATA = Path(__file__).parents[1] / "data" / "families"
+ADDED = DATA.parent / "added_family"
 MODELS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
 LARGER = REPOSITORY.parent / "shared" / "golden" / "families"
 
@@ -51,7 +54,7 @@ def models() -> dict[str, LanguageModel]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_place_is_that_of_pytorch(name: str, models: dict[str, LanguageModel]) -> None:
+def test_every_place_is_that_of_pytorch(name: Any, models: dict[Any, LanguageModel]) -> None:
     """To 2e-5 relative; the smallest of the mistakes that are easily made, another gelu, makes 2e-4.
 
     And they add up: the stream is what attention and MLP add to it.
@@ -67,6 +70,20 @@ def test_every_place_is_that_of_pytorch(name: str, models: dict[str, LanguageMod
     assert error(lm.logits([expected["ids"]])[0], expected["logits"]) < 2e-5
     before, attention, mlp, after = (found[f"1.{x}"][0] for x in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
     assert error(before + attention + mlp, after) < 1e-6
+
+
+def test_the_family_that_the_page_adds_is_run_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block of Python in docs/add_a_language_model.md is all that it takes."""
+    page = (REPOSITORY / "docs" / "add_a_language_model.md").read_text()
+    monkeypatch.setattr("jax_sae.language_model.families.FAMILIES", dict(FAMILIES))
+    with pytest.raises(BadInput, match="'stablelm', which is not run here"):
+        load_language_model(str(ADDED))
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    monkeypatch.setattr("jax_sae.language_model.places.FAMILIES", families.FAMILIES)
+    lm = load_language_model(str(ADDED))
+    test_every_place_is_that_of_pytorch(ADDED, {ADDED: lm})
+    with pytest.raises(BadInput, match="here: parallel residuals and qk_layernorm of StableLM are not run"):
+        read_architecture({"model_type": "stablelm", "use_parallel_residual": True}, "here")
 
 
 @pytest.mark.skipif(not LARGER.exists(), reason="these models are not part of the repository")
@@ -133,6 +150,59 @@ def test_a_document_is_read_by_itself_whatever_stands_beside_it(
     with jax.disable_jit():
         [(_, in_parts)] = harvest_module.harvest(lm.model, lm.places, lm.params, [together], [segments])
     assert error(in_parts, packed) < 5e-6
+
+
+# Generation
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "gemma3", "gpt_neox", "qwen2"])
+def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, LanguageModel]) -> None:
+    """As when all is read again for each token; past the window, and with a tap."""
+    lm, ids = models[name], [3, 4, 5]
+
+    def tap(place: str, x: jax.Array) -> jax.Array:
+        return x * 0.9 if place == "1.mlp_out" else x
+
+    for change in (lambda place, x: x, tap):
+        expected = np.array(ids, np.int32)
+        read = jax.jit(lambda rows, change=change: lm.run(rows, change))
+        while len(expected) < 26:
+            row = np.zeros(26, np.int32)
+            row[: len(expected)] = expected
+            expected = np.append(expected, np.int32(np.argmax(read(row)[len(expected) - 1])))
+        np.testing.assert_array_equal(lm.generate(ids, 23, tap=change), expected)
+    np.testing.assert_array_equal(lm.generate(ids, 5, tap=tap), expected[:8])
+    np.testing.assert_array_equal(lm.generate(ids, 23, until=int(expected[7]), tap=tap)[-1], expected[7])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(models: dict[str, LanguageModel]) -> None:
+    """At a temperature, among the likeliest only; and a seed gives the same again."""
+    lm = models["gpt2"]
+    p = np.asarray(jax.nn.softmax(lm.logits_of([5, 7])[-1] / 3), np.float64)
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), 0.6)) + 1]
+    drawn = np.array([lm.generate([5, 7], 1, temperature=3.0, top_p=0.6, seed=seed)[-1] for seed in range(400)])
+    assert set(drawn) <= set(kept) and len(set(drawn)) > 1
+    share = p[kept] / p[kept].sum()
+    found = np.array([(drawn == token).mean() for token in kept])
+    assert np.abs(found - share).max() < 5 * np.sqrt(0.25 / 400)
+    again = [lm.generate([5, 7], 9, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(again[0], again[1])
+    assert not np.array_equal(again[0], again[2])
+
+
+def test_what_cannot_be_generated_is_refused(models: dict[str, LanguageModel]) -> None:
+    """With the range that can."""
+    lm = models["gpt2"]
+    for settings, message in (
+        ({"max_new_tokens": 63}, "max_new_tokens is 63; 1 to 62 was expected"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p 0"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            lm.generate([1, 2], **settings)
+    with pytest.raises(BadInput, match="the prompt has no tokens"):
+        lm.generate([])
 
 
 # Names of places

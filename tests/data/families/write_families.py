@@ -9,6 +9,7 @@ float16 holds them. Texts are longer than the windows. Places are read with hook
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,14 @@ def write(name: str, settings: dict[str, Any], out: Path) -> None:
     save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, out / "model.safetensors")
 
 
+HERE = Path(__file__).parent
 for model_name, model_settings in MODELS.items():
     if model_name in (sys.argv[1:] or MODELS):
-        write(model_name, model_settings, Path(__file__).parent / model_name)
+        write(model_name, model_settings, HERE / model_name)
+# the one that docs/add_a_language_model.md adds
+exec(re.findall(r"```python\n(.*?)```", (HERE.parents[2] / "docs/add_a_language_model.md").read_text(), re.DOTALL)[0])
+write(
+    "stablelm",
+    {"model_type": "stablelm", **SMALL, "hidden_size": 32, "use_qkv_bias": True},
+    HERE.parent / "added_family",
+)
