@@ -23,6 +23,7 @@ DecoderBias = Literal["zero", "mean", "geometric_median"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
 PrependBos = Literal["auto", "on", "off"]
+WeightsDtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
@@ -108,11 +109,13 @@ class ModelConfig:
     """The language model that is read."""
 
     path: str = "roneneldan/TinyStories-33M"
-    """Hugging Face id or directory of a GPT-Neo."""
+    """Hugging Face id, directory or .gguf file of a language model (docs/places.md says which are run)."""
     layer: int = setting(2, check=not_negative)
     """Read the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
     precision: Precision = "float32"
     """What its matrix products round their factors to; sums and the residual stream stay float32."""
+    dtype: WeightsDtype = "float32"
+    """In which its weights are kept in memory; all is computed in float32."""
 
 
 @dataclass(frozen=True)

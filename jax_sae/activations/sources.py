@@ -410,7 +410,7 @@ def excluded_first_tokens(source: Source, said: int | None) -> int:
 
 def _open_stories(run: Config) -> Sources:
     model, text = run.model, run.text
-    lm = load_language_model(model.path, model.layer, model.precision)
+    lm = load_language_model(model.path, model.layer, model.precision, dtype=model.dtype)
     architecture = lm.model.architecture
     model_line = (
         f"model         {model.path}, the residual stream after {model.layer} of {architecture.num_layers} blocks, "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,12 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from jax_sae.config import WeightsDtype
 from jax_sae.errors import BadInput
 from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.families import Family
 from jax_sae.language_model.hub import JSON_BYTES, find_weight_files, one_line, refuse_damaged_download
 from jax_sae.language_model.torch_file import TensorReference, is_plain_name, open_torch_file, refuse_pointer
-
-WeightsDtype = Literal["float32", "bfloat16"]
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_sae.config import WeightsDtype
 from jax_sae.language_model.architectures import Architecture
-from jax_sae.language_model.checkpoint import Tensor, WeightsDtype, load_parameters, open_checkpoint
+from jax_sae.language_model.checkpoint import Tensor, load_parameters, open_checkpoint
 from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.families import family_of, read_architecture
 from jax_sae.language_model.gguf_file import open_gguf

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jax_sae.card import card
-from jax_sae.config import Precision
+from jax_sae.config import Precision, WeightsDtype
 from jax_sae.errors import BadInput
-from jax_sae.language_model.checkpoint import WeightsDtype
 from jax_sae.language_model.decoder import Decoder, Tap, untouched
 from jax_sae.language_model.files import open_model
 from jax_sae.language_model.generate import continued
