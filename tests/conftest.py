@@ -83,11 +83,21 @@ def a_line_of_metrics_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jax_sae.run.train.SECONDS_A_DISPATCH", 0.0)
 
 
-@pytest.fixture(autouse=True)
-def figures_are_not_painted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the time of a small run is for pixels, which only tests of figures, and runs of fixtures, need."""
-    if not {"figures", "test_surroundings.py"} & set(request.path.parts):
-        monkeypatch.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+@pytest.fixture(autouse=True, scope="session")
+def few_tokens_are_enough_for_a_mean() -> Iterator[None]:
+    """Half the work of a small run would go into the norms and the normalisation of 16,384 tokens."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("jax_sae.run.train.NORMALIZATION_TOKENS", 2048)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def figures_are_not_painted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A third of the time of a small run is for pixels, which only tests of figures need."""
+    with pytest.MonkeyPatch.context() as patched:
+        if not {"figures", "test_surroundings.py"} & set(request.path.parts):
+            patched.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+        yield
 
 
 def empty_figure(figure: object, file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jax_sae.autoencoder.baselines import pca_curve
@@ -24,6 +24,8 @@ from jax_sae.streams import progress_bar, say
 from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.update import METRICS
+
+_relative_learning_rate = jax.jit(relative_learning_rate)  # one program; its operations by themselves are eight
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -52,7 +54,7 @@ class Log:
         self._diverged = progress.diverged_at()
         settings = [traced_settings(member, train) for member in self._members]
         of_schedules = ("schedule", "warmup_steps", "decay_steps", "steps")
-        self._settings = {name: jnp.stack([each[name] for each in settings]) for name in of_schedules}
+        self._settings = {name: np.stack([each[name] for each in settings]) for name in of_schedules}
         self._bar = progress_bar(
             total=train.steps, initial=progress.step, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05
         )
@@ -110,7 +112,7 @@ class Log:
 
     def metrics(self, progress: Progress, step: int) -> dict[str, dict[str, float | None]]:
         """Of each member by its name, METRICS averaged over the `log_every` steps up to this one; the learning rate."""
-        relative = np.asarray(relative_learning_rate(step - 1, self._settings), np.float64)
+        relative = np.asarray(_relative_learning_rate(step - 1, self._settings), np.float64)
         return {
             name: {
                 **{metric: finite_or_none(mean) for metric, mean in zip(METRICS, means, strict=True)},

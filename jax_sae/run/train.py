@@ -270,7 +270,7 @@ def dispatches(
             step = progress.step + last - first
             tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
             clock.train_tokens += int(tokens[-1]) - progress.tokens
-            progress.metrics[progress.step : step] = metrics[first:last]
+            progress.metrics[progress.step : step] = np.asarray(metrics)[first:last]
             progress = replace(
                 progress,
                 step=step,

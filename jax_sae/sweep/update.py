@@ -66,15 +66,17 @@ def init_member(member: Member, width: int, train: TrainConfig, centres: Centres
 
 
 def stack(states: list[MemberState], padded: MemberState) -> MemberState:
-    """Stack members of a group, each padded with zeros to the shapes of `padded`.
+    """Stack members of a group, each padded with zeros to the shapes of `padded`: on the host, which compiles nothing.
 
     Zeros stay zeros: a padded feature has pre-activation 0, so its activation, the gradients of its weights and bias,
     and what an optimiser makes of them are 0. `unstack` is the inverse.
     """
 
     def pad(like: jax.Array, *leaves: jax.Array) -> jax.Array:
-        zeros = jnp.zeros(like.shape, like.dtype)
-        return jnp.stack([zeros.at[tuple(slice(n) for n in leaf.shape)].set(leaf) for leaf in leaves])
+        stacked = np.zeros((len(leaves), *like.shape), like.dtype)
+        for i, leaf in enumerate(leaves):
+            stacked[i, *(slice(n) for n in leaf.shape)] = leaf
+        return jnp.array(stacked)
 
     return jax.tree.map(pad, padded, *states)
 

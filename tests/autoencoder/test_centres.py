@@ -10,8 +10,8 @@ from jax_sae.activations.normalize import normalize
 from jax_sae.activations.sources import open_sources
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import Config, SweepConfig
+from jax_sae.run import train
 from jax_sae.run.progress import Setup
-from jax_sae.run.train import NORMALIZATION_TOKENS, begin
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
 
@@ -50,8 +50,8 @@ def test_a_run_begins_at_the_centre_of_its_first_activations(normalization: str,
     config = replace(demo_config, sweep=sweep, activations=activations)
     source, _, _ = open_sources(config)
     setup = Setup(config, make_groups(sweep_members(sweep)), 64, {})
-    progress = begin(setup, source)
-    stories = first_activations(source, NORMALIZATION_TOKENS, config.train.seed)
+    progress = train.begin(setup, source)
+    stories = first_activations(source, train.NORMALIZATION_TOKENS, config.train.seed)
     rows = np.concatenate(
         [
             normalize(progress.normalization, x) if normalization != "story" else (x - x.mean()) / x.std(ddof=1) * 8
