@@ -202,8 +202,8 @@ def along_the_sphere(gradient: jax.Array, W: jax.Array) -> jax.Array:
 
 def init_params(model: Autoencoder, seed: int) -> Params:
     """Initial parameters of a member, a function of its own seed, kind and width alone."""
-    no_features = jnp.zeros((1, model.features), jnp.float32)
-    return dict(model.init(jax.random.key(seed), no_features, method="decode")["params"])
+    declared = model.init(jax.random.key(seed), method=lambda model: model.W_dec)  # `setup` declares all of them
+    return dict(declared["params"])
 
 
 def encode(model: Autoencoder, params: Params, values: Values, x: jax.Array) -> jax.Array:

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.normalize import Normalization
@@ -83,7 +82,7 @@ def make_autoencoder(
         "normalization": Normalization(**state["normalization"]),
     }
     return TrainedAutoencoder(
-        **jax.tree.map(jnp.asarray, arrays),
+        **jax.device_put(arrays),
         kind=member.kind,
         per_story=config.activations.normalization == "story",
         exclude_first_tokens=config.activations.exclude_first_tokens or 0,

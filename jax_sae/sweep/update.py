@@ -66,17 +66,18 @@ def init_member(member: Member, width: int, train: TrainConfig, centres: Centres
 
 
 def stack(states: list[MemberState], padded: MemberState) -> MemberState:
-    """Stack members of a group, each padded with zeros to the shapes of `padded`: on the host, which compiles nothing.
+    """Stack members of a group, each padded with zeros to the shapes of `padded`, in NumPy: nothing is compiled.
 
     Zeros stay zeros: a padded feature has pre-activation 0, so its activation, the gradients of its weights and bias,
     and what an optimiser makes of them are 0. `unstack` is the inverse.
     """
 
-    def pad(like: jax.Array, *leaves: jax.Array) -> jax.Array:
+    def pad(like: jax.Array, *leaves: jax.Array) -> np.ndarray:
         stacked = np.zeros((len(leaves), *like.shape), like.dtype)
         for i, leaf in enumerate(leaves):
-            stacked[i, *(slice(n) for n in leaf.shape)] = leaf
-        return jnp.array(stacked)
+            place: Any = (i, *map(slice, leaf.shape))
+            stacked[place] = leaf
+        return stacked
 
     return jax.tree.map(pad, padded, *states)
 
@@ -113,13 +114,14 @@ def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centre
     Arguments are as for `init_member`. Of each group, every array has a leading axis M, and F of the widest member;
     `unstack` gives back the members at their own.
     """
-    return tuple(
+    states = (
         stack(
             [init_member(member, width, train, centres) for member in group.members],
             padded_shape(member_shapes(group, width, train)),
         )
         for group in groups
     )
+    return jax.device_put(tuple(states))
 
 
 def update_member(

@@ -11,7 +11,7 @@ from running import initial
 
 from jax_sae.autoencoder.kinds import kind_named, kind_names, topk
 from jax_sae.autoencoder.loss import Terms
-from jax_sae.autoencoder.model import Autoencoder, Params, encode, loss
+from jax_sae.autoencoder.model import Autoencoder, Params, encode, init_params, loss
 from jax_sae.config import Member, TrainConfig
 from jax_sae.sweep.groups import Form, make_groups
 from jax_sae.sweep.members import complete
@@ -451,3 +451,13 @@ def test_threshold_of_used_features_is_what_training_remembered() -> None:
     c = np.maximum((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"], 0)
     np.testing.assert_allclose(features, c * (c > float(state.memory["threshold"])), rtol=1e-5, atol=1e-5)
     assert np.count_nonzero(features) / len(x) == pytest.approx(K, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", kind_names())
+def test_initial_parameters_are_all_that_the_kind_declares(kind: str) -> None:
+    """Nothing is computed to find them: they have the bits that a use of the autoencoder would give them."""
+    model = model_of(kind, "")
+    used = model.init(jax.random.key(3), jnp.zeros((1, F)), method="decode")["params"]
+    found = init_params(model, 3)
+    assert set(found) == {"W_enc", "W_dec", "b_dec", *EXTRA.get(kind, ("b_enc",))}
+    assert all(np.asarray(found[name]).tobytes() == np.asarray(used[name]).tobytes() for name in used)
