@@ -108,8 +108,8 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.Gr
     """
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)  # NumPy's: nothing is compiled
-        return optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.zeros_like, params))
 
     def update(
         gradients: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
