@@ -192,20 +192,20 @@ class StreamSource(StorySource):
             buffer = self._buffer(order, here, shuffle_seed)
             if buffer is None:
                 return
-            self._refuse_changes(here, buffer)
+            self._refuse_changes(order, here, buffer)
             rows = replace(self.stories, rows=buffer.rows)
             place = np.arange(len(rows))
             if shuffle_seed is not None:
                 place = np.random.Generator(
                     np.random.Philox(key=[shuffle_seed, 2 * here.epoch], counter=[0, 0, here.shard + 1, here.row])
                 ).permutation(place)
-            within: dict[str, Any] = {"digest": buffer.digest, "shards": {**here.shards, **buffer.through}}
-            for item, here in stories_in_order(rows, place, here):  # noqa: B020
-                if here.item < len(rows):
-                    here = replace(here, **within)
+            known = {**here.shards, **buffer.through}
+            for item, following in stories_in_order(rows, place, here):
+                if following.item < len(rows):
+                    here = replace(following, digest=buffer.digest, shards=known)
                 else:
                     shard, row = buffer.end
-                    here = replace(here, **within, item=0, shard=shard, row=row, digest=buffer.at_end)
+                    here = replace(following, item=0, shard=shard, row=row, digest=buffer.at_end, shards=known)
                 yield item, here
 
     def _buffer(self, order: Sequence[int], here: Position, seed: int | None) -> Buffer | None:
@@ -222,14 +222,17 @@ class StreamSource(StorySource):
             self._reading.append((of, found, following))
         return found
 
-    def _refuse_changes(self, here: Position, buffer: Buffer) -> None:
+    def _refuse_changes(self, order: Sequence[int], here: Position, buffer: Buffer) -> None:
         """Raise BadInput if what was read before is not what is read now."""
         changed = [name for name, digest in buffer.through.items() if here.shards.get(name, digest) != digest]
-        if here.digest and here.digest != (buffer.digest if here.item or here.offset else buffer.before):
-            changed.append(self.shards.names[here.shard])
+        within = here.item > 0 or here.offset > 0
+        if here.digest and here.digest != (buffer.digest if within else buffer.before) and not changed:
+            changed = [
+                self.shards.names[shard] for shard in order[here.shard : (buffer.end[0] if within else here.shard) + 1]
+            ]
         if changed:
             raise BadInput(
-                f"{' and '.join(changed)} of {self.shards.path}: changed since it was read before, by its sha256; put "
+                f"{' or '.join(changed)} of {self.shards.path}: changed since it was read before, by its sha256; put "
                 "back what was there, or start a new run"
             )
 

@@ -131,14 +131,17 @@ def open_address(address: str) -> "IterableDataset":
 
     module, settings = _kind_of_file(Path(urlsplit(address).path), address)
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-    return datasets.load_dataset(
-        module,
-        data_files=[address],
-        split="train",
-        streaming=True,
-        storage_options={"client_kwargs": {"timeout": timeout}},
-        **settings,
-    )
+    try:
+        return datasets.load_dataset(
+            module,
+            data_files=[address],
+            split="train",
+            streaming=True,
+            storage_options={"client_kwargs": {"timeout": timeout}},
+            **settings,
+        )
+    except StopIteration as error:  # it takes a file that it cannot reach for an empty folder
+        raise ConnectionError("nothing came") from error
 
 
 def _load(path: str, config: str, streaming: bool) -> Any:

@@ -124,6 +124,8 @@ class Shards:
                     if number == read:
                         yield piece
                         read, failures = read + 1, 0
+                if self.is_remote and not read:  # `datasets` takes a file that it cannot reach for an empty folder
+                    raise ConnectionError("nothing came")
                 return
             except BadInput:
                 raise
@@ -144,7 +146,7 @@ class Shards:
 
         with _without_own_retries():
             tables = iter(self.open_shard(shard).with_format("arrow").iter(PIECE_ROWS))
-        while True:
+        while True:  # not a `for` loop: the context is for `datasets` alone
             with _without_own_retries():
                 table = next(tables, None)
             if table is None:
