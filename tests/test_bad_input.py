@@ -202,6 +202,18 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "text was expected",
         "name a column with stories as text",
     ),
+    "4 a window longer than the positions": (
+        [*OF_DEMO, "--text.path", "text.jsonl", "--text.window", "600"],
+        "text.window is 600",
+        "the language model has 512 positions",
+        "give at most that",
+    ),
+    "4 a shared window of no length": (
+        ["--text.pack"],
+        "text.pack is true, but text.window is 0",
+        "",
+        "give its tokens",
+    ),
     "6 a batch larger than the text": (
         [*OF_DEMO, "--text.path", "text.jsonl", "--train.batch-tokens", "4000"],
         "train.batch_tokens is 4000",
@@ -273,6 +285,42 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         "broken: no tokenizer",
         "expected tokenizer.json, or vocab.json and merges.txt",
         "name another tokenizer",
+    ),
+    "9 no BOS token": (
+        [*OF_DEMO, "--text.path", "text.jsonl", "--text.tokenizer", "other_vocabulary", "--text.prepend-bos", "on"],
+        "text.prepend_bos is 'on', but the tokenizer has no BOS token",
+        "",
+        "leave it out",
+    ),
+    "8 a stream of few stories": (
+        [*OF_DEMO, "--text.path", "three.jsonl", "--text.streaming"],
+        "three.jsonl has 3 stories in all",
+        "which a stream holds out",
+        "leave text.streaming out, or name a held-out split",
+    ),
+    "8 a stream of a file that is no dataset": (
+        [*OF_DEMO, "--text.path", "broken.parquet", "--text.streaming"],
+        "broken.parquet: cannot be loaded as a dataset (ArrowInvalid: Parquet magic bytes not found",
+        "",
+        "",
+    ),
+    "8 a stream without the column": (
+        [*OF_DEMO, "--text.path", "stories.jsonl", "--text.streaming"],
+        "no column 'text' in stories.jsonl",
+        "there are 'story'",
+        "name one of them",
+    ),
+    "8 an address that is not streamed": (
+        [*OF_DEMO, "--text.path", "http://127.0.0.1:9/x.jsonl.gz"],
+        "http://127.0.0.1:9/x.jsonl.gz: an address",
+        "it is read while training, with text.streaming",
+        "or download the file",
+    ),
+    "8 an address of no data": (
+        [*OF_DEMO, "--text.path", "http://127.0.0.1:9/x.html", "--text.streaming"],
+        "http://127.0.0.1:9/x.html: neither a folder nor a file that ends in",
+        "",
+        "",
     ),
     "11 a limit below most norms": (
         ["--activations.path", "giants.npy", "--activations.norm-limit", "1e-9", "--train.batch-tokens", "32"],

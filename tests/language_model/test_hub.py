@@ -91,18 +91,21 @@ class StandIn(BaseHTTPRequestHandler):
 SCRIPT = """
 import json, sys
 from jax_sae.errors import BadInput
-from jax_sae.language_model import dataset, hub
+from jax_sae.language_model import dataset, hub, stream
 def show(function, *arguments):
     try:
         result = function(*arguments)
         if function is dataset.open_split:
             return result["text"][:]
+        if function is stream.open_shards:
+            return [result["train"].names, stream.first_buffer(result["train"]).rows["text"][:]]
         return sorted(str(file.relative_to(result)) for file in result.rglob("*") if file.is_file())
     except BadInput as error:
         return str(error)
 hub.ANSWER_SECONDS = float(sys.argv[1])
 calls = json.loads(sys.argv[2])
 functions = {"model": hub.find_model_files, "tokenizer": hub.find_tokenizer_files, "dataset": dataset.open_split}
+functions["stream"] = stream.open_shards
 print(json.dumps([show(functions[what], *arguments) for what, *arguments in calls]))
 """
 
@@ -128,6 +131,7 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     calls = [["model", "a/both"], ["model", "a/torch"], ["tokenizer", "a/both"], STORIES]
+    streamed = ["stream", "a/stories", "text"]
     with_hub = [
         ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"],
         ["config.json", "pytorch_model.bin"],
@@ -137,10 +141,11 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     no_split, absent = ["dataset", "a/stories", "dev", "text"], ["dataset", "a/absent", "train", "text"]
     refused = [no_split, ["model", "a/absent"], absent, ["model", "a/gated"], ["model", "a/empty"]]
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    results, _ = in_a_process(tmp_path, endpoint, calls + refused)
+    results, _ = in_a_process(tmp_path, endpoint, [*calls, *refused, streamed])
     server.shutdown()
     server.server_close()
     assert results[:4] == with_hub
+    assert results[-1] == [["train.txt"], ["Once.", "Twice."]]
     assert results[4] == "a/stories: no split 'dev'; there are 'train', 'test': name one of them"
     for message in results[5:7]:
         assert "'a/absent': no such file or directory, and the hub gives none of that name (HTTP 404)" in message

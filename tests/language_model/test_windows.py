@@ -11,13 +11,17 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from running import REPOSITORY
 
+import jax_sae
 from jax_sae.activations.order import stories_in_order
 from jax_sae.activations.position import Position
+from jax_sae.commands.train import main
 from jax_sae.errors import BadInput
 from jax_sae.language_model.text import Stories, beginning, load_tokenizer, tokenizer_of
 from jax_sae.language_model.text_digest import text_digest
 from jax_sae.language_model.windows import Story, Windows
+from jax_sae.run.directory import read_config
 
 BOS, EOS = 256, 257
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
@@ -153,6 +157,37 @@ def test_chats_are_rendered_by_the_tokenizers_template(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadInput, match=expected):
             stories_of(Dataset.from_dict({"messages": [[message]]}), tokenizer).read([0])
+
+
+def test_a_run_in_windows_with_bos_leaves_their_first_tokens_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, and says so; the run and what is loaded of it remember that. Its command resumes it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tokenizer_with_bos(tmp_path / "tokenizer")
+    Dataset.from_dict({"text": [f"{'A long story of a fox. ' * (i % 9)}{i}" for i in range(40)]}).to_parquet(
+        tmp_path / "text.parquet"
+    )
+    (tmp_path / "run.toml").write_text(
+        f"""
+        model = {{path = "{REPOSITORY / "jax_sae/demo/model"}", layer = 0}}
+        text = {{path = "{tmp_path / "text.parquet"}", tokenizer = "{tmp_path / "tokenizer"}", window = 32}}
+        activations = {{block_tokens = 128, held_out_tokens = 100}}
+        sweep = {{features = 8}}
+        train = {{batch_tokens = 32, checkpoint_every = 2}}
+        """
+    )
+    words = ["--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--train.steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "windows       rows are cut into windows of 32 tokens, each then a story" in said
+    assert "beginnings    each story begins with <s>, which is not trained on" in said
+    assert read_config(tmp_path / "run").activations.exclude_first_tokens == 1
+    assert main([*words, "--train.steps", "4", "--resume"]) == 0
+    assert jax_sae.load_autoencoder(tmp_path / "run").exclude_first_tokens == 1
+    capsys.readouterr()
+    assert main([*words, "--train.steps", "6", "--resume", "--text.window", "16"]) == 2
+    assert "text.window 32 -> 16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
