@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from running import REPOSITORY
 
 import jax_sae
-from jax_sae.activations.order import stories_in_order
+from jax_sae.activations.order import in_order, stories_in_order
 from jax_sae.activations.position import Position
+from jax_sae.activations.sources import StorySource
 from jax_sae.commands.train import main
 from jax_sae.errors import BadInput
+from jax_sae.language_model.pretrained import load_language_model
 from jax_sae.language_model.text import Stories, beginning, load_tokenizer, tokenizer_of
 from jax_sae.language_model.text_digest import text_digest
 from jax_sae.language_model.windows import Story, Windows
@@ -202,3 +204,20 @@ def test_windows_that_cannot_be_are_refused(how: dict[str, Any], message: str) -
     """Longer than the positions, or with room for nothing."""
     with pytest.raises(BadInput, match=message):
         stories_of(Dataset.from_dict({"text": ["a"]}), None, **how)
+
+
+def test_packed_windows_have_the_activations_of_windows(tmp_path: Path) -> None:
+    """Of whole blocks, those of the attention's window too, in another order; fewer stories are read for them."""
+    texts = [f"{'A long story of a fox. ' * (i % 5)}{i}" for i in range(40)]
+    rows = Dataset.from_dict({"text": texts})
+    lm = load_language_model(str(REPOSITORY / "jax_sae/demo/model"), 2)
+    found, lengths = [], []
+    for pack in (False, True):
+        stories = Stories(rows, "text", tokenizer_with_bos(tmp_path), 512, 258, 1, window=64, pack=pack, bos=BOS)
+        source = StorySource(stories, 0, len(rows), lm)
+        items = [item for item, _ in in_order(source, Position(), 3)]
+        each = dict(source.activations(cast(Any, items)))
+        found.append(np.concatenate([each[i] for i in range(len(items))]))
+        lengths.append(len(items))
+    assert lengths[1] < 0.8 * lengths[0] and len(found[0]) == sum(map(len, texts))
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=2e-5 * np.abs(found[0]).max())
