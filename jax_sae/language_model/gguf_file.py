@@ -20,6 +20,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.checkpoint import Tensor
 from jax_sae.language_model.families import FAMILIES
 from jax_sae.language_model.hub import one_line
+from jax_sae.language_model.text import quiet_transformers
 
 FAMILY_OF = {
     "llama": "llama",
@@ -104,8 +105,8 @@ def open_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {ours: fields[f"{name}.{key}"] for key, ours in KEYS.items() if f"{name}.{key}" in fields}
     config |= {"model_type": FAMILY_OF[name], "vocab_size": int(tensors["token_embd.weight"].shape[1])}
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    if name in ("qwen2", "qwen3"):
-        config["use_sliding_window"] = False
+    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if name in ("gemma2", "gemma3"):
         # not in the file: heads of the two models with 27 billion parameters are scaled by D / heads
         is_27b = config.get("num_hidden_layers") == (46 if name == "gemma2" else 62)
@@ -181,6 +182,7 @@ def read_gguf_tokenizer(file: Path) -> Any:
     Raises:
         BadInput: if it is of a kind that is not known, or damaged.
     """
+    quiet_transformers()
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

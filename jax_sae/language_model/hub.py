@@ -7,6 +7,7 @@ but is held against the digest by which it was downloaded.
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -51,7 +52,17 @@ class NoAnswer(Exception):
 
 
 def find_local(name: str) -> Path | None:
-    """The file or directory of that name, if it exists: below the working directory, or in the embedded demo."""
+    """The file or directory of that name, if it exists: below the working directory, or in the embedded demo.
+
+    `package:NAME/FILE` is a file that the installed Python package NAME brings.
+    """
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        try:
+            folders = getattr(importlib.util.find_spec(package), "submodule_search_locations", None) or []
+        except (ImportError, ValueError):  # a name that cannot be one
+            folders = []
+        return next((Path(folder) / file for folder in folders if (Path(folder) / file).exists()), None)
     path = os.path.expanduser(name)  # which, unlike Path.expanduser, leaves the name of an unknown user as it is
     if name and os.path.exists(path):  # which, unlike Path.exists, takes a name that cannot be for one that is not
         return Path(path)
@@ -239,6 +250,9 @@ def _find(name: str, what: str, marks: tuple[str, ...], is_complete: Callable[[P
         if not local.is_dir():
             raise BadInput(f"{local}: a file; give the directory that holds the {what}")
         return local
+    if name.startswith("package:"):
+        package, _, file = name.removeprefix("package:").partition("/")
+        raise BadInput(f"cannot load {what} {name!r}: no Python package {package!r} with {file!r} in it is installed")
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -22,6 +22,11 @@ STORIES_TO_COUNT = 256
 """Stories whose tokens are counted, to estimate those of all."""
 
 
+def quiet_transformers() -> None:
+    """Keep transformers from saying, when it is imported, that it misses PyTorch."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer in a directory, or of that name on the Hugging Face hub.
 
@@ -34,7 +39,7 @@ def load_tokenizer(name: str) -> Any:
             f"{directory}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt. Copy one there, name "
             "another tokenizer, or give token ids in place of text"
         )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it says on import that it misses PyTorch
+    quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
