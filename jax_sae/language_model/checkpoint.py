@@ -1,5 +1,6 @@
 """The files of a language model's weights -> the parameters of `decoder.py`, one layout for all families."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Tensor:
     name: str  # as in the file
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[slice], np.ndarray] | None = None
+    """Some rows, where they can be read by themselves."""
 
 
 def load_parameters(
@@ -60,6 +63,10 @@ def load_parameters(
             continue
         name, part = tensor_of(path, family)
         tensor = tensors[name]
+        kept: WeightsDtype = dtype if path[-1] in ("kernel", "embedding") else "float32"
+        if path[-1] == "embedding" and tensor.read_rows is not None:  # large, so it is never there twice
+            params[path] = _converted(tensor, tensor.read_rows, shape, kept)
+            continue
         if part is None:
             value = tensor.read()
         else:
@@ -69,11 +76,9 @@ def load_parameters(
             value = value.T if family.linear == "in_out" else value
         if path[-1] == "kernel" and family.linear == "out_in":
             value = value.T
-        kept = dtype if path[-1] in ("kernel", "embedding") else "float32"
-        params[path] = jnp.asarray(_converted(tensor, value, kept))
+        params[path] = _converted(tensor, value.__getitem__, shape, kept)
         if family.norm_scales_from_one and path[-1] == "scale":
             params[path] += 1
-        assert params[path].shape == shape
     return traverse_util.unflatten_dict(params)
 
 
@@ -81,18 +86,25 @@ def _out_first(value: np.ndarray, family: Family) -> np.ndarray:
     return value.T if family.linear == "in_out" else value
 
 
-def _converted(tensor: Tensor, value: np.ndarray, dtype: WeightsDtype) -> np.ndarray:
-    """In the dtype that it is kept in, contiguous; BadInput for what is not finite there."""
-    if value.dtype.name not in FLOATS:
-        raise BadInput(f"{tensor.file}: {tensor.name} is {value.dtype}; expected one of {', '.join(FLOATS)}")
-    out = np.empty(value.shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+def _converted(
+    tensor: Tensor, rows_of: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: WeightsDtype
+) -> jax.Array:
+    """In the dtype that it is kept in; BadInput for what is not finite there."""
+    into = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+    # aligned as a CPU's arrays of JAX are, which then takes it without a copy
+    memory = np.empty(math.prod(shape) * into.itemsize + 64, np.uint8)
+    first_byte = -memory.ctypes.data % 64
+    out = memory[first_byte : first_byte + math.prod(shape) * into.itemsize].view(into).reshape(shape)
     with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, which is refused
-        for first in range(0, len(value), ROWS_AT_A_TIME):
-            rows = slice(first, first + ROWS_AT_A_TIME)
-            out[rows] = value[rows]
+        for first in range(0, shape[0], ROWS_AT_A_TIME):
+            rows = slice(first, min(first + ROWS_AT_A_TIME, shape[0]))
+            value = rows_of(rows)
+            if value.dtype.name not in FLOATS:
+                raise BadInput(f"{tensor.file}: {tensor.name} is {value.dtype}; expected one of {', '.join(FLOATS)}")
+            out[rows] = value
             if not np.isfinite(out[rows]).all():
                 raise BadInput(f"{tensor.file}: {tensor.name} has values that are not finite in {dtype}")
-    return out
+    return jax.device_put(out, may_alias=True)
 
 
 def _check(tensors: Mapping[str, Tensor], where: Path, family: Family, model: Decoder) -> None:
@@ -186,10 +198,10 @@ def _open_torch(file: Path) -> Iterator[Tensor]:
 def _open_safetensors(file: Path) -> Iterator[Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, rows: slice | None = None) -> np.ndarray:
         try:
             with safe_open(file, framework="np") as content:
-                return content.get_tensor(name)
+                return content.get_tensor(name) if rows is None else content.get_slice(name)[rows]
         except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:  # the latter: unknown dtypes
             raise BadInput(f"{file}: {name} cannot be read ({one_line(error)})") from error
 
@@ -203,4 +215,4 @@ def _open_safetensors(file: Path) -> Iterator[Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"{file}: not a whole safetensors file ({one_line(error)}); get it again") from error
     for name, shape in shapes.items():
-        yield Tensor(file, name, shape, partial(read, name))
+        yield Tensor(file, name, shape, partial(read, name), partial(read, name))
