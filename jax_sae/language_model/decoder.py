@@ -55,9 +55,32 @@ def untouched(place: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def linear(features: int, bias: bool, precision: Precision, name: str | None = None) -> nn.Dense:
-    """x[..., I] -> x W + b, [..., features]; W is widened to float32 where it is used."""
-    return nn.Dense(features, bias, jnp.float32, dot_general=dot_general, precision=precision, name=name)
+class Linear(nn.Module):
+    """x[..., I] -> x W + b, [..., features]; W is widened to float32 only where it is used."""
+
+    features: int
+    bias: bool
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x[..., I] float32 -> [..., features] float32."""
+        W = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        if W.dtype != jnp.float32:
+            W = W + _zero_after(x).astype(W.dtype)
+        y = dot_general(x, W.astype(jnp.float32), (((x.ndim - 1,), (0,)), ((), ())), self.precision)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(jnp.float32)
+        return y
+
+
+def _zero_after(x: jax.Array) -> jax.Array:
+    """0, known only when x is: else XLA on a CPU widens the matrices of all blocks before it begins with the first.
+
+    (It drops `lax.optimization_barrier` before it decides on the order.)
+    """
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).ravel()[0], jnp.int32)
+    return jnp.minimum(bits & 0x7FFFFFFF, 0)
 
 
 def norm(architecture: Architecture, name: str | None = None) -> nn.Module:
@@ -101,7 +124,7 @@ class Attention(nn.Module):
         """
         a, (B, T, D) = self.architecture, x.shape
         H, K, d = a.num_heads, a.num_kv_heads, a.head_dim
-        project = partial(linear, precision=self.precision)
+        project = partial(Linear, precision=self.precision)
         q = project(H * d, a.qkv_bias, name="q_proj")(x)
         k = project(K * d, a.qkv_bias, name="k_proj")(x)
         v = project(K * d, a.qkv_bias, name="v_proj")(x)
@@ -166,7 +189,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
         a, function = self.architecture, FUNCTIONS[self.architecture.activation]
-        dense = partial(linear, bias=a.mlp_bias, precision=self.precision)
+        dense = partial(Linear, bias=a.mlp_bias, precision=self.precision)
         hidden = dense(a.intermediate_size, name="c_fc")(x)
         hidden = function(dense(a.intermediate_size, name="c_gate")(x)) * hidden if a.gated else function(hidden)
         return dense(a.hidden_size, name="c_proj")(tap(f"{self.number}.mlp_hidden", hidden))
@@ -221,7 +244,7 @@ class Decoder(nn.Module):
         if self.layer == a.num_layers:
             self.ln_f = norm(a)
             if not a.tie_word_embeddings:
-                self.lm_head = linear(a.vocab_size, False, "float32")
+                self.lm_head = Linear(a.vocab_size, False, "float32")
 
     def __call__(self, token_ids: jax.Array, tap: Tap = untouched, segments: jax.Array | None = None) -> jax.Array:
         """token_ids[B, T] int32 -> the residual stream at `layer`, [B, T, D] float32.
