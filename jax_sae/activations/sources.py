@@ -23,7 +23,7 @@ from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.places import width_of
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.stream import Buffer, Shards, choose_shards, first_buffer, open_shards
-from jax_sae.language_model.text import Stories, beginning, tokenizer_of
+from jax_sae.language_model.text import Stories, stories_of, tokenizer_of
 from jax_sae.language_model.text_digest import text_digest
 from jax_sae.language_model.windows import Story
 
@@ -423,18 +423,16 @@ def _open_stories(run: Config) -> Sources:
     def stories(rows: "Dataset") -> Stories:
         """The stories of rows, as the settings say."""
         tokenizer = tokenizer_of(rows, text.column, text.tokenizer, lambda: lm.tokenizer)
-        bos, exclude = beginning(tokenizer, text.prepend_bos), run.activations.exclude_first_tokens
-        return Stories(
+        return stories_of(
             rows,
             text.column,
             tokenizer,
             architecture.max_position_embeddings,
             architecture.vocab_size,
-            (0 if bos is None else 1) if exclude is None else exclude,
+            run.activations.exclude_first_tokens,
             text.window,
             text.pack,
-            bos,
-            tokenizer.eos_token_id if text.pack and tokenizer and bos is None else None,
+            text.prepend_bos,
         )
 
     if text.streaming:

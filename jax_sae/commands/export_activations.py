@@ -6,7 +6,7 @@
 
 The rows are transformers' hidden_states[layer] of whole texts in their order: after `--layer` blocks, and for the last
 layer after the final norm too. The model runs in float32 and, where that changes nothing, only its blocks below the
-layer. No special tokens are added: where a model wants one in front (Gemma's <bos>), it has to stand in the text.
+layer. Texts begin with BOS where the tokenizer begins them so (Gemma's <bos>), and no other special token is added.
 """
 
 import sys
@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import run_script
-from jax_sae.config import TextConfig
+from jax_sae.config import PrependBos, TextConfig
 from jax_sae.errors import BadInput
 
 Forward = Callable[[Any, Any], Any]
@@ -52,8 +52,12 @@ class Options:
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
     """End with the text that reaches so many tokens; without it, all texts."""
-    exclude_first_tokens: int = 0
-    """Tokens at the start of each text that the model reads but that are not written."""
+    window: int = 0
+    """Cut each text into windows of so many tokens, the last one shorter; 0: a text is read whole."""
+    prepend_bos: PrependBos = "auto"
+    """Whether each text, so each window, begins with the tokenizer's BOS token; auto: where the tokenizer adds one."""
+    exclude_first_tokens: int | None = None
+    """Tokens at the start of each text that the model reads but that are not written; default 1 with BOS, else 0."""
     max_length: int | None = None
     """Cut longer texts after so many tokens; without it, only those beyond the model's positions."""
     batch_tokens: int = 8192
@@ -76,7 +80,7 @@ def export(options: Options) -> str:
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
     from jax_sae.language_model.dataset import open_split
-    from jax_sae.language_model.text import Stories, tokenizer_of
+    from jax_sae.language_model.text import stories_of, tokenizer_of
 
     check_installed("torch")
     import torch
@@ -88,13 +92,15 @@ def export(options: Options) -> str:
     model, own_tokenizer = load(options)
     tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, own_tokenizer)
     config = model.config.get_text_config()
-    stories = Stories(
+    stories = stories_of(
         rows,
         options.text_column,
         tokenizer,
         longest_text(config, options.max_length),
         config.vocab_size,
         options.exclude_first_tokens,
+        options.window,
+        prepend_bos=options.prepend_bos,
     )
     forward = forward_to_layer(model, options.layer)
     try:
@@ -112,7 +118,9 @@ def export(options: Options) -> str:
             split=options.text_split,
             column=options.text_column,
             tokenizer=options.tokenizer or options.model,
-            exclude_first_tokens=options.exclude_first_tokens,
+            window=options.window,
+            bos=stories.bos,
+            exclude_first_tokens=stories.exclude_first_tokens,
         )
     except torch.OutOfMemoryError as error:
         raise BadInput(f"{model.device} has too little memory; lower --batch-tokens or --max-length") from error

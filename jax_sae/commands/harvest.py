@@ -15,7 +15,7 @@ from typing import Literal
 
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import refuse_missing_platform, run_script
-from jax_sae.config import ModelConfig, TextConfig
+from jax_sae.config import ModelConfig, PrependBos, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,12 @@ class Options:
     """Hugging Face id or directory of the tokenizer; empty: the model's own."""
     tokens: int | None = None
     """End with the story that reaches so many tokens; without it, all stories."""
-    exclude_first_tokens: int = 0
-    """Tokens at the start of each story that the model reads but that are not written."""
+    window: int = 0
+    """Cut each text into windows of so many tokens, the last one shorter; 0: a text is read whole."""
+    prepend_bos: PrependBos = "auto"
+    """Whether each text, so each window, begins with the tokenizer's BOS token; auto: where the tokenizer adds one."""
+    exclude_first_tokens: int | None = None
+    """Tokens at the start of each story that the model reads but that are not written; default 1 with BOS, else 0."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
     debug: bool = False
@@ -60,20 +64,22 @@ def harvest_to_store(options: Options) -> str:
     from jax_sae.language_model.dataset import open_split
     from jax_sae.language_model.harvest import harvest
     from jax_sae.language_model.pretrained import load_language_model
-    from jax_sae.language_model.text import Stories, tokenizer_of
+    from jax_sae.language_model.text import stories_of, tokenizer_of
 
     check_new_directory(options.out)
     lm = load_language_model(options.model, options.layer)
     rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
     tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, lambda: lm.tokenizer)
     architecture = lm.model.architecture
-    stories = Stories(
+    stories = stories_of(
         rows,
         options.text_column,
         tokenizer,
         architecture.max_position_embeddings,
         architecture.vocab_size,
         options.exclude_first_tokens,
+        options.window,
+        prepend_bos=options.prepend_bos,
     )
     return write_text(
         options.out,
@@ -88,7 +94,9 @@ def harvest_to_store(options: Options) -> str:
         split=options.text_split,
         column=options.text_column,
         tokenizer=options.tokenizer or options.model,
-        exclude_first_tokens=options.exclude_first_tokens,
+        window=options.window,
+        bos=stories.bos,
+        exclude_first_tokens=stories.exclude_first_tokens,
     )
 
 

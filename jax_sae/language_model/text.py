@@ -88,6 +88,8 @@ class Stories:
 
     def __post_init__(self) -> None:
         """Check the window and the number of tokens that are excluded."""
+        if self.window < 0:
+            raise BadInput(f"text.window is {self.window}; 0 or more was expected")
         if self.window > self.max_tokens:
             raise BadInput(
                 f"text.window is {self.window:,}, but the language model has {self.max_tokens:,} positions; give at "
@@ -236,6 +238,31 @@ def tokenizer_of(rows: "Dataset", column: str, given: str, own: Callable[[], Any
             "leave the tokenizer out, or name a column of text"
         )
     return None
+
+
+def stories_of(
+    rows: "Dataset",
+    column: str,
+    tokenizer: Any,
+    max_tokens: int,
+    vocab_size: int,
+    exclude_first_tokens: int | None = None,
+    window: int = 0,
+    pack: bool = False,
+    prepend_bos: PrependBos = "auto",
+) -> Stories:
+    """The stories of rows, as the settings of a run or a command say; see `Stories`.
+
+    Where stories begin with BOS, one first token is left out, unless another number is said. Where they do not, and
+    share windows, the tokenizer's EOS token follows each row.
+
+    Raises:
+        BadInput: as `Stories`, and as `beginning`.
+    """
+    bos = beginning(tokenizer, prepend_bos)
+    exclude = int(bos is not None) if exclude_first_tokens is None else exclude_first_tokens
+    eos = tokenizer.eos_token_id if pack and tokenizer is not None and bos is None else None
+    return Stories(rows, column, tokenizer, max_tokens, vocab_size, exclude, window, pack, bos, eos)
 
 
 def beginning(tokenizer: Any, prepend: PrependBos) -> int | None:

@@ -17,6 +17,8 @@ import jax_sae
 from jax_sae.activations.order import in_order, stories_in_order
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import StorySource
+from jax_sae.commands import harvest
+from jax_sae.commands.harvest import harvest_to_store
 from jax_sae.commands.train import main
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import load_language_model
@@ -28,6 +30,11 @@ from jax_sae.run.directory import read_config
 BOS, EOS = 256, 257
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who?') }}{% endif %}"
 TEMPLATE += "[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def tokenizer_with_bos(directory: Path, adds_bos: bool = True, template: str | None = TEMPLATE) -> Any:
@@ -162,10 +169,9 @@ def test_chats_are_rendered_by_the_tokenizers_template(tmp_path: Path) -> None:
 
 
 def test_a_run_in_windows_with_bos_leaves_their_first_tokens_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By itself, and says so; the run and what is loaded of it remember that. Its command resumes it."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     tokenizer_with_bos(tmp_path / "tokenizer")
     Dataset.from_dict({"text": [f"{'A long story of a fox. ' * (i % 9)}{i}" for i in range(40)]}).to_parquet(
         tmp_path / "text.parquet"
@@ -221,3 +227,20 @@ def test_packed_windows_have_the_activations_of_windows(tmp_path: Path) -> None:
         lengths.append(len(items))
     assert lengths[1] < 0.8 * lengths[0] and len(found[0]) == sum(map(len, texts))
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=2e-5 * np.abs(found[0]).max())
+
+
+def test_a_store_is_written_of_the_same_stories(tmp_path: Path) -> None:
+    """In windows that begin with BOS, whose activation is left out."""
+    tokenizer_with_bos(tmp_path / "tokenizer")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "x" * 70}) + "\n")
+    said = harvest_to_store(
+        harvest.Options(
+            out=tmp_path / "store",
+            model=str(REPOSITORY / "jax_sae/demo/model"),
+            layer=0,
+            text_path=str(tmp_path / "text.jsonl"),
+            tokenizer=str(tmp_path / "tokenizer"),
+            window=32,
+        )
+    )
+    assert "70 rows of width 64" in said and "of 3 stories" in said and "(3 tokens)" in said
