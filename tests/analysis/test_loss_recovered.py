@@ -1,6 +1,6 @@
 """What a language model loses is the plain formula on its logits, with its own blocks run from the layer on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -66,6 +66,7 @@ def by_hand(
     mean: np.ndarray,
     exclude: int = 0,
     limit: float = np.inf,
+    place: str | None = None,
 ) -> dict[str, float]:
     """Every number from its definition, story by story without padding, in float64 from the logits on."""
 
@@ -79,11 +80,16 @@ def by_hand(
     for ids in stories:
         if len(ids) < 2:
             continue
-        x = lm.activations([ids])[0]
+        x = lm.activations([ids])[0] if place is None else lm.activations([ids], [place])[place][0]
         keep = (np.arange(len(ids)) < exclude) | (np.linalg.norm(x, axis=1) > limit)
         replaced += int((~keep).sum())
         spliced = np.where(keep[:, None], x, np.stack([x, np.float32(scale) * x, 0 * x, 0 * x + mean]))
-        log_p = dict(zip(ce, log_softmax(rest_of_network(lm, spliced)), strict=True))
+        if place is None:
+            logits = rest_of_network(lm, spliced)
+        else:
+            put = partial(lambda at, y, spliced: spliced if at == place else y, spliced=spliced)
+            logits = np.asarray(lm.run(np.stack([ids] * 4), put))
+        log_p = dict(zip(ce, log_softmax(logits), strict=True))
         for name in ce:
             ce[name] += [-log_p[name][t, ids[t + 1]] for t in range(len(ids) - 1)]
         for name in kl:
@@ -146,6 +152,22 @@ def test_losses_are_the_formulas_on_unpadded_stories(directory: Path, layer: int
     found = loss_recovered(lm, stories, {"half": batch_at_once(Scaled(0.5))}, mean)
     assert_close(found["half"], by_hand(lm, stories, 0.5, mean))
     assert found["half"].predictions == 8 + 31 + 1 + 8 + 31
+
+
+PLACES = [("gemma2", "1.mlp_out"), ("gpt_neox", "2.z"), ("qwen2", "0.resid_mid"), ("gpt2", "2.resid_post")]
+
+
+@pytest.mark.parametrize(("model", "place"), PLACES)
+def test_at_every_place_of_every_family(model: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network goes on with what is put in there; logits are made of some tokens at a time."""
+    lm = load_language_model(str(REPOSITORY / "tests" / "data" / "families" / model), places=[place])
+    stories = stories_of(lm, (9, 3, 1, 20))
+    mean = np.concatenate(lm.activations(stories)).mean(0)
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", 61 * 17)
+    found = loss_recovered(lm, stories, {"half": batch_at_once(Scaled(0.5))}, mean, exclude_first_tokens=1)
+    assert_close(found["half"], by_hand(lm, stories, 0.5, mean, 1, place=place))
+    with pytest.raises(BadInput, match="say at which place reconstructions are put in"):
+        loss_recovered(replace(lm, places=("embed", place)), stories, {}, mean)
 
 
 @pytest.mark.parametrize(("exclude", "quantile"), [(3, 1.0), (0, 0.7), (2, 0.45)])

@@ -262,7 +262,7 @@ def test_weights_may_be_kept_in_bfloat16(name: str, models: dict[str, LanguageMo
     assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"bfloat16", "float32"}
     kernels = [leaf for leaf in jax.tree.leaves(lm.params) if leaf.ndim == 2]
     assert all(leaf.dtype == jnp.bfloat16 for leaf in kernels) and lm(ids).dtype == jnp.float32
-    np.testing.assert_array_equal(lm(ids), replace(lm, params=rounded)(ids))
+    assert error(lm(ids), np.asarray(replace(lm, params=rounded)(ids))) < 5e-6
     assert error(lm(ids), np.asarray(models[name](ids))) < 0.05
 
 
