@@ -21,6 +21,7 @@ from stepping import initial_state, many
 from timing import spread
 
 from jax_sae.activations.normalize import identity
+from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
 from jax_sae.config import Config, SweepConfig, TrainConfig
 from jax_sae.run.checkpoints import Checkpoints, array_digest, named_leaves
@@ -42,7 +43,7 @@ def main(seeds: tuple[int, ...] = (0, 1), saves: int = 8, steps_between: int = 3
     """
     train = TrainConfig(batch_tokens=B, steps=saves * steps_between)
     sweep = SweepConfig(features=FEATURES, seeds=seeds)
-    setup = Setup(Config(sweep=sweep, train=train), make_groups(sweep_members(sweep)), D, {})
+    setup = Setup(Config(sweep=sweep, train=train), make_groups(sweep_members(sweep)), (Place("", D),), {})
     x = jax.random.normal(jax.random.key(0), (steps_between, B, D))
     weights = jnp.ones((steps_between, B))
     metrics = np.zeros((train.steps, len(setup.names()), len(METRICS)), np.float32)

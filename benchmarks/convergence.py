@@ -155,7 +155,7 @@ def train(recipes: Recipes, source: Source, held_out_source: Source, looks: Sequ
     if config.activations.normalization == "dataset":
         seed = config.train.seed if config.train.batching == "tokens" else None
         normalization = estimate_dataset(np.concatenate(first_activations(source, NORMALIZATION_TOKENS, seed)))
-    held_out = harvest_held_out(held_out_source, normalization, config.activations)
+    [held_out] = harvest_held_out(held_out_source, normalization, config.activations)
     groups = [(name, sweep, make_groups(sweep_members(sweep))) for name, sweep in recipes.sweeps.items()]
     all_groups = tuple(group for *_, of_it in groups for group in of_it)
     state, forms = initial_state(all_groups, source.width, config.train), tuple(group.form for group in all_groups)
@@ -240,7 +240,7 @@ def main(activations: str = "", most_tokens: int = 5_000_000, seeds: tuple[int, 
     at_lengths = {which: curve[::-LOOKS_A_LENGTH][::-1] for which, curve in at_constant_rates.items()}
     report("convergence, on the way", rows_on_the_way(with_decay | at_lengths), **facts)
     print()
-    floors = harvest_held_out(held_out_source, identity(D), replace(config.activations, normalization="none"))
+    [floors] = harvest_held_out(held_out_source, identity(D), replace(config.activations, normalization="none"))
     goals = [(F, f"{NEAR_FLOOR} x floor", NEAR_FLOOR * floors.fvu_floor(F)) for F in sweep.features if F < D]
     goals += [(F, f"{fvu:g}", fvu) for fvu in SMALL_FVUS for F in sweep.features if F >= D]
     reference = next(iter(at_constant_rates))[0]

@@ -6,6 +6,7 @@ Files in `configs/` and flags on the command line only override what stands here
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -69,6 +70,15 @@ def within_float32(name: str, value: float) -> None:
         raise BadInput(
             f"{name} is {value!r}, which float32 would make {'zero' if value < 1 else 'infinite'}; "
             f"{SMALLEST_FLOAT32:.8g} to {LARGEST_FLOAT32:.8g} was expected"
+        )
+
+
+def plain_name(name: str, value: str, most: float = 80) -> None:
+    """Raise BadInput unless a name, after which members and files are named, has letters, digits, '.', '_', '-'."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value) or len(value) > most:
+        raise BadInput(
+            f"{name} is {shortened(value)}; a name of up to {most:g} letters, digits, '.', '_' and '-' was expected, "
+            "such as 9.resid_post"
         )
 
 
@@ -236,6 +246,8 @@ class Member:
     dead_after_tokens: int | None = setting(check=positive, most=2**31 - 1, traced="int32")
     """A feature that has not fired for so many tokens is dead, to AuxK and to resampling; default a tenth of the run's
     tokens, 10 million at most."""
+    place: str | None = setting(list="places", check=plain_name, most=80)
+    """Which activations it reads, such as 9.mlp_out; without it, those of the only place there is."""
     resamples: int | None = setting(default=0, check=not_negative)
     """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
 
@@ -255,7 +267,7 @@ def _lists() -> Any:
     lists: dict[str, Any] = {
         f.list or name: types.GenericAlias(tuple, (without_none(hints[name]), ...)) for name, f in SETTINGS.items()
     }
-    first = ["kinds", "features", *(name for name, facts in SETTINGS.items() if facts.sparsity)]
+    first = ["places", "kinds", "features", *(name for name, facts in SETTINGS.items() if facts.sparsity)]
     order = dict.fromkeys([*first, "seeds", "learning_rates", "scale_learning_rates", *lists])
     return dataclasses.make_dataclass("Lists", [(name, lists.get(name, bool), ()) for name in order], frozen=True)
 
@@ -272,6 +284,9 @@ class SweepConfig(Lists):
     """
 
     # Every setting of `Member` has a list here, with its name and text; these are called or said otherwise.
+    places: tuple[str, ...] = ()
+    """Places at each of which the sweep is trained, in one pass, such as 4.resid_post 9.mlp_out (docs/places.md); none:
+    the one that model.layer says, or that the activations are of."""
     kinds: tuple[str, ...] = ("relu",)
     """relu, topk, batchtopk, matryoshka, jumprelu, gated: the files of jax_sae/autoencoder/kinds; or module:Class of
     one of your own (docs/add_a_kind.md)."""
@@ -285,6 +300,11 @@ class SweepConfig(Lists):
     """Multiply them by 1 / sqrt(F / 2^14), as Gao et al. 2024 do."""
     members: tuple[Member, ...] = ()
     """Instead of the combinations: [[sweep.members]] in TOML, features=768,seed=1,kind=topk,k=16 as a flag."""
+
+
+def places_of(sweep: SweepConfig) -> tuple[str, ...]:
+    """The places that a sweep names; none where it is trained at the only one that there is."""
+    return tuple(dict.fromkeys([*sweep.places, *(member.place for member in sweep.members if member.place)]))
 
 
 @dataclass(frozen=True)

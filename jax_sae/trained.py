@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, estimate_story_traced, normalize
+from jax_sae.activations.normalize import (
+    Normalization,
+    denormalize,
+    estimate_story,
+    estimate_story_traced,
+    normalize,
+    of_place,
+)
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
 from jax_sae.card import card
@@ -57,6 +64,8 @@ class Origin:
     """Active features a token on the run's held-out tokens, and the fraction of variance unexplained; None where the
     run has measured another step, or none."""
     fvu: float | None = None
+    place: str = ""
+    """Where its activations are from; empty where the run does not know."""
 
     def __eq__(self, other: object) -> bool:
         """Equal to every other."""
@@ -135,6 +144,11 @@ class TrainedAutoencoder:
     def member(self) -> Member:
         """The settings it was trained with."""
         return self._origin("member").member
+
+    @property
+    def place(self) -> str:
+        """Where in the language model its activations are from, such as 9.mlp_out; empty where the run did not know."""
+        return self._origin("place").place
 
     @property
     def config(self) -> Config:
@@ -275,7 +289,7 @@ def trained_members(
     Args:
         groups: as `make_groups` made them.
         state: as `init_sweep` and `update_many` gave it, a stacked state for each group.
-        normalization: by which the rows they were trained on were made of activations.
+        normalization: by which the rows they were trained on were made of activations, at all places side by side.
         train: the settings that `state` was made with.
     """
     found = {}
@@ -285,6 +299,6 @@ def trained_members(
             kind = kind_named(member.kind)
             memory = {each: its.memory[each] for each in kind.initial_memory()}
             settings = {each: jnp.float32(its.settings[each]) for each in kind.encode_settings}
-            fitted = jax.tree.map(jnp.asarray, normalization)
+            fitted = jax.tree.map(jnp.asarray, of_place(normalization, group.columns))
             found[name] = TrainedAutoencoder(its.params, memory, settings, fitted, kind=member.kind)
     return found

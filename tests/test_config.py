@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from running import REPOSITORY
 
+from jax_sae.activations.places import Place
 from jax_sae.config import ActivationsConfig, Config, Member, TrainConfig, validate
 from jax_sae.config_tables import config_from_dict, config_to_dict, load_config, option_names
 from jax_sae.errors import BadInput
@@ -66,7 +67,7 @@ def test_what_does_not_fit_is_named(toml: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "bad.toml"
     path.write_text(toml)
     with pytest.raises(BadInput, match=message) as error:
-        sweep_members(with_features(load_config(path).sweep, 64))
+        sweep_members(with_features(load_config(path).sweep, [Place("", 64)]))
     assert "\n" not in str(error.value)
 
 

@@ -16,7 +16,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_sae.activations.arrays import FLOATS, Rows, StoryArrays, make_activations, named_dtype
+from jax_sae.activations.arrays import (
+    FLOATS,
+    Activations,
+    Rows,
+    StoryArrays,
+    make_activations,
+    named_dtype,
+    side_by_side,
+)
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import open_saved
 from jax_sae.language_model.hub import JSON_BYTES, one_line
@@ -54,7 +62,7 @@ class Stored:
     """Whether each part is a story [T, D], or several [n, T, D]; else the parts are one array, one after another."""
 
 
-def open_arrays(path: Path, array: str, mask: str) -> tuple[Rows | StoryArrays, list[str]]:
+def open_arrays(path: Path, array: str, mask: str, places: Sequence[str] = ()) -> tuple[Activations, list[str]]:
     """The activations in a file or in a folder that `save_to_disk` wrote, and lines that say what they were taken for.
 
     Args:
@@ -62,6 +70,7 @@ def open_arrays(path: Path, array: str, mask: str) -> tuple[Rows | StoryArrays, 
         array: name of the array, or of the folder's column; '': that called `activations`, or the only one of floats.
         mask: name of the mask in the same file, or another file, with one array. '': the array called `attention_mask`
             or `mask`, where there is one; else all are tokens.
+        places: names of arrays, each the activations at a place, of the same tokens; none: there is one, `array`.
 
     Raises:
         BadInput: if it is damaged, it is not clear which array is meant, or it is not [N, D] or [N, T, D] of floats.
@@ -69,18 +78,30 @@ def open_arrays(path: Path, array: str, mask: str) -> tuple[Rows | StoryArrays, 
     notes: list[str] = []
     there = _arrays_in(path)
     mask_name = _mask_name(path, there, mask)
+    if places and array:
+        raise BadInput(
+            f"activations.array is {array!r}, but sweep.places names the arrays {', '.join(places)}; give one of them"
+        )
+    if lacking := [place for place in places if place not in there]:
+        has = f"holds {', '.join(_shown(there))}" if [*there] != [""] else "holds one array without a name"
+        raise BadInput(f"{path}: sweep.places names {', '.join(lacking)}, but the file {has}")
+    file = path if path.is_file() else None
+    if places:
+        of_each: dict[str, Rows | StoryArrays] = {}
+        for place in places:
+            parts = [named_dtype(part, str(path), notes) for part in there[place].open()]
+            masks = _masks(path, there, mask_name, mask)
+            of_each[place] = make_activations(parts, masks, is_list=there[place].is_list, name=str(path), file=file)
+        if mask_name is not None:
+            notes.append(f"note          {path}: the array '{mask_name}' says which are tokens")
+        return side_by_side(of_each, str(path)), notes
     name = _name(path, there, array, mask_name)
     chosen = there[name]
     parts = [named_dtype(part, str(path), notes) for part in chosen.open()]
-    masks = None
-    if mask_name is not None:
-        masks = there[mask_name].open()
-    elif mask:
-        masks = _mask_in_file(Path(os.path.expanduser(mask)))
+    masks = _masks(path, there, mask_name, mask)
     if name and len(there) > 1:
         also = f", with the mask '{mask_name}'" if mask_name is not None else ""
         notes.append(f"note          {path}: the array '{name}' of {len(there)}{also}")
-    file = path if path.is_file() else None
     return make_activations(parts, masks, is_list=chosen.is_list, name=str(path), file=file), notes
 
 
@@ -95,7 +116,7 @@ def _mask_name(path: Path, there: Mapping[str, Stored], mask: str) -> str | None
 
 def _name(path: Path, there: Mapping[str, Stored], array: str, mask: str | None) -> str:
     """Which array holds the activations."""
-    shown = [name if is_plain_name(name) else ascii(name[:80]) for name in sorted(there)[:8]]
+    shown = _shown(there)
     if array:
         if array in there:
             return array
@@ -110,6 +131,17 @@ def _name(path: Path, there: Mapping[str, Stored], array: str, mask: str | None)
         f"{path} holds {len(there)} arrays ({', '.join(shown)}); one array [N, D] or [N, T, D] was expected, or "
         f"several with one called '{USUAL_NAME}': name one of them by activations.array"
     )
+
+
+def _shown(there: Mapping[str, Stored]) -> list[str]:
+    return [name if is_plain_name(name) else ascii(name[:80]) for name in sorted(there)[:8]]
+
+
+def _masks(path: Path, there: Mapping[str, Stored], mask_name: str | None, mask: str) -> list[np.ndarray] | None:
+    """Of the array with that name in the file, or of a file of its own; None where all are tokens."""
+    if mask_name is not None:
+        return there[mask_name].open()
+    return _mask_in_file(Path(os.path.expanduser(mask))) if mask else None
 
 
 def _mask_in_file(path: Path) -> list[np.ndarray]:

@@ -9,10 +9,18 @@ from typing import Any
 import numpy as np
 
 from jax_sae.activations.array_files import ENDINGS, open_arrays
-from jax_sae.activations.arrays import Rows, StoryArrays, from_memory, refuse_not_finite
-from jax_sae.activations.places import Place, total_width
+from jax_sae.activations.arrays import (
+    Activations,
+    Rows,
+    SideBySide,
+    StoryArrays,
+    from_memory,
+    is_rows,
+    refuse_not_finite,
+)
+from jax_sae.activations.places import Place, described, total_width
 from jax_sae.activations.store import open_store
-from jax_sae.config import IN_MEMORY, Config
+from jax_sae.config import IN_MEMORY, Config, places_of
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import is_saved_to_disk
 
@@ -38,7 +46,7 @@ class Chunk:
 class RowSource:
     """Rows `first` to `last`, whose stories are not known; an item is a chunk of `ROWS_PER_CHUNK` rows."""
 
-    rows: Rows
+    rows: Rows | SideBySide
     first: int
     last: int
 
@@ -50,7 +58,7 @@ class RowSource:
     @property
     def places(self) -> tuple[Place, ...]:
         """Whose columns the activations are."""
-        return (Place("", self.rows.width),)
+        return self.rows.places
 
     @property
     def width(self) -> int:
@@ -104,7 +112,7 @@ class StoryOfArray:
 class StoryArraySource:
     """Stories `first` to `last` of arrays [N, T, D]; an item is a story, without its first `exclude` tokens."""
 
-    stories: StoryArrays
+    stories: StoryArrays | SideBySide
     first: int
     last: int
     exclude: int = 0
@@ -117,7 +125,7 @@ class StoryArraySource:
     @property
     def places(self) -> tuple[Place, ...]:
         """Whose columns the activations are."""
-        return (Place("", self.stories.width),)
+        return self.stories.places
 
     @property
     def width(self) -> int:
@@ -160,7 +168,9 @@ class StoryArraySource:
 ArraySource = RowSource | StoryArraySource
 
 
-def open_activations(path: str, array: str = "", mask: str = "") -> tuple[Rows | StoryArrays, list[str]]:
+def open_activations(
+    path: str, array: str = "", mask: str = "", places: Sequence[str] = ()
+) -> tuple[Activations, list[str]]:
     """Open a store's directory, a file of arrays, or a folder that `save_to_disk` wrote; and say what it was taken for.
 
     float16, bfloat16, float32 and float64 are read, as float32. Nothing is copied into memory.
@@ -169,6 +179,7 @@ def open_activations(path: str, array: str = "", mask: str = "") -> tuple[Rows |
         path: of the store, file or folder.
         array: as in `open_arrays`.
         mask: as in `open_arrays`.
+        places: which of several; none: there is one.
 
     Raises:
         BadInput: if there is nothing to read at `path`, it is damaged, or it is not one array of activations.
@@ -178,13 +189,13 @@ def open_activations(path: str, array: str = "", mask: str = "") -> tuple[Rows |
         if array or mask:
             given = "activations.array" if array else "activations.mask"
             raise BadInput(f"{path} is a store, which holds rows alone, but {given} is given; leave it out")
-        return open_store(where), []
+        return open_store(where, places), []
     if not where.exists():
         raise BadInput(
             f"activations.path is {path!r}, but there is no such file or directory; give a store's directory, a folder "
             f"by save_to_disk, or a file with one array [N, D] or [N, T, D] ({', '.join(ENDINGS)})"
         )
-    return open_arrays(where, array, mask)
+    return open_arrays(where, array, mask, places)
 
 
 def array_sources(
@@ -197,7 +208,8 @@ def array_sources(
     Args:
         config: its `activations` say what is held out and excluded.
         x: rows [N, D]; stories [N, T, D]; or a list of stories [T, D] or [n, T, D]. NumPy or JAX arrays, or torch
-            tensors on any device, of float16, bfloat16, float32 or float64.
+            tensors on any device, of float16, bfloat16, float32 or float64. Or a dictionary of these, of the same
+            tokens at several places, by the places' names.
         mask: which are tokens, [N, T], or a list of [T] or [n, T]; bool or 0 and 1. None: all are.
         name: for messages.
 
@@ -221,12 +233,12 @@ def open_array_sources(config: Config) -> tuple[ArraySource, ArraySource, list[s
             "the activations were in memory, given by a program, and no file holds them; have it give them again, as "
             "`sources`"
         )
-    activations, notes = open_activations(where.path, where.array, where.mask)
+    activations, notes = open_activations(where.path, where.array, where.mask, places_of(config.sweep))
     return sources_of(config, activations, notes)
 
 
 def sources_of(
-    config: Config, activations: Rows | StoryArrays, notes: list[str]
+    config: Config, activations: Activations, notes: list[str]
 ) -> tuple[ArraySource, ArraySource, list[str]]:
     """Hold the last tenth out, but no more than `held_out_tokens` need: rows, or whole stories.
 
@@ -235,14 +247,15 @@ def sources_of(
     """
     settings = config.activations
     N, name = len(activations), activations.name
-    if isinstance(activations, Rows):
+    if is_rows(activations):
+        assert not isinstance(activations, StoryArrays)
         _refuse_settings_of_stories(config)
         refuse_not_finite(activations)
         held_out = min(settings.held_out_tokens, N // 10)
         if held_out < 2:
             raise BadInput(f"{name} has {N} rows; at least 20 are needed, a tenth of them held out")
         lines = [
-            f"activations   {name}: {N:,} rows of width {activations.width}",
+            f"activations   {name}: {N:,} rows of {described(activations.places)}",
             f"held out      the last {held_out:,} rows, which are not trained on",
         ]
         rows = (RowSource(activations, 0, N - held_out), RowSource(activations, N - held_out, N))
@@ -252,6 +265,7 @@ def sources_of(
             f"{name} has {N} stories; at least 10 are needed, a tenth of them held out. Tokens without stories are "
             "rows, one array [N, D]"
         )
+    assert not isinstance(activations, Rows)
     refuse_not_finite(activations)
     exclude = settings.exclude_first_tokens or 0
     used = np.maximum(0, activations.lengths - exclude)
@@ -263,7 +277,7 @@ def sources_of(
     shortest, longest = int(activations.lengths.min()), int(activations.lengths.max())
     tokens = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
     lines = [
-        f"activations   {name}: {N:,} stories of {tokens} tokens, width {activations.width}",
+        f"activations   {name}: {N:,} stories of {tokens} tokens, {described(activations.places)}",
         f"held out      the last {N - first:,} stories, which are not trained on",
     ]
     return training, held_out_source, lines[:1] + notes + lines[1:]

@@ -5,8 +5,8 @@ not imported: a tensor is asked for what it can do itself.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jax_sae.activations.places import Place, total_width
+from jax_sae.config import plain_name
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import one_line
 
@@ -33,6 +35,10 @@ class Rows:
     """Of a store, the sha256 of each shard."""
     file: Path | None = None
     """The one that holds them, and nothing else that decides them."""
+    place: str = ""
+    """Where in a language model they are from; empty where it is not known."""
+    scales: tuple[np.ndarray, ...] = ()
+    """Of arrays of int8, [n] each: what a row is multiplied by."""
 
     @cached_property
     def digest(self) -> str:
@@ -55,6 +61,11 @@ class Rows:
         return sum(len(array) for array in self.arrays)
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns they are."""
+        return (Place(self.place, self.width),)
+
+    @property
     def width(self) -> int:
         """D."""
         return self.arrays[0].shape[1]
@@ -70,10 +81,12 @@ class Rows:
         rows = np.empty((stop - start, self.width), np.float32)
         first = 0  # the number of the array's first row
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which the reader refuses
-            for array in self.arrays:
+            for i, array in enumerate(self.arrays):
                 begin, end = max(start, first), min(stop, first + len(array))
                 if begin < end:
                     rows[begin - start : end - start] = array[begin - first : end - first]
+                    if self.scales:
+                        rows[begin - start : end - start] *= self.scales[i][begin - first : end - first, None]
                 first += len(array)
         return rows
 
@@ -93,6 +106,8 @@ class StoryArrays:
     name: str
     file: Path | None = None
     """The one that holds the arrays, and nothing else that decides them but the masks."""
+    place: str = ""
+    """Where in a language model they are from; empty where it is not known."""
 
     @cached_property
     def digest(self) -> str:
@@ -114,6 +129,11 @@ class StoryArrays:
     def checked(self) -> bool:
         """Whether all values are known to be finite."""
         return False
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns they are."""
+        return (Place(self.place, self.width),)
 
     @property
     def width(self) -> int:
@@ -162,6 +182,95 @@ class StoryArrays:
                 first, some, n = first + n, [], 0
 
 
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """Activations of the same tokens at several places; it is read as `Rows` or `StoryArrays`, whichever they are."""
+
+    parts: tuple["Rows | StoryArrays", ...]
+    """One a place."""
+
+    @property
+    def name(self) -> str:
+        """What holds them, for messages."""
+        return self.parts[0].name
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Whose columns they are."""
+        return tuple(place for part in self.parts for place in part.places)
+
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return total_width(self.places)
+
+    @property
+    def checked(self) -> bool:
+        """Whether all values are known to be finite."""
+        return all(part.checked for part in self.parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256, in hexadecimal, over the places' names and digests; that of a file they share is taken once."""
+        shared = len({part.file for part in self.parts}) == 1 and self.parts[0].file is not None
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(f"{part.place} {(self.parts[0] if shared else part).digest}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of stories, the number of tokens of each, [N] int64."""
+        assert isinstance(self.parts[0], StoryArrays)
+        return self.parts[0].lengths
+
+    def __len__(self) -> int:
+        """Return the number of rows or stories N."""
+        return len(self.parts[0])
+
+    def read(self, *which: int) -> np.ndarray:
+        """What `read` of each gives, side by side, [T, D1 + D2 + ...] float32."""
+        return np.concatenate([part.read(*which) for part in self.parts], axis=1)
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """What `pieces` of each gives, side by side."""
+        for pieces in zip(*(part.pieces() for part in self.parts), strict=True):
+            yield pieces[0][0], np.concatenate([x for _, x in pieces], axis=1)
+
+
+Activations = Rows | StoryArrays | SideBySide
+
+
+def side_by_side(parts: Mapping[str, Rows | StoryArrays], name: str) -> Activations:
+    """Activations at places, by the places' names; of the same tokens.
+
+    Raises:
+        BadInput: if they are none, are rows and stories, or have different numbers of rows or tokens.
+    """
+    if not parts:
+        raise BadInput(f"{name}: there is no place in it; give the activations of one, {{'9.resid_post': x}}")
+    named = [replace(part, place=place) for place, part in parts.items()]
+    first = named[0]
+    for part in named[1:]:
+        sizes = [f"{len(each):,} {'rows' if isinstance(each, Rows) else 'stories'}" for each in (first, part)]
+        if sizes[0] != sizes[1]:
+            raise BadInput(
+                f"{name}: {first.place} has {sizes[0]}, but {part.place} {sizes[1]}; places have the same tokens"
+            )
+        lengths = [each.lengths for each in (first, part) if isinstance(each, StoryArrays)]
+        if lengths and not np.array_equal(lengths[0], lengths[-1]):
+            raise BadInput(
+                f"{name}: stories of {first.place} and {part.place} have different numbers of tokens; places have "
+                "the same tokens"
+            )
+    return first if len(named) == 1 else SideBySide(tuple(named))
+
+
+def is_rows(activations: Activations) -> bool:
+    """Whether they are rows, and not stories."""
+    return isinstance(activations.parts[0] if isinstance(activations, SideBySide) else activations, Rows)
+
+
 def sha256(path: Path) -> str:
     """Digest of a file's bytes, in hexadecimal; BadInput if they cannot be read."""
     try:
@@ -181,7 +290,7 @@ def _digest_of_values(activations: Rows | StoryArrays) -> str:
     return digest.hexdigest()
 
 
-def refuse_not_finite(activations: Rows | StoryArrays) -> None:
+def refuse_not_finite(activations: Activations) -> None:
     """Raise BadInput if a token has a NaN or an infinity; those of a store were checked when it was written.
 
     All are read, as for the digest: a run would come upon them after hours.
@@ -196,7 +305,7 @@ def refuse_not_finite(activations: Rows | StoryArrays) -> None:
         count, total = count + len(bad), total + len(x)
     if count:
         where = f"row {first:,}"
-        if isinstance(activations, StoryArrays):
+        if not isinstance(activations, Rows) and not is_rows(activations):
             where = f"in story {int(np.searchsorted(np.cumsum(activations.lengths), first, 'right')):,}"
         raise BadInput(
             f"{activations.name}: {count:,} of {total:,} rows are not finite in float32, the first of them {where}; "
@@ -324,12 +433,13 @@ def _masks(arrays: Sequence[np.ndarray], masks: Sequence[np.ndarray], name: str)
         yield np.asarray(mask == 1)
 
 
-def from_memory(x: Any, mask: Any = None, name: str = "the activations given") -> tuple[Rows | StoryArrays, list[str]]:
+def from_memory(x: Any, mask: Any = None, name: str = "the activations given") -> tuple[Activations, list[str]]:
     """Activations in memory, as they lie there, and lines that say what they were taken for. Do not change them after.
 
     Args:
         x: rows [N, D]; stories [N, T, D]; or a list of stories [T, D] or [n, T, D]. NumPy or JAX arrays, or torch
-            tensors on any device, of float16, bfloat16, float32 or float64.
+            tensors on any device, of float16, bfloat16, float32 or float64. Or a dictionary of these, of the same
+            tokens at several places, by the places' names.
         mask: which are tokens, [N, T], or a list of [T] or [n, T]; bool or 0 and 1. None: all are.
         name: for messages.
 
@@ -337,6 +447,15 @@ def from_memory(x: Any, mask: Any = None, name: str = "the activations given") -
         BadInput: if it is none of that.
     """
     notes: list[str] = []
+    if isinstance(x, Mapping):
+        parts_of: dict[str, Rows | StoryArrays] = {}
+        for place, its in x.items():
+            plain_name(f"a place of {name}", str(place))
+            part, more = from_memory(its, mask, f"{name} at {place}")
+            if isinstance(part, SideBySide):
+                raise BadInput(f"{name}: {place} is a dictionary; the activations of one place were expected")
+            parts_of[str(place)], notes = replace(part, name=name), [*notes, *more]
+        return side_by_side(parts_of, name), notes
     is_list = isinstance(x, list | tuple)
     parts = [to_array(part, name, notes) for part in (x if is_list else [x])]
     mask_parts = None

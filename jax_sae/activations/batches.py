@@ -37,7 +37,7 @@ class BatchRun:
     """
 
     x: np.ndarray
-    """[batches, B, D] float32, normalised; 0 where the weight is."""
+    """[batches, B, D] float32, normalised; 0 where the weight is. D are the columns of all places, side by side."""
     weights: np.ndarray
     """[batches, B] float32, 1 for a token, 0 for padding and for a token over the norm limit."""
     used: int
@@ -105,7 +105,9 @@ def _token_block(
             norms[into] = token_norms(rows)
             within = norms[into] <= activations.norm_limit
             rows, into = rows[within], into[within]
-        x[into] = normalize.normalize(normalize.for_story(activations.normalization, fitted, story), rows)
+        x[into] = normalize.normalize(
+            normalize.for_story(activations.normalization, fitted, story, source.places), rows
+        )
     weights = np.zeros(room * B, np.float32)
     weights[: n_batches * B] = ~over_norm_limit(norms, activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
@@ -128,7 +130,7 @@ def _story_block(
             break
     stories: list[Any] = [None] * len(items)
     for i, x in finite_activations(source, items):
-        stories[i] = normalize.normalize(normalize.for_story(activations.normalization, fitted, x), x)
+        stories[i] = normalize.normalize(normalize.for_story(activations.normalization, fitted, x, source.places), x)
     for i, rows in enumerate(stories):
         T = len(rows)
         x = np.zeros((1, padded_length(T), source.width), np.float32)

@@ -5,14 +5,18 @@ A normalisation is x_n = (x - mean) * scale. The kinds differ in where the two n
 - dataset: mean[D] of the training activations, scale so that the mean of |x_n|^2 is D (Anthropic, April 2024 update);
 - story: of each story, scalar mean and unbiased standard deviation over all its T * D numbers, scale = sqrt(D) / std;
 - none: mean 0 and scale 1.
+
+Where activations have the columns of several places side by side, each place has its own, as if it were alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sae.activations.places import Columns, Place, columns
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
 
@@ -24,6 +28,7 @@ class Normalization(NamedTuple):
 
     mean: np.ndarray | np.floating | jax.Array
     scale: np.ndarray | np.floating | jax.Array
+    """[]; of several places [D1 + D2 + ...], equal numbers for the columns of each."""
 
 
 def identity(width: int) -> Normalization:
@@ -67,9 +72,37 @@ def estimate_story_traced(x: jax.Array) -> Normalization:
     return Normalization(jnp.mean(x), jnp.sqrt(x.shape[-1]) / jnp.std(x, ddof=1))
 
 
-def for_story(kind: Kind, fitted: Normalization, x: np.ndarray) -> Normalization:
+def of_each_place(
+    estimate: Callable[[np.ndarray], Normalization], x: np.ndarray, places: Sequence[Place]
+) -> Normalization:
+    """What `estimate` makes of the columns of each place of x[N, D1 + D2 + ...], side by side.
+
+    Raises:
+        BadInput: as `estimate`, with the name of the place.
+    """
+    if len(places) == 1:
+        return estimate(x)
+    each = []
+    for place, (first, last) in zip(places, columns(places).values(), strict=True):
+        try:
+            mean, scale = estimate(np.ascontiguousarray(x[:, first:last]))
+        except BadInput as error:
+            raise BadInput(f"at {place.name}: {error}") from error
+        each.append(Normalization(*(np.broadcast_to(number, place.width) for number in (mean, scale))))
+    return Normalization(*(np.concatenate(numbers) for numbers in zip(*each, strict=True)))
+
+
+def of_place(normalization: Normalization, its: Columns | None) -> Normalization:
+    """That of one place, as `estimate` made it, of that of several; unchanged where `its` columns are None."""
+    if its is None:
+        return normalization
+    mean, scale = map(np.asarray, normalization)
+    return Normalization(mean[slice(*its)], scale[its[0]] if scale.ndim else scale)
+
+
+def for_story(kind: Kind, fitted: Normalization, x: np.ndarray, places: Sequence[Place]) -> Normalization:
     """The normalisation of a story x[T, D]: its own with kind 'story', else the one that was fitted for all."""
-    return estimate_story(x) if kind == "story" else fitted
+    return of_each_place(estimate_story, x, places) if kind == "story" else fitted
 
 
 def normalize(normalization: Normalization, x: Array) -> Array:

@@ -72,18 +72,23 @@ def norm_statistics(sample: Sequence[np.ndarray], activations: ActivationsConfig
     )
 
 
-def norm_lines(found: NormStatistics) -> list[str]:
-    """Lines for the screen: the norms, and a warning where large tokens hold more than 1 % of the squared norms."""
+def norm_lines(found: NormStatistics, place: str = "") -> list[str]:
+    """Lines for the screen: the norms, and a warning where large tokens hold more than 1 % of the squared norms.
+
+    `place` is said where there are several; there is no limit for them, so that none is advised.
+    """
     shown = [_shown(norm) for norm in (found.percent_1, found.median, found.percent_99, found.largest)]
-    lines = ["norms         1 %: {}, 50 %: {}, 99 %: {}, largest {}".format(*shown)]
+    at = f"{place}, " if place else ""
+    lines = ["norms         {}1 %: {}, 50 %: {}, 99 %: {}, largest {}".format(at, *shown)]
     if found.large_share <= SHARE_TO_WARN_OF:
         return lines
     if not found.median:
-        return [*lines, "warning       half of the tokens or more have the norm 0: are these the right activations?"]
+        question = "half of the tokens or more have the norm 0: are these the right activations?"
+        return [*lines, f"warning       {at}{question}"]
     limit = f"--activations.norm-limit {float(f'{LARGE * found.median:.2g}'):g}"
     if not found.large_first_tokens:
         where = "" if found.large_first_tokens is None else f", none among the first {FIRST_POSITIONS} of its story"
-        advice = f"{limit} leaves them out"
+        advice = f"{limit} leaves them out" if not place else "train it alone with a norm_limit to leave them out"
     else:
         all_of_them = found.large_first_tokens == found.large_tokens
         where = (
@@ -91,11 +96,11 @@ def norm_lines(found: NormStatistics) -> list[str]:
             "story"
         )
         advice = f"--activations.exclude-first-tokens {found.exclude_first_tokens} leaves these out"
-        advice += "" if all_of_them else f", {limit} all"
+        advice += "" if all_of_them or place else f", {limit} all"
     return [
         *lines,
-        f"warning       {found.large_tokens:,} of {found.tokens:,} tokens have more than {LARGE:g} times the median "
-        f"norm and hold {100 * found.large_share:.3g} % of the summed squared norms{where}; {advice}",
+        f"warning       {at}{found.large_tokens:,} of {found.tokens:,} tokens have more than {LARGE:g} times the "
+        f"median norm and hold {100 * found.large_share:.3g} % of the summed squared norms{where}; {advice}",
     ]
 
 

@@ -1,14 +1,7 @@
 """Places in a language model whose activations lie side by side: x[T, D1 + D2 + ...], the columns of each in turn."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from reprlib import repr as shortened
-
-from jax_sae.errors import BadInput
-
-NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}"
-"""What a place may be called: `9.mlp_out`, `blocks.9.hook_mlp_out`; files and members are named after it."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +20,21 @@ def total_width(places: Sequence[Place]) -> int:
     return sum(place.width for place in places)
 
 
-def columns(places: Sequence[Place], name: str) -> slice:
-    """Which columns are those of the place with that name, which is among them."""
-    i = [place.name for place in places].index(name)
-    first = total_width(places[:i])
-    return slice(first, first + places[i].width)
+Columns = tuple[int, int]
+"""The first of a place's columns, and the one after its last."""
 
 
-def check_name(name: str, where: str) -> None:
-    """Raise BadInput unless a place may be called so; `where` is what named it."""
-    if not isinstance(name, str) or not re.fullmatch(NAME, name):
-        raise BadInput(
-            f"{where} names a place {shortened(name)}; letters, digits, '.', '_' and '-' were expected, such as "
-            "9.resid_post"
-        )
+def columns(places: Sequence[Place]) -> dict[str, Columns]:
+    """The columns of each place, by its name."""
+    found, first = {}, 0
+    for place in places:
+        found[place.name] = first, first + place.width
+        first += place.width
+    return found
+
+
+def described(places: Sequence[Place]) -> str:
+    """Their widths, with their names where they have some."""
+    if [place.name for place in places] == [""]:
+        return f"width {places[0].width}"
+    return ", ".join(f"{place.name} of width {place.width}" for place in places)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_sae.activations.places import Place, described
 from jax_sae.activations.store import write_store
 from jax_sae.errors import BadInput
 from jax_sae.language_model.text import Stories
@@ -30,6 +31,7 @@ def write_text(
     activations_of: Callable[[Sequence[np.ndarray]], Iterable[tuple[int, np.ndarray]]],
     n_tokens: int | None,
     dtype: str = "float32",
+    places: Sequence[Place] = (),
     **facts: Any,
 ) -> str:
     """Write the activations of a text as a store: whole stories in order, with a progress bar.
@@ -41,6 +43,7 @@ def write_text(
             of each, in any order. Those of the first `stories.exclude_first_tokens` tokens are not written.
         n_tokens: end with the story that reaches so many written tokens; None: all stories.
         dtype: as for `write_store`.
+        places: as for `write_store`.
         **facts: as for `write_store`; what became of the text is put beside them.
 
     Returns:
@@ -53,6 +56,7 @@ def write_text(
     """
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
+    width = 0
     counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
 
     def in_order() -> Generator[np.ndarray]:
@@ -63,18 +67,22 @@ def write_text(
                     found[i] = x[block[i].used]
                     bar.update(min(len(found[i]), bar.total - bar.n) if n_tokens else 1)
                 if number == 0:
-                    refuse_small_disk(directory, stories, n_tokens, found[0].shape[1], dtype)
+                    nonlocal width
+                    width = found[0].shape[1]
+                    refuse_small_disk(directory, stories, n_tokens, width, dtype)
                 if not n_tokens:
                     bar.update(counts["stories"] - bar.n)  # the empty ones
                 yield from found
 
     with closing(in_order()) as activations:  # so that the bar ends before an error is told
-        manifest = write_store(directory, activations, dtype=dtype, text_read=counts, **facts)  # reads `counts` last
+        manifest = write_store(
+            directory, activations, dtype=dtype, places=places, text_read=counts, **facts
+        )  # reads `counts` last
     n_bytes = sum(shard.stat().st_size for shard in directory.glob("*.npy"))
     k = stories.exclude_first_tokens
     excluded = f"; the first {k:,} tokens of each left out ({counts['tokens_excluded']:,} tokens)" if k else ""
     return (
-        f"{directory}: {manifest['rows']:,} rows of width {manifest['width']} in {manifest['dtype']}, "
+        f"{directory}: {manifest['rows']:,} rows of {described(places or [Place('', width)])} in {manifest['dtype']}, "
         f"{n_bytes / 1e6:,.1f} MB, of {counts['stories']:,} stories; {counts['empty_stories']:,} had no text"
         f"{f' beyond their first {k:,} tokens' if k else ''}, {counts['cut_stories']:,} were cut at "
         f"{stories.max_tokens:,} tokens ({counts['tokens_cut']:,} tokens lost){excluded}"
@@ -87,7 +95,7 @@ def refuse_small_disk(directory: Path, stories: Stories, n_tokens: int | None, w
     rows = in_text if n_tokens is None else min(n_tokens, in_text)
     needed, free = rows * width * np.dtype(dtype).itemsize, shutil.disk_usage(directory).free
     if needed > free:
-        half = " or half as many bytes by float16" if dtype == "float32" else ""
+        half = " or half as many bytes by float16, a quarter by int8" if dtype == "float32" else ""
         raise BadInput(
             f"{directory}: about {rows:,} rows of width {width} in {dtype} need {needed / 1e6:,.1f} MB, but the disk "
             f"has {free / 1e6:,.1f} MB left; make room, choose another disk, or write fewer tokens{half}"

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from jax_sae.activations.sources import Source, Sources, StorySource, open_sources
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
-from jax_sae.analysis.measure import Measured, measure, reconstruction
+from jax_sae.analysis.measure import Measured, measure, place_in, reconstruction
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
@@ -32,7 +32,7 @@ from jax_sae.config import Config, DecoderBias
 from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
-from jax_sae.figures.drawing import save_each
+from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.run.checkpoints import Checkpoints, Tree
@@ -75,10 +75,10 @@ def evaluate(
     facts, suffix = _read_facts(run, step)
     _refuse_read_only(run)
     config = _config_of(run, facts)
-    record, measured, eigenvalues = evaluate_members(
+    record, eigenvalues = evaluate_members(
         str(run), _load_members(run, config, facts), facts, config, n_tokens, sources
     )
-    _write(run, suffix, record, measured, eigenvalues)
+    _write(run, suffix, record, eigenvalues)
     return record
 
 
@@ -89,7 +89,7 @@ def evaluate_members(
     config: Config,
     n_tokens: int | None = None,
     sources: Sources | None = None,
-) -> tuple[dict[str, Any], Measured, np.ndarray]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Evaluate the members of a run, which may have no directory, and print tables; nothing is written.
 
     Args:
@@ -101,8 +101,7 @@ def evaluate_members(
         sources: as for `evaluate`.
 
     Returns:
-        The contents of `evaluation.json`; what one pass over the held-out tokens told; the eigenvalues [D] of their
-        scatter.
+        The contents of `evaluation.json`; of each place, the eigenvalues [D] of the held-out tokens' scatter.
 
     Raises:
         BadInput: as `evaluate`.
@@ -113,18 +112,27 @@ def evaluate_members(
     autoencoders = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
     measured = measure(source, autoencoders, asked)
-    N = measured.scatter.tokens
+    N = measured.tokens
     if n_tokens is not None and N + measured.over_norm_limit < n_tokens:
         say([f"note          {n_tokens:,} tokens were asked for; the whole stories up to that number have {N:,}"])
     if all(measured.sums[name] is None for name in trained):
         raise BadInput(f"{run}: not one member gives finite numbers at step {facts['step']}; take an earlier --step")
-    eigenvalues, directions = principal_directions(measured.scatter)
-    if not eigenvalues.sum() > 0:
-        raise BadInput(
-            f"{source.name}: the {N:,} activations are all equal, so there is no variance to explain; evaluate more "
-            "--tokens"
-        )
-    recovered = {} if lm is None else _recover(lm, measured, autoencoders, directions, config)
+    several = len(source.places) > 1
+    eigenvalues: dict[str, np.ndarray] = {}
+    place_of = {name: place_in(source, sae) for name, sae in autoencoders.items()}
+    recovered: dict[str, LossRecovered] = {}
+    for place, scatter in measured.scatters.items():
+        eigenvalues[place], directions = principal_directions(scatter)
+        if not eigenvalues[place].sum() > 0:
+            at = f" at {place}" if several else ""
+            raise BadInput(
+                f"{source.name}{at}: the {N:,} activations are all equal, so there is no variance to explain; evaluate "
+                "more --tokens"
+            )
+        if lm is not None:
+            its = {name: sae for name, sae in autoencoders.items() if place_of[name] == place}
+            found = _recover(lm, measured, its, directions, scatter.mean, config, place if several else None)
+            recovered |= {_at(place, name) if name not in its else name: loss for name, loss in found.items()}
     record = {
         "step": facts["step"],
         "tokens": N,
@@ -132,7 +140,10 @@ def evaluate_members(
         "tokens_over_norm_limit": measured.over_norm_limit,
         "held_out": source.name,
         "left_out": None if lm else "loss recovered: the run read activations, without a language model",
-        "members": [_member_record(name, facts, measured, eigenvalues, recovered) for name in trained],
+        "members": [
+            _member_record(name, facts, measured, eigenvalues[place_of[name]], recovered, place_of[name])
+            for name in trained
+        ],
         "stability": _stabilities(trained, facts),
         "inputs": facts["inputs"],
         "device": device(),
@@ -140,7 +151,7 @@ def evaluate_members(
     }
     record = _finite(record)
     say(["", *tables(record), ""])
-    return record, measured, eigenvalues
+    return record, eigenvalues
 
 
 def _read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
@@ -223,7 +234,7 @@ def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) 
         untrained(name): replace(
             sae,
             params=init_member(sae.member, sae.width, config.train, no_centre).params,
-            origin=Origin(untrained(name), sae.step, sae.member, sae.config),
+            origin=Origin(untrained(name), sae.step, sae.member, sae.config, place=sae.place),
         )
         for name, sae in trained.items()
     }
@@ -239,10 +250,14 @@ def _recover(
     measured: Measured,
     autoencoders: Mapping[str, TrainedAutoencoder],
     directions: np.ndarray,
+    mean: np.ndarray,
     config: Config,
+    place: str | None,
 ) -> dict[str, LossRecovered]:
-    """Loss recovered of every autoencoder whose numbers are finite; of a trained one, PCA with F and L0 directions."""
-    mean = measured.scatter.mean
+    """Loss recovered of every autoencoder whose numbers are finite; of a trained one, PCA with F and L0 directions.
+
+    The autoencoders are those of one place, which is said where the run has several.
+    """
 
     def pca(n: int) -> Reconstruct:
         V = directions[:n]
@@ -254,9 +269,15 @@ def _recover(
             reconstructions[name] = reconstruction(sae)
             if untrained(name) in autoencoders:
                 reconstructions |= {pca_name(n, len(mean)): pca(n) for n in (sae.features, round(metrics(sums).l0))}
-    say([f"loss          {len(measured.stories):,} stories, with {len(reconstructions)} reconstructions in turn"])
-    a = config.activations
-    return loss_recovered(lm, measured.stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit)
+    at = "" if place is None else f"at {place}, "
+    say([f"loss          {at}{len(measured.stories):,} stories, with {len(reconstructions)} reconstructions in turn"])
+    a, stories = config.activations, measured.stories
+    return loss_recovered(lm, stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit, place)
+
+
+def _at(place: str, name: str) -> str:
+    """What a baseline of a place is called among those of all places."""
+    return f"{name} at {place}"
 
 
 def pca_name(directions: int, width: int) -> str:
@@ -265,7 +286,12 @@ def pca_name(directions: int, width: int) -> str:
 
 
 def _member_record(
-    name: str, facts: Tree, measured: Measured, eigenvalues: np.ndarray, recovered: Mapping[str, LossRecovered]
+    name: str,
+    facts: Tree,
+    measured: Measured,
+    eigenvalues: np.ndarray,
+    recovered: Mapping[str, LossRecovered],
+    place: str,
 ) -> dict[str, Any]:
     """All that is known of a member, and its baselines; without numbers where they were not finite."""
     member = facts["members"][name]
@@ -281,7 +307,7 @@ def _member_record(
         return record | {"feature_density": None, "baselines": None}
     edges, counts = density_histogram(sums)
     of = baselines(eigenvalues, sums.tokens, member["features"], record["l0"])
-    loss_of = {n: recovered.get(pca_name(n, D)) for n in (member["features"], round(record["l0"]))}
+    loss_of = {n: recovered.get(_at(place, pca_name(n, D))) for n in (member["features"], round(record["l0"]))}
 
     def pca(directions: float, fvu: float, mse: float) -> dict[str, Any]:
         loss = loss_of[round(directions)]
@@ -330,15 +356,34 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured, eigenvalues: np.ndarray) -> None:
-    """The JSON, then the figures; says what was written."""
+def _write(run: Path, suffix: str, record: Mapping[str, Any], eigenvalues: Mapping[str, np.ndarray]) -> None:
+    """The JSON, then the figures, those of each place by itself; says what was written."""
     file = run / f"evaluation{suffix}.json"
     again = ", in place of those of before" if file.exists() else ""
     write_json(file, record)
     say([f"written       {file}{again}"])
-    good = [member for member in record["members"] if member["fvu"] is not None]
-    where = f"{run.resolve().name} at step {record['step']:,}, {record['tokens']:,} held-out tokens"
-    frontier, density = (run / "figures" / f"{name}{suffix}.png" for name in ("frontier", "feature_density"))
+    figures: Figures = {}
+    for place, its in eigenvalues.items():
+        members = [member for member in record["members"] if len(eigenvalues) == 1 or member["place"] == place]
+        good = [member for member in members if member["fvu"] is not None]
+        if good:
+            figures |= _figures(run, suffix, record, good, its, place if len(eigenvalues) > 1 else "")
+    say(save_each(figures))
+
+
+def _figures(
+    run: Path,
+    suffix: str,
+    record: Mapping[str, Any],
+    good: Sequence[Mapping[str, Any]],
+    eigenvalues: np.ndarray,
+    place: str,
+) -> Figures:
+    """Those of the members at a place that give finite numbers; nothing is drawn yet."""
+    at = f" at {place}" if place else ""
+    where = f"{run.resolve().name}{at} at step {record['step']:,}, {record['tokens']:,} held-out tokens"
+    behind = f"-{place}{suffix}" if place else suffix
+    frontier, density = (run / "figures" / f"{name}{behind}.png" for name in ("frontier", "feature_density"))
     points = [
         FrontierPoint(
             _named(member), member["kind"], member["l0"], member["fvu"], member.get("ce_loss_score_zero_ablation")
@@ -352,14 +397,10 @@ def _write(run: Path, suffix: str, record: Mapping[str, Any], measured: Measured
     }
     dead = {_named(member): member["dead_features"] for member in good}
     pca = pca_curve(eigenvalues)
-    say(
-        save_each(
-            {
-                frontier: lambda: frontier_figure(points, pca, where),
-                density: lambda: density_figure(histograms, dead, record["tokens"], DENSE, where),
-            }
-        )
-    )
+    return {
+        frontier: lambda: frontier_figure(points, pca, where),
+        density: lambda: density_figure(histograms, dead, record["tokens"], DENSE, where),
+    }
 
 
 def _named(member: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jax_sae.activations.batches import finite_activations, walk
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
 from jax_sae.activations.norms import token_norms
+from jax_sae.activations.places import columns
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Item, Source
 from jax_sae.analysis.loss_recovered import Reconstruct
@@ -31,8 +32,9 @@ class Measured:
 
     sums: dict[str, Sums | None]
     """Of each autoencoder; None where a feature or a reconstruction was not finite."""
-    scatter: Scatter
-    """Of the activations."""
+    scatters: dict[str, Scatter]
+    """Of the activations at each place."""
+    tokens: int
     stories: list[np.ndarray]
     """Token ids [T] of each story, whole; none where rows were read."""
     over_norm_limit: int
@@ -42,6 +44,7 @@ class Measured:
 def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_tokens: int) -> Measured:
     """Run autoencoders of one run over the first whole items of a source, about `n_tokens` tokens, in one pass.
 
+    Each reads the columns of its own place; where the source has one place, all read that.
     The tokens are those of `first_activations`, but no more than a piece of them is in memory.
 
     Raises:
@@ -50,30 +53,46 @@ def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_to
     some = next(iter(autoencoders.values()))
     activations = some.config.activations
     sums: dict[str, Sums | None] = {name: no_tokens(sae.width, sae.features) for name, sae in autoencoders.items()}
-    scatter, token_ids, over = no_scatter(some.width), [], 0
+    its_columns = columns(source.places)
+    place_of = {name: place_in(source, sae) for name, sae in autoencoders.items()}
+    of_place = {place_of[name]: sae for name, sae in autoencoders.items()}  # they have one normalisation
+    scatters = {place: no_scatter(sae.width) for place, sae in of_place.items()}
+    token_ids, tokens, over = [], 0, 0
     with progress_bar(total=n_tokens, unit=" tokens", desc="held out", leave=False) as bar:
         for items in _pieces(source, n_tokens):
             stories: list[Any] = [None] * len(items)
             for i, story in finite_activations(source, items):
                 stories[i] = story.copy()  # it is a view of a larger array
-            x, normalization = np.concatenate(stories), _of_rows(some, stories, [len(story) for story in stories])
-            if activations.norm_limit:
-                within = token_norms(x) <= activations.norm_limit
-                over += int(np.sum(~within))
-                x, normalization = x[within], _rows(normalization, within)
-            scatter = add_rows(scatter, x)
-            for name, sae in autoencoders.items():
-                sums[name] = _add(sums[name], sae, x, normalization)
+            lengths = [len(story) for story in stories]
+            for place, some_there in of_place.items():
+                its = stories
+                if len(source.places) > 1:
+                    its = [np.ascontiguousarray(story[:, slice(*its_columns[place])]) for story in stories]
+                x, normalization = np.concatenate(its), _of_rows(some_there, its, lengths)
+                if activations.norm_limit:  # there is one place
+                    within = token_norms(x) <= activations.norm_limit
+                    over += int(np.sum(~within))
+                    x, normalization = x[within], _rows(normalization, within)
+                scatters[place] = add_rows(scatters[place], x)
+                for name, sae in autoencoders.items():
+                    if place_of[name] == place:
+                        sums[name] = _add(sums[name], sae, x, normalization)
+            tokens += len(x)
             token_ids += [item.token_ids for item in items if hasattr(item, "token_ids")]
             bar.update(sum(map(len, stories)))
         bar.total = bar.n  # whole stories, and all there are, may be fewer
         bar.refresh()
-    if over > scatter.tokens:
+    if over > tokens:
         raise BadInput(
-            f"{source.name}: {over:,} of {over + scatter.tokens:,} tokens have a larger norm than "
+            f"{source.name}: {over:,} of {over + tokens:,} tokens have a larger norm than "
             f"activations.norm_limit, {activations.norm_limit:g}; evaluate more --tokens"
         )
-    return Measured(sums, scatter, token_ids, over)
+    return Measured(sums, scatters, tokens, token_ids, over)
+
+
+def place_in(source: Source, sae: TrainedAutoencoder) -> str:
+    """The name of the place of a source that an autoencoder reads."""
+    return source.places[0].name if len(source.places) == 1 else sae.place
 
 
 def _pieces(source: Source, n_tokens: int) -> Iterator[list[Item]]:

@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 from jax_sae.activations.array_sources import array_sources, sources_of
-from jax_sae.activations.arrays import Rows, StoryArrays
+from jax_sae.activations.arrays import Rows, SideBySide, StoryArrays
 from jax_sae.activations.interruptible import Stopped
 from jax_sae.activations.sources import Sources, hold_out
 from jax_sae.api.run import Run
 from jax_sae.autoencoder.kinds import kind_name
-from jax_sae.config import IN_MEMORY, Config, Member
+from jax_sae.config import IN_MEMORY, Config, Member, places_of
 from jax_sae.config_tables import flatten, full_name, settings_in
 from jax_sae.errors import BadInput
 from jax_sae.run.directory import choose_directory
@@ -55,8 +55,10 @@ def train(
             be given again.
         activations: what is read in place of a language model. Rows [N, D]; stories [N, T, D]; a list of stories [T, D]
             or [n, T, D]: NumPy or JAX arrays or torch tensors of any float type. Or the path of a store, file or
-            folder. Or a source (`jax_sae.activations.sources.Source`), whose end is held out; or a tuple of two, one to
-            train on and one that is held out.
+            folder. Or a dictionary of arrays of the same tokens at several places, {"4.resid_post": x, "9.mlp_out": y},
+            at each of which the sweep is trained; `places` may choose among them. Or a source
+            (`jax_sae.activations.sources.Source`), whose end is held out; or a tuple of two, one to train on and one
+            that is held out.
         mask: which of [N, T, D] are tokens, [N, T], bool or 0 and 1.
         on_step: is called with the number of steps done and a line of metrics, {member: {"loss_per_element", "l0",
             ...}}, every `log_every` steps and at the end. If it returns something true, the run is stopped and saved.
@@ -79,6 +81,7 @@ def train(
         given, activations = given | {"activations.path": str(activations)}, None
     elif activations is not None:
         given["activations.path"] = IN_MEMORY
+        given |= {} if resume and config is None else _places_of(activations, given)
     if isinstance(mask, str | Path) and activations is None:
         given, mask = given | {"activations.mask": str(mask)}, None
     if mask is not None and (isinstance(mask, str | Path) or activations is None):
@@ -98,6 +101,12 @@ def train(
         merged = settings_to_resume(directory, None if config is None else lower, given, CALL)
     else:
         merged = merge(lower, given, CALL)
+    if isinstance(activations, Mapping) and (wanted := places_of(merged.config.sweep)):
+        if lacking := [name for name in wanted if name not in activations]:
+            raise BadInput(
+                f"sweep.places names {', '.join(lacking)}, but the activations given are of {', '.join(activations)}"
+            )
+        activations = {name: activations[name] for name in wanted}
     sources = None if activations is None else _sources(merged.config, activations, mask)
     with in_quiet(quiet), _first_interrupt() as stop_requested:
         try:
@@ -113,6 +122,18 @@ def train(
         except Stopped as error:
             raise KeyboardInterrupt("stopped before training began") from error
     return Run(directory, ended.setup.config, sources, ended)
+
+
+def _places_of(activations: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting for all places of what is given, where it has several and the call does not choose among them."""
+    if isinstance(activations, Mapping):
+        names = [str(name) for name in activations]
+    elif isinstance(activations, SideBySide):
+        names = [place.name for place in activations.places]
+    else:
+        return {}
+    chosen = "sweep.places" in given or "sweep.members" in given
+    return {} if chosen or len(names) < 2 else {"sweep.places": tuple(names)}
 
 
 def _settings_given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +159,7 @@ def _with_names(value: Any) -> Any:
 def _sources(config: Config, activations: Any, mask: Any) -> Sources:
     """What a program gave -> the source to train on, the held-out one, and lines that say what they are."""
     given = activations if isinstance(activations, tuple) else (activations,)
-    if isinstance(activations, Rows | StoryArrays) and mask is None:
+    if isinstance(activations, Rows | StoryArrays | SideBySide) and mask is None:
         return sources_of(config, activations, [])
     if not all(hasattr(each, "count_tokens") and hasattr(each, "digests") for each in given):
         return array_sources(config, activations, mask)

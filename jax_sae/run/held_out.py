@@ -1,5 +1,6 @@
 """Held-out activations: how good the members are there, and how good they could be."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.batches import first_activations
-from jax_sae.activations.normalize import Normalization, denormalize, for_story, normalize
+from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, normalize, of_place
 from jax_sae.activations.norms import within_norm_limit
+from jax_sae.activations.places import columns
 from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
@@ -26,7 +28,7 @@ ROWS_AT_A_TIME = 4096
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Held-out tokens, with what PCA makes of them."""
+    """Held-out tokens at one place, with what PCA makes of them."""
 
     kind: Kind
     x: np.ndarray
@@ -54,8 +56,10 @@ class HeldOut:
         return pca_floor(self.normalized_eigenvalues, features) / self.x.size
 
 
-def harvest_held_out(source: Source, fitted: Normalization, activations: ActivationsConfig) -> HeldOut:
+def harvest_held_out(source: Source, fitted: Normalization, activations: ActivationsConfig) -> tuple[HeldOut, ...]:
     """Harvest whole stories up to `held_out_tokens` tokens, in their order, and their covariance's eigenvalues.
+
+    Of each place of the source, in their order; `fitted` is that of all of them, side by side.
 
     Tokens over the norm limit are left out afterwards, and counted.
 
@@ -64,18 +68,35 @@ def harvest_held_out(source: Source, fitted: Normalization, activations: Activat
     """
     whole = first_activations(source, activations.held_out_tokens, shuffle_seed=None)
     stories = within_norm_limit(whole, activations.norm_limit, source.name)
+    n_over = sum(map(len, whole)) - sum(map(len, stories))
+    if len(source.places) == 1:
+        return (_at_one_place(source.name, stories, fitted, activations, n_over),)
+    return tuple(
+        _at_one_place(
+            f"{source.name} at {name}",
+            [np.ascontiguousarray(story[:, slice(*its)]) for story in stories],
+            of_place(fitted, its),
+            activations,
+            n_over,
+        )
+        for name, its in columns(source.places).items()
+    )
+
+
+def _at_one_place(
+    name: str, stories: Sequence[np.ndarray], fitted: Normalization, activations: ActivationsConfig, n_over: int
+) -> HeldOut:
     x = np.concatenate(stories)
-    n_over = sum(map(len, whole)) - len(x)
     eigenvalues = covariance_eigenvalues(x)
     if not eigenvalues.sum() > 0:
         raise BadInput(
-            f"{source.name}: the {len(x)} held-out activations are all equal, so there is no variance to explain; hold "
+            f"{name}: the {len(x)} held-out activations are all equal, so there is no variance to explain; hold "
             "out more tokens, or another text"
         )
     if activations.normalization != "story":
         scaled = eigenvalues * np.float64(fitted.scale) ** 2
         return HeldOut(activations.normalization, x, fitted, eigenvalues, scaled, n_over)
-    each = [for_story("story", fitted, story) for story in stories]
+    each = [estimate_story(story) for story in stories]
     lengths = [len(story) for story in stories]
     rows = Normalization(*(np.repeat([n[i] for n in each], lengths)[:, None] for i in (0, 1)))
     scaled = covariance_eigenvalues(normalize(rows, x))

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_sae.activations.normalize import Normalization
+from jax_sae.activations.normalize import Normalization, of_place
+from jax_sae.activations.places import Place, columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
@@ -75,18 +76,21 @@ def make_autoencoder(
     kind, its = kind_named(member.kind), {"memory": {}, **state["members"][name]}
     memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
     settings = traced_settings(member, config.train)
+    places = [Place(**place) for place in facts.get("places", ())]  # runs of version 0.4 and before do not say them
+    place = member.place or (places[0].name if places else "")
+    its_columns = columns(places)[place] if len(places) > 1 else None
     arrays = {
         "params": its["params"],
         "memory": memory,
         "settings": {name: np.float32(settings[name]) for name in kind.encode_settings},
-        "normalization": Normalization(**state["normalization"]),
+        "normalization": of_place(Normalization(**state["normalization"]), its_columns),
     }
     return TrainedAutoencoder(
         **jax.device_put(arrays),
         kind=member.kind,
         per_story=config.activations.normalization == "story",
         exclude_first_tokens=config.activations.exclude_first_tokens or 0,
-        origin=Origin(name, facts["step"], member, config, l0, fvu),
+        origin=Origin(name, facts["step"], member, config, l0, fvu, place),
     )
 
 

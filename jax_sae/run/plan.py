@@ -31,7 +31,7 @@ def plan(setup: Setup, source: Source, out: Path | None, done: int) -> list[str]
                 f"sweep.resamples is {member.resamples}, but train.steps is {setup.config.train.steps}; features are "
                 "resampled between steps, so give a smaller number"
             )
-    return [_tokens(setup, source, done), _memory(setup), *([_disk(setup, out, done)] if out else [])]
+    return [_tokens(setup, source, done), *_places(setup), _memory(setup), *([_disk(setup, out, done)] if out else [])]
 
 
 def _refuse_missing_precision(config: Config) -> None:
@@ -61,6 +61,27 @@ def _epochs(epochs: float) -> str:
     return f"{epochs:.2g} epochs in all{repeated}" if epochs < 10 else f"{epochs:,.0f} epochs in all{repeated}"
 
 
+def _places(setup: Setup) -> list[str]:
+    """Where there are several: of each its members, what they take of memory, and their part of the steps' time.
+
+    The time is that of the dense products, 6 B D F multiplications and additions a step of a member.
+    """
+    if len(setup.places) == 1:
+        return []
+    found = {place: [0, 0, 0] for place in setup.places}
+    for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
+        its = found[setup.place_of(group)]
+        its[0] += len(group.names)
+        its[1] += len(shapes) * (2 * n_bytes(padded_shape(shapes)) + n_bytes(padded_shape(shapes).params))
+        its[2] += sum(member.features for member in group.members) * group.width(setup.width)
+    products = max(1, sum(its[2] for its in found.values()))
+    return [
+        f"place         {place.name}, width {place.width}: {n} members, {size(bytes_of_it)} of memory, about "
+        f"{100 * its / products:.0f} % of the time of a step"
+        for place, (n, bytes_of_it, its) in found.items()
+    ]
+
+
 def _memory(setup: Setup) -> str:
     """Of the device and, where that is a CPU, of the process."""
     config, D = setup.config, setup.width
@@ -75,7 +96,8 @@ def _memory(setup: Setup) -> str:
         at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
         couples_tokens = group.form.kind.couples_tokens
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
-        step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * D) * 4
+        width = group.width(D)
+        step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * width) * 4
     block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
     held_out = 2 * config.activations.held_out_tokens * D * 4
     metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())

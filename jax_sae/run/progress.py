@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.normalize import Normalization
+from jax_sae.activations.places import Place, described, total_width
 from jax_sae.activations.position import Position
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
@@ -58,10 +59,19 @@ class Setup:
 
     config: Config
     groups: tuple[Group, ...]
-    width: int
-    """D."""
+    places: tuple[Place, ...]
+    """Whose columns a batch has, side by side; a single one may be nameless."""
     inputs: dict[str, str]
     """Digests of what the batches are made of, as `Source.digests` gives them."""
+
+    @property
+    def width(self) -> int:
+        """The number of columns of a batch: D, or the sum over the places."""
+        return total_width(self.places)
+
+    def place_of(self, group: Group) -> Place:
+        """The place that the members of a group read."""
+        return next(each for each in self.places if len(self.places) == 1 or each.name == group.members[0].place)
 
     def shapes(self) -> list[list[MemberState]]:
         """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""
@@ -137,6 +147,7 @@ def content(progress: Progress, setup: Setup) -> tuple[Tree, Tree]:
         "read": asdict(progress.read),
         "config": config_to_dict(setup.config),
         "members": {name: settings_of(m) for name, m in zip(setup.names(), setup.members(), strict=True)},
+        "places": [asdict(place) for place in setup.places],
         "diverged_at_step": {name: step for name, step in diverged if step is not None},
         "inputs": setup.inputs,
         "device": device(),
@@ -245,6 +256,12 @@ def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
             "its members can be used and evaluated; go on with that version, or start a new run"
         )
     width, steps = tree["normalization"]["mean"].shape[-1], setup.config.train.steps
+    before = tuple(Place(**place) for place in run.get("places", ()))
+    if before and before != setup.places and (len(before) > 1 or len(setup.places) > 1):
+        raise BadInput(
+            f"{out} was trained at {described(before)}, but the activations now have {described(setup.places)}; "
+            "resume with the run's own"
+        )
     if width != setup.width:
         raise BadInput(
             f"{out} has autoencoders of width {width}, but the activations now have width {setup.width}; "

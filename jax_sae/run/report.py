@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_sae.activations.places import described
 from jax_sae.autoencoder.baselines import pca_curve
 from jax_sae.config import Config
 from jax_sae.config_tables import config_to_dict
@@ -161,13 +162,19 @@ def describe(setup: Setup) -> list[str]:
     tokens = f"{train.batch_tokens} shuffled tokens" if train.batching == "tokens" else "one whole story"
     inside = " | ".join(" ".join(group.names) for group in setup.groups)
     return [
-        f"members       {len(setup.names())} of width {setup.width}, groups {inside}",
+        f"members       {len(setup.names())}, {described(setup.places)}, groups {inside}"
+        if len(setup.places) > 1
+        else f"members       {len(setup.names())} of width {setup.width}, groups {inside}",
         f"training      {train.steps:,} steps of {tokens}, Adam, on {device()}",
     ]
 
 
-def finish(out: Path | None, setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:
+def finish(
+    out: Path | None, setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock
+) -> dict[str, Any]:
     """Print the closing table; where a run has a directory, write `summary.json`, then the figures, and how to use it.
+
+    `held_out` are the tokens at each of the setup's places.
 
     Returns:
         The contents of `summary.json`.
@@ -212,44 +219,71 @@ def run_figures(
     out: Path,
     setup: Setup,
     progress: Progress,
-    held_out: HeldOut,
+    held_out: Sequence[HeldOut],
     measured: Sequence[dict[str, Any]],
     in_order: Sequence[int],
 ) -> Figures:
-    """What draws the figures of a run whose members `in_order` were `measured`; nothing is drawn yet."""
+    """What draws the figures of a run whose members `in_order` were `measured`; nothing is drawn yet.
+
+    Losses and FVUs at different places are no measure of each other, so each place has its own figures.
+    """
+    if len(setup.places) == 1:
+        return _figures_at_a_place(out, setup, progress, held_out[0], measured, in_order)
+    figures: Figures = {}
+    for place, its in zip(setup.places, held_out, strict=True):
+        here = [i for i in in_order if setup.members()[i].place == place.name]
+        rows = [row for row in measured if row["place"] == place.name]
+        if here:
+            figures |= _figures_at_a_place(out, setup, progress, its, rows, here, place.name)
+    return figures
+
+
+def _figures_at_a_place(
+    out: Path,
+    setup: Setup,
+    progress: Progress,
+    held_out: HeldOut,
+    measured: Sequence[dict[str, Any]],
+    in_order: Sequence[int],
+    place: str = "",
+) -> Figures:
     names, members = [setup.names()[i] for i in in_order], [setup.members()[i] for i in in_order]
     width, folder = held_out.x.shape[1], out / "figures"
+    behind, run = f"-{place}" if place else "", f"{out.name} at {place}" if place else out.name
     losses, metrics = progress.losses[:, in_order], progress.metrics[:, in_order]
     features = [member.features for member in members]
     floors = [held_out.loss_floor(F) for F in features]
-    title = f"{out.name}: reconstruction of activations of width {width}"
+    title = f"{run}: reconstruction of activations of width {width}"
 
     def curves() -> tuple[list[str], list[str]]:
         return names, member_colours(members, width)
 
     figures: Figures = {
-        folder / "loss.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
-        folder / "loss_zoomed.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
-        folder / "training.png": lambda: training_figure(*curves(), metrics, features, f"{out.name}: training"),
+        folder / f"loss{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
+        folder / f"loss_zoomed{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
+        folder / f"training{behind}.png": lambda: training_figure(*curves(), metrics, features, f"{run}: training"),
     }
     points = points_of(measured)
     if points and any(group.form.is_sparse for group in setup.groups):
-        tokens, pca = f"{out.name}: {len(held_out.x):,} held-out tokens", pca_curve(held_out.eigenvalues)
-        figures[folder / "frontier.png"] = lambda: frontier_figure(points, pca, tokens)
+        tokens, pca = f"{run}: {len(held_out.x):,} held-out tokens", pca_curve(held_out.eigenvalues)
+        figures[folder / f"frontier{behind}.png"] = lambda: frontier_figure(points, pca, tokens)
     return figures
 
 
-def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock) -> dict[str, Any]:
-    """The contents of `summary.json`, with the members in the groups' order."""
+def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock) -> dict[str, Any]:
+    """The contents of `summary.json`, with the members in the groups' order; `held_out` at each of the places."""
+    at_place = dict(zip(setup.places, held_out, strict=True))
+    of_groups = [at_place[setup.place_of(group)] for group in setup.groups]
     measured = [
-        each
-        for group, state in zip(setup.groups, progress.state, strict=True)
-        for each in measure_held_out(held_out, state, group.form)
+        (its, *each)
+        for group, state, its in zip(setup.groups, progress.state, of_groups, strict=True)
+        for each in measure_held_out(its, state, group.form)
     ]
     last = mean_of_last_steps(progress.metrics)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
-        floor, (fvu, l0, dead) = held_out.fvu_floor(member.features), measured[i]
+        its, fvu, l0, dead = measured[i]
+        floor = its.fvu_floor(member.features)
         found.append(
             {
                 "name": name,
@@ -266,21 +300,25 @@ def summarize(setup: Setup, progress: Progress, held_out: HeldOut, clock: Clock)
                 "fvu_over_floor": finite_or_none(fvu / floor) if floor > 0 else None,
             }
         )
+    pca = {
+        place.name: dict(zip(("directions", "fvu"), pca_curve(its.eigenvalues), strict=True))
+        for place, its in at_place.items()
+    }
     read, train = progress.read, setup.config.train
     over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
     return {
         "members": found,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
         "train_tokens_per_second": clock.train_tokens / max(clock.train_seconds, 1e-9),
-        "held_out_tokens": len(held_out.x),
+        "held_out_tokens": len(held_out[0].x),
         "epochs": progress.position.epoch,
         "empty_stories": read.empty_stories,
         "cut_stories": read.cut_stories,
         "tokens_cut": read.tokens_cut,
         "tokens_excluded": read.tokens_excluded,
         "tokens_over_norm_limit": over_norm_limit,
-        "held_out_tokens_over_norm_limit": held_out.tokens_over_norm_limit,
-        "pca": dict(zip(("directions", "fvu"), pca_curve(held_out.eigenvalues), strict=True)),
+        "held_out_tokens_over_norm_limit": held_out[0].tokens_over_norm_limit,
+        "pca": pca if len(setup.places) > 1 else pca[setup.places[0].name],
         "device": device(),
     }
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jax_sae.config import Config, Member, validate
+from jax_sae.activations.places import Place
+from jax_sae.config import Config, Member, SweepConfig, places_of, validate
 from jax_sae.config_tables import config_with, find_config, flatten, load_settings, option_names
 from jax_sae.errors import BadInput, Contradiction
 from jax_sae.language_model.hub import find_local
 from jax_sae.run.directory import read_config
-from jax_sae.sweep.members import of_some_kinds, settings_of, sweep_members
+from jax_sae.sweep.members import EXPANSION, of_some_kinds, settings_of, sweep_members, with_features
 
 FLAGS = "the command line"
 CALL = "the call"
@@ -156,6 +157,9 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any],
     """
     own = read_config(out)
     before = flatten(own)
+    of_sweep = {name: value for name, value in flags.items() if name.startswith("sweep.")}
+    if lower is None and of_sweep and _at_the_widths_of(own.sweep, config_with(of_sweep).sweep) == own.sweep:
+        flags = {name: value for name, value in flags.items() if name not in of_sweep}
     if lower is None:
         config = config_with(flags, own)
         validate(config)
@@ -164,7 +168,7 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any],
         merged = merge(lower, flags, origin)
         sweep = merged.config.sweep
         if not sweep.features:  # the run's own depend on the width of its activations
-            sweep = replace(sweep, features=own.sweep.features)
+            sweep = _at_the_widths_of(own.sweep, replace(sweep, features=own.sweep.features))
         activations = merged.config.activations
         if activations.exclude_first_tokens is None:  # it depends on the tokenizer
             activations = replace(activations, exclude_first_tokens=own.activations.exclude_first_tokens)
@@ -185,6 +189,15 @@ def settings_to_resume(out: Path, lower: Layer | None, flags: Mapping[str, Any],
             f"{out} was started with other settings ({'; '.join(refused)}); resume with its own, or start a new run"
         )
     return merged
+
+
+def _at_the_widths_of(own: SweepConfig, sweep: SweepConfig) -> SweepConfig:
+    """The sweep with 8 features a number at each place, where it says no number and the run's own did so too."""
+    if sweep.features or sweep.members or not own.members:
+        return sweep
+    widths = {member.place: member.features // EXPANSION for member in own.members}
+    places = [Place(name or "", width) for name, width in widths.items()]
+    return with_features(replace(sweep, places=sweep.places or places_of(own)), places)
 
 
 def _without(settings: dict[str, Any], error: Contradiction) -> dict[str, Any]:

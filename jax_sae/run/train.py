@@ -15,12 +15,13 @@ import numpy as np
 
 from jax_sae.activations.batches import batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
-from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize
+from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize, of_each_place
 from jax_sae.activations.norms import norm_lines, norm_statistics
+from jax_sae.activations.places import columns
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Source, Sources, excluded_first_tokens, open_sources, refuse_large_batch
 from jax_sae.autoencoder.centres import geometric_median
-from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig
+from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
 from jax_sae.errors import BadInput, SourceLost
 from jax_sae.language_model.hub import read_json
 from jax_sae.run import report
@@ -96,17 +97,18 @@ def train(
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
+    refuse_places(config, source)
     exclude = excluded_first_tokens(source, config.activations.exclude_first_tokens)
     config = replace(
         config,
         activations=replace(config.activations, exclude_first_tokens=exclude),
-        sweep=with_features(config.sweep, source.width),
+        sweep=with_features(config.sweep, source.places),
     )
     members, changed = sweep_members(config.sweep), list[str]()
     if resume and out:
         members, changed = members_begun_with(out, members)
-    groups = make_groups(members)
-    setup = Setup(config, groups, source.width, inputs(source, held_out_source))
+    groups = make_groups(members, source.places)
+    setup = Setup(config, groups, source.places, inputs(source, held_out_source))
     say([*first_lines, *lines, *changed, *report.describe(setup)])
     progress: Progress | None = None
     with ExitStack() as stack:
@@ -198,6 +200,25 @@ def ask(on_step: OnStep, metrics: dict[str, dict[str, float | None]], step: int,
         raise
 
 
+def refuse_places(config: Config, source: Source) -> None:
+    """Raise BadInput unless the sweep names places that the source has; all of them, where it has several."""
+    wanted, there = places_of(config.sweep), [place.name for place in source.places]
+    if wanted and there == [""]:
+        raise BadInput(
+            f"sweep.places names {', '.join(wanted)}, but {source.name} has activations of one place without a name; "
+            "leave it out"
+        )
+    if lacking := [name for name in wanted if name not in there]:
+        raise BadInput(f"sweep.places names {', '.join(lacking)}, which {source.name} lacks; it has {', '.join(there)}")
+    if not wanted and len(there) > 1:
+        raise BadInput(f"{source.name} has the places {', '.join(there)}; name those to train at by sweep.places")
+    if len(there) > 1 and config.activations.norm_limit:
+        raise BadInput(
+            f"activations.norm_limit is {config.activations.norm_limit:g}, but there are {len(there)} places, whose "
+            "norms differ and which share their tokens; use activations.exclude_first_tokens, or train at one place"
+        )
+
+
 def is_line(step: int, train: TrainConfig) -> bool:
     """Whether a line of metrics belongs to a step."""
     return step % train.log_every == 0 or step == train.steps
@@ -214,11 +235,18 @@ def begin(setup: Setup, source: Source) -> Progress:
     config = setup.config
     shuffle_seed = config.train.seed if config.train.batching == "tokens" else None
     sample = first_activations(source, NORMALIZATION_TOKENS, shuffle_seed, config.activations.norm_limit)
-    say(norm_lines(norm_statistics(sample, config.activations, source.has_stories)))
+    several = len(setup.places) > 1
+    for name, its in columns(setup.places).items():
+        at_place = [x[:, slice(*its)] for x in sample] if several else sample
+        found = norm_statistics(at_place, config.activations, source.has_stories)
+        say(norm_lines(found, name if several else ""))
     kind = config.activations.normalization
-    normalization = estimate_dataset(np.concatenate(sample)) if kind == "dataset" else identity(setup.width)
+    normalization = identity(setup.width)
+    if kind == "dataset":
+        normalization = of_each_place(estimate_dataset, np.concatenate(sample), setup.places)
     metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)
-    centres = find_centres(setup, [normalize(for_story(kind, normalization, x), x) for x in sample])
+    normalized = [normalize(for_story(kind, normalization, x, setup.places), x) for x in sample]
+    centres = find_centres(setup, normalized)
     state = init_sweep(setup.groups, setup.width, config.train, centres)
     return Progress(0, 0, Position(), Position(), state, metrics, normalization)
 
@@ -230,7 +258,9 @@ def find_centres(setup: Setup, sample: Sequence[np.ndarray]) -> Centres:
     if "mean" in wanted:
         centres["mean"] = np.concatenate(sample).mean(0, dtype=np.float64).astype(np.float32)
     if "geometric_median" in wanted:
-        centres["geometric_median"] = geometric_median(np.concatenate(sample)).astype(np.float32)
+        x = np.concatenate(sample)
+        of_each = [geometric_median(np.ascontiguousarray(x[:, slice(*its)])) for its in columns(setup.places).values()]
+        centres["geometric_median"] = np.concatenate(of_each).astype(np.float32)
     return centres
 
 

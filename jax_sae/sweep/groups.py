@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax_sae.activations.places import Columns, Place, columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder
 from jax_sae.config import Member, Precision
@@ -27,6 +28,8 @@ class Form:
     """F of the stacked arrays."""
     most_k: int
     """The largest k, 0 where there is none."""
+    columns: Columns | None = None
+    """Those of a batch that they read; None: all."""
 
     @property
     def is_sparse(self) -> bool:
@@ -45,10 +48,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Group:
-    """Members of one kind and nearly equal width, stacked along a leading axis M and padded to the widest."""
+    """Members of one place, one kind and nearly equal width, stacked along an axis M and padded to the widest."""
 
     members: tuple[Member, ...]
     names: tuple[str, ...]
+    columns: Columns | None = None
+    """Those of their place, in batches of several places side by side; None: all, of batches of one."""
+
+    def width(self, of_batches: int) -> int:
+        """D of the members; `of_batches` is the number of columns of a batch."""
+        return of_batches if self.columns is None else self.columns[1] - self.columns[0]
 
     @property
     def features(self) -> int:
@@ -66,17 +75,34 @@ class Group:
             any(getattr(member, name) for member in self.members for name in kind.penalties),
             self.features,
             max(member.k or 0 for member in self.members),
+            self.columns,
         )
 
 
-def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
-    """Sort complete members into groups, by kind, narrowest first, and name them.
+def own_columns(x: Any, of: Form | Group) -> Any:
+    """Those of x[..., D1 + D2 + ...] that members read: [..., D] of their place."""
+    return x if of.columns is None else x[..., slice(*of.columns)]
+
+
+def make_groups(members: Sequence[Member], places: Sequence[Place] = ()) -> tuple[Group, ...]:
+    """Sort complete members into groups, by place and kind, narrowest first, and name them.
 
     F = 100, 767, 768, 1000 gives (100), (767, 768), (1000).
+
+    Args:
+        members: complete ones.
+        places: whose columns a batch has, side by side. One, or none said: all members read the whole batch.
     """
+    its_columns = columns(places) if len(places) > 1 else {}
+    order = list(its_columns)
     kinds = list(dict.fromkeys(member.kind for member in members))
     in_order = sorted(
-        zip(members, member_names(members), strict=True), key=lambda pair: (kinds.index(pair[0].kind), pair[0].features)
+        zip(members, member_names(members), strict=True),
+        key=lambda pair: (
+            order.index(pair[0].place or "") if order else 0,
+            kinds.index(pair[0].kind),
+            pair[0].features,
+        ),
     )
     groups: list[list[tuple[Member, str]]] = []
     for member, name in in_order:
@@ -88,9 +114,12 @@ def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
                 break
         else:
             groups.append([(member, name)])
-    return tuple(Group(tuple(m for m, _ in group), tuple(n for _, n in group)) for group in groups)
+    return tuple(
+        Group(tuple(m for m, _ in group), tuple(n for _, n in group), its_columns.get(group[0][0].place or ""))
+        for group in groups
+    )
 
 
 def _together(member: Member) -> tuple[Any, ...]:
     """What has to be equal in members of a group, apart from their widths."""
-    return member.kind, member.decoder_norm, member.resamples
+    return member.place, member.kind, member.decoder_norm, member.resamples

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
+from jax_sae.activations.places import Place
 from jax_sae.autoencoder.kinds import kind_named, kind_names
-from jax_sae.config import SETTINGS, Member, SweepConfig, check_ranges, positive, within_float32
+from jax_sae.config import SETTINGS, Member, SweepConfig, check_ranges, places_of, positive, within_float32
 from jax_sae.errors import BadInput, Contradiction
 
 GENERAL: dict[str, Any] = {name: facts.default for name, facts in SETTINGS.items() if facts.default is not None}
 """Settings that every kind has, with the default of those kinds that do not say otherwise."""
-OPTIONAL = [name for name in SETTINGS if name not in ("kind", "features", "seed", "learning_rate")]
+OPTIONAL = [name for name in SETTINGS if name not in ("place", "kind", "features", "seed", "learning_rate")]
 """Settings that come between the number of features and the seed, in the order of lists and in names."""
 LEARNING_RATE_OF_ONE_FEATURE = 0.1
 """The default learning rate is this / sqrt(F): about the best from F = 64 to 1152 (docs/LOG.md), and beyond by the law
@@ -34,10 +35,10 @@ def of_some_kinds(*kinds: str) -> dict[str, list[str]]:
 def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
     """The explicit members, or every combination of the lists that a kind has: complete and checked.
 
-    The lists are nested as the fields of `Member` stand, kinds and features outermost, but seeds and learning rates
-    innermost. Where an explicit member says nothing, a list's single value counts, apart from kinds, features, seeds
-    and learning rates. What then is None is filled in with the kind's default; it stays None where the kind has no such
-    setting, or where [train] says it.
+    The lists are nested as the fields of `Member` stand, places, kinds and features outermost, but seeds and learning
+    rates innermost. Where an explicit member says nothing, a list's single value counts, apart from kinds, features,
+    seeds and learning rates. What then is None is filled in with the kind's default; it stays None where the kind has
+    no such setting, or where [train] says it.
 
     Raises:
         BadInput: if there is none, one stands there twice, or a value does not fit, or not its kind.
@@ -50,15 +51,33 @@ def sweep_members(sweep: SweepConfig) -> tuple[Member, ...]:
         raise BadInput("the sweep has no members: sweep.kinds, sweep.features and sweep.seeds each need a value")
     for member in members:
         check(member)
+    if any(member.place for member in members) and not all(member.place for member in members):
+        raise BadInput("some of sweep.members have a place and some have none; give each of them its place")
     for i, member in enumerate(members):
         if member in members[:i]:
             raise BadInput(f"the sweep has this member twice: {describe_member(member)}")
     return tuple(members)
 
 
-def with_features(sweep: SweepConfig, width: int) -> SweepConfig:
-    """The sweep, with F = EXPANSION times the width D of the activations where it says no number of features."""
-    return sweep if sweep.features or sweep.members else replace(sweep, features=(EXPANSION * width,))
+def with_features(sweep: SweepConfig, places: Sequence[Place]) -> SweepConfig:
+    """The sweep, with F = EXPANSION times the width D of its place where it says no number of features.
+
+    Where the widths differ, the combinations of its lists become explicit members.
+    """
+    if sweep.features or sweep.members:
+        return sweep
+    its = places_of(sweep)
+    widths = {place.name: place.width for place in places if not its or place.name in its}
+    if set(its) - set(widths):
+        raise BadInput(f"sweep.places names {', '.join(set(its) - set(widths))}, which is not there")
+    if len(set(widths.values())) == 1:
+        return replace(sweep, features=(EXPANSION * next(iter(widths.values())),))
+    members = [
+        member
+        for name in its
+        for member in combinations(replace(sweep, places=(name,), features=(EXPANSION * widths[name],)))
+    ]
+    return SweepConfig(scale_learning_rates=sweep.scale_learning_rates, members=tuple(members))
 
 
 def _explicit(sweep: SweepConfig) -> list[Member]:
@@ -69,8 +88,8 @@ def _explicit(sweep: SweepConfig) -> list[Member]:
     """
     members, kinds = list(sweep.members), [member.kind for member in sweep.members]
     only = of_some_kinds(*kinds)
-    for name in OPTIONAL if members else ():
-        values = getattr(sweep, name)
+    for name in ["place", *OPTIONAL] if members else ():
+        values = getattr(sweep, SETTINGS[name].list or name)
         if len(values) > 1:
             raise Contradiction(
                 _option(name),
@@ -101,10 +120,10 @@ def combinations(sweep: SweepConfig) -> list[Member]:
             raise _of_another_kind(name, lists[name], sweep.kinds, kinds)
     order = ["features", *(n for n in OPTIONAL if lists[n]), "seed", *["learning_rate"] * bool(sweep.learning_rates)]
     found = []
-    for kind in sweep.kinds:
+    for place, kind in product(sweep.places or (None,), sweep.kinds):
         names = [name for name in order if kind in only.get(name, [kind])]
         for values in product(*(lists[name] for name in names)):
-            found.append(Member(kind=kind, **dict(zip(names, values, strict=True))))
+            found.append(Member(kind=kind, place=place, **dict(zip(names, values, strict=True))))
     return found
 
 
@@ -226,17 +245,21 @@ def describe_member(member: Member) -> str:
 def member_names(members: Sequence[Member]) -> list[str]:
     """One name a member, unique: F768, with topk- before it in a sweep of several kinds, and what tells apart behind.
 
-    Such as F768-seed1, F768-lr0.001, topk-F768-k32. A kind from elsewhere is called by its class, with its module in
+    Such as F768-seed1, F768-lr0.001, topk-F768-k32; in a sweep at several places with the place in front of all else,
+    9.mlp_out-topk-F768-k32. A kind from elsewhere is called by its class, with its module in
     front where another one is called alike.
     """
     kinds = list(dict.fromkeys(member.kind for member in members))
     short = {kind: re.split("[:.]", kind)[-1] for kind in kinds}
     times = Counter(each.lower() for each in short.values())  # as some disks see them
     called = {kind: short[kind] if times[short[kind].lower()] == 1 else _dotted(kind) for kind in kinds}
+    several_places = len({member.place for member in members}) > 1
     names = []
     for member in members:
-        alike = [other for other in members if (other.kind, other.features) == (member.kind, member.features)]
-        name = f"{called[member.kind]}-" * (len(kinds) > 1) + f"F{member.features}"
+        its = (member.place, member.kind, member.features)
+        alike = [other for other in members if (other.place, other.kind, other.features) == its]
+        name = f"{member.place}-" * several_places
+        name += f"{called[member.kind]}-" * (len(kinds) > 1) + f"F{member.features}"
         for setting in [*OPTIONAL, "seed", "learning_rate"]:
             value = getattr(member, setting)
             if value is not None and len({getattr(other, setting) for other in alike}) > 1:

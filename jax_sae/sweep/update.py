@@ -12,7 +12,7 @@ import optax
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
 from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
-from jax_sae.sweep.groups import Form, Group
+from jax_sae.sweep.groups import Form, Group, own_columns
 from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.optimizer import Compiled, clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample
@@ -22,7 +22,7 @@ METRICS = ("loss_per_element", "penalty_per_element", "l0")
 (normalised units)^2, before the step; and the mean number of active features a token."""
 
 Centres = Mapping[DecoderBias, np.ndarray | float]
-"""By its name, what is added to an initial b_dec: [D], in normalised units."""
+"""By its name, what is added to an initial b_dec: [D] of a batch, in normalised units."""
 
 
 class MemberState(NamedTuple):
@@ -92,8 +92,11 @@ def unstack(stacked: MemberState, shapes: list[MemberState]) -> list[MemberState
 
 
 def member_shapes(group: Group, width: int, train: TrainConfig) -> list[MemberState]:
-    """Shapes and dtypes of each member's state, at its own number of features; computes nothing."""
-    return [_member_shape(member, group.form, width, train) for member in group.members]
+    """Shapes and dtypes of each member's state, at its own number of features; computes nothing.
+
+    `width` is that of the batches, as for `init_sweep`.
+    """
+    return [_member_shape(member, group.form, group.width(width), train) for member in group.members]
 
 
 @cache  # tracing takes a tenth of a second, and each save of a checkpoint asks
@@ -111,12 +114,17 @@ def padded_shape(shapes: list[MemberState]) -> MemberState:
 def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centres: Centres) -> SweepState:
     """The state of every member at step 0; a member's initial values do not depend on the others.
 
-    Arguments are as for `init_member`. Of each group, every array has a leading axis M, and F of the widest member;
-    `unstack` gives back the members at their own.
+    Arguments are as for `init_member`, but `width` and `centres` are those of the batches, which may have the columns
+    of several places. Of each group, every array has a leading axis M, and F of the widest member; `unstack` gives back
+    the members at their own.
     """
+
+    def own(group: Group) -> Centres:
+        return {name: own_columns(centre, group) if np.ndim(centre) else centre for name, centre in centres.items()}
+
     states = (
         stack(
-            [init_member(member, width, train, centres) for member in group.members],
+            [init_member(member, group.width(width), train, own(group)) for member in group.members],
             padded_shape(member_shapes(group, width, train)),
         )
         for group in groups
@@ -282,7 +290,9 @@ def update_group(
     def of_member(member: MemberState) -> tuple[MemberState, jax.Array]:
         def body(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
             member, metrics = carry
-            member, of_step = update(member, x[i], weights[i], step + i - first, jnp.any(dead_features(member)))
+            member, of_step = update(
+                member, own_columns(x[i], form), weights[i], step + i - first, jnp.any(dead_features(member))
+            )
             return member, metrics.at[i].set(of_step)
 
         return jax.lax.fori_loop(first, last, body, (member, jnp.zeros((batches, len(METRICS)), jnp.float32)))
@@ -291,7 +301,7 @@ def update_group(
         group, metrics = carry
         any_dead = jnp.any(jax.vmap(dead_features)(group))
         at_once = jax.vmap(update, in_axes=(0, None, None, None, None))
-        group, of_step = at_once(group, x[i], weights[i], step + i - first, any_dead)
+        group, of_step = at_once(group, own_columns(x[i], form), weights[i], step + i - first, any_dead)
         return group, metrics.at[:, i].set(of_step)
 
     if jax.default_backend() == "cpu":
@@ -324,7 +334,8 @@ def update_many(
 
     Args:
         state: as `init_sweep` gives it. It is donated: use the one that comes back.
-        x: [batches, B, D] float32, normalised: mean 0, and |x|^2 is D on average.
+        x: [batches, B, D] float32, normalised: mean 0, and |x|^2 is D on average. With groups at several places these
+            stand side by side, each normalised by itself, as `make_groups` was told.
         weights: [batches, B] float32, 1 for a token, 0 for padding.
         first: number of the first batch to use.
         last: number after the last.

@@ -10,6 +10,7 @@ import pytest
 
 from jax_sae.activations.batches import SMALL_BLOCKS, BatchRun, batch_runs, first_activations
 from jax_sae.activations.normalize import identity
+from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
 from jax_sae.autoencoder.loss import loss_per_element
 from jax_sae.config import ActivationsConfig, TrainConfig
@@ -41,6 +42,7 @@ class FakeSource:
     """
 
     name = "a fake text"
+    places = (Place("", 2),)
     width = 2
 
     def __init__(

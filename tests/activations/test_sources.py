@@ -84,7 +84,7 @@ def test_first_tokens_of_giant_norm_change_nothing_once_they_are_excluded(lm: La
         activations = ActivationsConfig(held_out_tokens=400, exclude_first_tokens=exclude)
         groups = make_groups((complete(Member(9)),))
         group = init_sweep(groups, source.width, TrainConfig(), NO_CENTRES)[0]
-        [(fvu, *_)] = measure_held_out(harvest_held_out(source, fitted, activations), group, groups[0].form)
+        [(fvu, *_)] = measure_held_out(harvest_held_out(source, fitted, activations)[0], group, groups[0].form)
         return fitted.mean.tobytes(), float(fitted.scale), fvu
 
     assert estimate_and_fvu(1, params) == estimate_and_fvu(1, lm.params)
@@ -101,10 +101,10 @@ def test_tokens_over_the_norm_limit_are_left_out_of_the_held_out_set_and_counted
     activations = ActivationsConfig(path=str(tmp_path / "x.npy"), norm_limit=100.0)
     _, held_out_source, _ = open_sources(Config(activations=activations, train=TrainConfig(batch_tokens=64)))
     fitted = estimate_dataset(x[:2700])
-    held_out = harvest_held_out(held_out_source, fitted, activations)
+    [held_out] = harvest_held_out(held_out_source, fitted, activations)
     assert held_out.tokens_over_norm_limit == len(few) == 6
     assert np.array_equal(held_out.x, np.delete(x, few, axis=0)[2700:])
-    all_of_them = harvest_held_out(held_out_source, fitted, replace(activations, norm_limit=0.0))
+    [all_of_them] = harvest_held_out(held_out_source, fitted, replace(activations, norm_limit=0.0))
     assert all_of_them.tokens_over_norm_limit == 0 and np.array_equal(all_of_them.x, x[2700:])
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import normalize
+from jax_sae.activations.places import Place
 from jax_sae.activations.sources import open_sources
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import Config, SweepConfig
@@ -49,7 +50,7 @@ def test_a_run_begins_at_the_centre_of_its_first_activations(normalization: str,
     activations = replace(demo_config.activations, normalization=normalization)  # type: ignore[arg-type]
     config = replace(demo_config, sweep=sweep, activations=activations)
     source, _, _ = open_sources(config)
-    setup = Setup(config, make_groups(sweep_members(sweep)), 64, {})
+    setup = Setup(config, make_groups(sweep_members(sweep)), (Place("", 64),), {})
     progress = train.begin(setup, source)
     stories = first_activations(source, train.NORMALIZATION_TOKENS, config.train.seed)
     rows = np.concatenate(

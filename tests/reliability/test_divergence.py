@@ -16,6 +16,7 @@ from processes import outcome
 from running import initial, never, stop_at
 
 import jax_sae
+from jax_sae.activations.places import Place
 from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import RunFailed
 from jax_sae.run.checkpoints import Checkpoints
@@ -111,7 +112,7 @@ def test_a_resumed_run_keeps_it_frozen(runs: tuple[Path, Path, str], demo_config
     """Also when it is resumed after the step at which the member diverged; bit for bit."""
     config = sweep(demo_config, BAD)
     assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(13))
-    setup = Setup(config, make_groups(sweep_members(config.sweep)), 64, {})
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), (Place("", 64),), {})
     progress, _ = restore(setup, tmp_path / "run")
     assert progress is not None
     frozen = [bool(flag) for group in progress.state for flag in group.diverged]

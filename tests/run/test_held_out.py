@@ -13,6 +13,7 @@ from running import initial
 
 from jax_sae.activations.array_sources import Chunk
 from jax_sae.activations.normalize import Normalization, estimate_dataset, fold, identity, normalize
+from jax_sae.activations.places import Place
 from jax_sae.autoencoder.kinds.relu import ReLU
 from jax_sae.autoencoder.loss import loss_per_element, squared_error
 from jax_sae.autoencoder.model import Params, decode, encode
@@ -43,6 +44,7 @@ class Text:
         """Remember them as one array."""
         self.x = np.concatenate(stories)
         self.width = self.x.shape[1]
+        self.places = (Place("", self.width),)
         self.ends = np.cumsum([len(story) for story in stories]).tolist()
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ def fit(kind: Kind, training: np.ndarray) -> Normalization:
 def held_out_of(stories: Stories, kind: Kind, fitted: Normalization) -> HeldOut:
     """All of these stories, held out."""
     activations = ActivationsConfig(normalization=kind, held_out_tokens=sum(map(len, stories)))
-    return harvest_held_out(Text(stories), fitted, activations)
+    return harvest_held_out(Text(stories), fitted, activations)[0]
 
 
 def normalization_by_hand(stories: Stories, kind: Kind, fitted: Normalization) -> tuple[np.ndarray, np.ndarray]:

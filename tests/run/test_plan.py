@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from running import never, stop_at
 
+from jax_sae.activations.places import Place
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run import plan as plan_module
@@ -93,7 +94,7 @@ def test_the_number_of_checkpoints_is_that_of_the_loop(
 ) -> None:
     """In closed form, for runs of any length."""
     config = replace(demo_config, train=replace(demo_config.train, steps=steps, checkpoint_every=every))
-    setup = Setup(config, make_groups(sweep_members(config.sweep)), 64, {})
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), (Place("", 64),), {})
     expected = [step for step in range(done + 1, steps + 1) if plan_module.is_checkpoint(step, every, steps)]
     assert f" {len(expected)} checkpoints" in plan_module._disk(setup, tmp_path, done)
 

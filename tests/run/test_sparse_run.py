@@ -11,6 +11,7 @@ import pytest
 from running import never, stop_at
 
 import jax_sae
+from jax_sae.activations.places import Place
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Config, SweepConfig
@@ -136,7 +137,7 @@ def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(config: 
     sae, same = (jax_sae.load_autoencoder(tmp_path / name) for name in ("old", "run"))
     assert asdict(sae.member) == asdict(same.member)
     assert all(map(np.array_equal, jax.tree.leaves(sae.params), jax.tree.leaves(same.params)))
-    setup = Setup(plain, make_groups(sweep_members(plain.sweep)), 64, run["inputs"])
+    setup = Setup(plain, make_groups(sweep_members(plain.sweep)), (Place("", 64),), run["inputs"])
     with pytest.raises(
         jax_sae.BadInput, match="whose checkpoints lack what a resume needs now; its members can be used"
     ):

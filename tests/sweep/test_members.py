@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
+from jax_sae.activations.places import Place
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -161,9 +162,9 @@ def test_a_description_leaves_out_what_goes_without_saying() -> None:
 
 def test_without_a_number_of_features_it_depends_on_the_width() -> None:
     """Eight times as many; explicit members have their own."""
-    assert with_features(SweepConfig(), 64).features == (512,)
+    assert with_features(SweepConfig(), [Place("", 64)]).features == (512,)
     for sweep in (SPARSE, SweepConfig(members=(Member(3),))):
-        assert with_features(sweep, 64) == sweep
+        assert with_features(sweep, [Place("", 64)]) == sweep
 
 
 def test_a_setting_is_said_in_one_place(
