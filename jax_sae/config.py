@@ -74,11 +74,11 @@ def within_float32(name: str, value: float) -> None:
 
 
 def plain_name(name: str, value: str, most: float = 80) -> None:
-    """Raise BadInput unless a name, after which members and files are named, has letters, digits, '.', '_', '-'."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value) or len(value) > most:
+    """Raise BadInput unless a name, after which members and files are called, has but letters, digits and . : _ -."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._:-]*", value) or len(value) > most:
         raise BadInput(
-            f"{name} is {shortened(value)}; a name of up to {most:g} letters, digits, '.', '_' and '-' was expected, "
-            "such as 9.resid_post"
+            f"{name} is {shortened(value)}; a name of up to {most:g} letters, digits and . : _ - was expected, such as "
+            "9.resid_post"
         )
 
 

@@ -16,11 +16,11 @@ from jax_sae.activations.array_sources import open_array_sources
 from jax_sae.activations.order import by_number, in_order, random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
-from jax_sae.config import Config
+from jax_sae.config import Config, SweepConfig, places_of
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
 from jax_sae.language_model.harvest import harvest
-from jax_sae.language_model.places import width_of
+from jax_sae.language_model.places import read_place, width_of
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.stream import Buffer, Shards, choose_shards, first_buffer, open_shards
 from jax_sae.language_model.text import Stories, stories_of, tokenizer_of
@@ -100,10 +100,9 @@ class StorySource:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        """Those that the language model reads; one alone has no name."""
+        """Those that the language model reads."""
         architecture = self.lm.model.architecture
-        named = tuple(Place(place, width_of(place, architecture)) for place in self.lm.places)
-        return named if len(named) > 1 else (Place("", self.lm.width),)
+        return tuple(Place(place, width_of(place, architecture)) for place in self.lm.places)
 
     @property
     def width(self) -> int:
@@ -382,6 +381,19 @@ def hold_out(source: Source, config: Config) -> Sources:
     return Part(source, 0, first), Part(source, first, N), lines
 
 
+def with_known_places(sweep: SweepConfig, source: Source) -> SweepConfig:
+    """The sweep with the names by which a source knows its places, where a language model knows a place by several."""
+    if not isinstance(source, StorySource):
+        return sweep
+    architecture, model_type = source.lm.model.architecture, source.lm.model_type
+    members = [
+        replace(member, place=read_place(member.place, architecture, model_type)) if member.place else member
+        for member in sweep.members
+    ]
+    places = [read_place(place, architecture, model_type) for place in sweep.places]
+    return replace(sweep, places=tuple(places), members=tuple(members))
+
+
 def open_sources(config: Config) -> Sources:
     """Open what `config` names.
 
@@ -413,12 +425,19 @@ def excluded_first_tokens(source: Source, said: int | None) -> int:
 
 def _open_stories(run: Config) -> Sources:
     model, text = run.model, run.text
-    lm = load_language_model(model.path, model.layer, model.precision, dtype=model.dtype)
+    places = places_of(run.sweep)
+    layer = None if places else model.layer
+    lm = load_language_model(model.path, layer, model.precision, places=places, dtype=model.dtype)
     architecture = lm.model.architecture
     model_line = (
         f"model         {model.path}, the residual stream after {model.layer} of {architecture.num_layers} blocks, "
         f"width {lm.width}"
     )
+    if places:
+        widths = ", ".join(f"{place} of width {width_of(place, architecture)}" for place in lm.places)
+        model_line = (
+            f"model         {model.path}, {lm.layer} of {architecture.num_layers} blocks run; read are {widths}"
+        )
 
     def stories(rows: "Dataset") -> Stories:
         """The stories of rows, as the settings say."""

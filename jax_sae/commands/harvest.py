@@ -1,10 +1,11 @@
-"""Write a GPT-Neo's activations to disk once, to train many sweeps on them.
+"""Write a language model's activations to disk once, to train many sweeps on them.
 
     jax-sae harvest --model jax_sae/demo/model --text-path jax_sae/demo/stories --out acts/demo
     jax-sae train --activations.path acts/demo
 
-The rows are the residual stream after `--layer` blocks, Hugging Face's hidden_states[layer], of whole stories in the
-order of the text. Another language model's are written by `jax-sae export-activations`.
+The rows are the residual stream after `--layer` blocks, Hugging Face's hidden_states[layer], or what stands at several
+`--places`, of whole stories in the order of the text. Those of a language model that is not run here are written by
+`jax-sae export-activations`.
 """
 
 from collections.abc import Sequence
@@ -16,18 +17,22 @@ from typing import Literal
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import refuse_missing_platform, run_script
 from jax_sae.config import ModelConfig, PrependBos, TextConfig
+from jax_sae.errors import BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a GPT-Neo's activations to disk. Exit codes: 0 written, 1 a full disk, 2 bad input."""
+    """Write a language model's activations to disk. Exit codes: 0 written, 1 a full disk, 2 bad input."""
 
     out: Path
     """Directory to write to; must not exist or be empty."""
     model: str = ModelConfig.path
-    """Hugging Face id or directory of a GPT-Neo."""
-    layer: int = ModelConfig.layer
-    """Write the residual stream after this many blocks: Hugging Face's hidden_states[layer]."""
+    """Hugging Face id or directory of a language model, or a .gguf file (docs/places.md)."""
+    layer: int | None = None
+    """Write the residual stream after this many blocks: Hugging Face's hidden_states[layer]. Without it and without
+    places, 2."""
+    places: tuple[str, ...] = ()
+    """Write these, side by side, in one pass over the text: 4.resid_post 9.mlp_out (docs/places.md)."""
     text_path: str = TextConfig.path
     """Hugging Face id, directory or file of a dataset with one story a row."""
     text_config: str = TextConfig.config
@@ -46,8 +51,9 @@ class Options:
     """Whether each text, so each window, begins with the tokenizer's BOS token; auto: where the tokenizer adds one."""
     exclude_first_tokens: int | None = None
     """Tokens at the start of each story that the model reads but that are not written; default 1 with BOS, else 0."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Of the numbers on disk (docs/performance.md). bfloat16 takes half the space and keeps 8 bits, float16 11 bits,
+    and ends at 65504; int8, with a scale for each row and place, takes a quarter."""
     debug: bool = False
     """Show the traceback of an error, above its one line."""
 
@@ -59,15 +65,20 @@ def harvest_to_store(options: Options) -> str:
         BadInput: if something given cannot be used.
         RunFailed: if the disk is full.
     """
+    from jax_sae.activations.places import Place
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
     from jax_sae.language_model.dataset import open_split
     from jax_sae.language_model.harvest import harvest
+    from jax_sae.language_model.places import width_of
     from jax_sae.language_model.pretrained import load_language_model
     from jax_sae.language_model.text import stories_of, tokenizer_of
 
     check_new_directory(options.out)
-    lm = load_language_model(options.model, options.layer)
+    if options.places and options.layer is not None:
+        raise BadInput(f"--layer is {options.layer}, but --places are given, which say what is read; give one of them")
+    layer = ModelConfig.layer if options.layer is None and not options.places else options.layer
+    lm = load_language_model(options.model, layer, places=options.places)
     rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
     tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, lambda: lm.tokenizer)
     architecture = lm.model.architecture
@@ -87,8 +98,9 @@ def harvest_to_store(options: Options) -> str:
         partial(harvest, lm.model, lm.places, lm.params),
         options.tokens,
         model=options.model,
-        layer=options.layer,
+        layer=layer,
         dtype=options.dtype,
+        places=[Place(name, width_of(name, architecture)) for name in lm.places] if options.places else (),
         text=options.text_path,
         config=options.text_config,
         split=options.text_split,

@@ -257,7 +257,8 @@ def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
         )
     width, steps = tree["normalization"]["mean"].shape[-1], setup.config.train.steps
     before = tuple(Place(**place) for place in run.get("places", ()))
-    if before and before != setup.places and (len(before) > 1 or len(setup.places) > 1):
+    is_named = all(place.name for place in (*before, *setup.places))
+    if before and before != setup.places and (is_named or len(before) > 1 or len(setup.places) > 1):
         raise BadInput(
             f"{out} was trained at {described(before)}, but the activations now have {described(setup.places)}; "
             "resume with the run's own"

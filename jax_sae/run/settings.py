@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = (
     "text.tokenizer",
     "activations.path",
     "activations.mask",
+    "sweep.places",  # a place has several names; members' names and `restore` tell others
 )
 ANY_WIDTH = 2**31 - 1
 """Features where their number is not known yet, because it depends on the activations."""

@@ -19,7 +19,14 @@ from jax_sae.activations.normalize import estimate_dataset, for_story, identity,
 from jax_sae.activations.norms import norm_lines, norm_statistics
 from jax_sae.activations.places import columns
 from jax_sae.activations.position import Position
-from jax_sae.activations.sources import Source, Sources, excluded_first_tokens, open_sources, refuse_large_batch
+from jax_sae.activations.sources import (
+    Source,
+    Sources,
+    excluded_first_tokens,
+    open_sources,
+    refuse_large_batch,
+    with_known_places,
+)
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
 from jax_sae.errors import BadInput, SourceLost
@@ -97,6 +104,7 @@ def train(
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
     source, held_out_source, lines = sources or open_sources(config)
+    config = replace(config, sweep=with_known_places(config.sweep, source))
     refuse_places(config, source)
     exclude = excluded_first_tokens(source, config.activations.exclude_first_tokens)
     config = replace(
