@@ -118,7 +118,7 @@ def _write_shards(
     def flush() -> None:
         its_columns: list[dict[str, Any]] = []
         for place, parts in zip(places, zip(*pending, strict=True), strict=True):
-            stem = f"shard-{len(shards):05d}" + (f".{place.name}" if place.name else "")
+            stem = f"shard-{len(shards):05d}" + (f".{place.name.replace(':', '.')}" if place.name else "")
             if dtype == np.int8:
                 rows, scales = in_int8(np.concatenate(parts))
                 its_columns.append({**save(f"{stem}.npy", rows), "scales": save(f"{stem}.scales.npy", scales)})
@@ -270,7 +270,11 @@ def check_manifest(manifest: dict[str, Any], path: Path) -> None:
             if not isinstance(place, dict) or set(place) != {"name", "width"}:
                 raise BadInput(f"{path}: place {i} is {reprlib.repr(place)}; an object of name and width was expected")
             check(
-                place, "name", lambda name: name == "" or matches(r"[A-Za-z0-9._-]+", name), "a name", f"of place {i}, "
+                place,
+                "name",
+                lambda name: name == "" or matches(r"[A-Za-z0-9._:-]+", name),
+                "a name",
+                f"of place {i}, ",
             )
             check(place, "width", is_count, "a whole number above 0", f"of place {i}, ")
         if len({place["name"] for place in manifest["places"]}) < len(manifest["places"]):

@@ -179,28 +179,56 @@ class Run:
         members = {name: self.autoencoder(name, step) for name in self.names}
         return evaluate_members("the run", members, self._facts(step), self.config, tokens, self.sources)[0]
 
-    def plot_frontier(self) -> Any:
+    def plot_frontier(self, place: str | None = None) -> Any:
         """A matplotlib `Figure` of FVU against L0 on held-out tokens, with the line of PCA.
 
+        Args:
+            place: of whose members; where the run has several, since an FVU at one is no measure of that at another.
+
         Raises:
-            BadInput: if the run is not finished, or not one member gives finite numbers.
+            BadInput: if the run is not finished, not one member gives finite numbers, or the run has several places and
+                none is said.
         """
-        summary = self._summary("the frontier")
-        points = points_of(summary["members"])
+        summary, names = self._summary("the frontier"), self._names_at(place)
+        points = points_of([member for member in summary["members"] if member["name"] in names])
         if not points:
             raise BadInput(f"{self._name}: not one member gives finite numbers, so there is no frontier")
-        pca = summary.get("pca")  # runs of version 0.4 and before do not have it
+        pca = summary.get("pca")  # some older runs do not have it
+        if pca and "fvu" not in pca:
+            pca = pca[place]
         curve = (pca["directions"], pca["fvu"]) if pca else None
-        return frontier_figure(points, curve, f"{self._name}: {summary['held_out_tokens']:,} held-out tokens")
+        title = f"{self._name}{f' at {place}' if place else ''}: {summary['held_out_tokens']:,} held-out tokens"
+        return frontier_figure(points, curve, title)
 
-    def plot_training(self, step: int | None = None) -> Any:
-        """A matplotlib `Figure` of reconstruction loss, penalty and proportion of active features over steps."""
-        metrics, members = self.metrics(step), self.members
-        stacked = np.stack([np.stack([its[metric] for metric in METRICS], -1) for its in metrics.values()], 1)
-        width = self[self.names[0]].width
-        features = [member.features for member in members.values()]
-        colours = member_colours(list(members.values()), width)
-        return training_figure(self.names, colours, stacked, features, f"{self._name}: training")
+    def plot_training(self, step: int | None = None, place: str | None = None) -> Any:
+        """A matplotlib `Figure` of reconstruction loss, penalty and proportion of active features over steps.
+
+        Args:
+            step: up to which; the last one if left out.
+            place: of whose members; where the run has several.
+
+        Raises:
+            BadInput: if there is no such step, or the run has several places and none is said.
+        """
+        names = self._names_at(place)
+        metrics = self.metrics(step)
+        members = [self.members[name] for name in names]
+        stacked = np.stack([np.stack([metrics[name][metric] for metric in METRICS], -1) for name in names], 1)
+        colours = member_colours(members, self[names[0]].width)
+        features = [member.features for member in members]
+        title = f"{self._name}{f' at {place}' if place else ''}: training"
+        return training_figure(names, colours, stacked, features, title)
+
+    def _names_at(self, place: str | None) -> list[str]:
+        """The names of the members at a place; of all, where the run has one."""
+        places = dict.fromkeys(member.place for member in sweep_members(self.config.sweep))
+        if len(places) == 1 and place is None:
+            return self.names
+        if place not in places:
+            has = ", ".join(name or "one without a name" for name in places)
+            raise BadInput(f"place is {place!r}; one of the run's places was expected: {has}")
+        its = zip(self.names, sweep_members(self.config.sweep), strict=True)
+        return [name for name, member in its if member.place == place]
 
     def __repr__(self) -> str:
         """One line, and a table of the members."""

@@ -5,8 +5,9 @@
     jax-sae train --activations.path acts/p
 
 The rows are transformers' hidden_states[layer] of whole texts in their order: after `--layer` blocks, and for the last
-layer after the final norm too. The model runs in float32 and, where that changes nothing, only its blocks below the
-layer. Texts begin with BOS where the tokenizer begins them so (Gemma's <bos>), and no other special token is added.
+layer after the final norm too. Or what stands at several `--places`, read in one pass by forward hooks. The model runs
+in float32 and, where that changes nothing, only as far as what is read. Texts begin with BOS where the tokenizer begins
+them so (Gemma's <bos>), and no other special token is added.
 """
 
 import sys
@@ -34,10 +35,13 @@ class Options:
 
     model: str
     """Hugging Face id or directory."""
-    layer: int
-    """Write hidden_states[layer]: 0 the embeddings, n after n blocks, the last also after the final norm."""
     out: Path
     """Directory to write to; must not exist or be empty."""
+    layer: int | None = None
+    """Write hidden_states[layer]: 0 the embeddings, n after n blocks, the last also after the final norm."""
+    places: tuple[str, ...] = ()
+    """Instead, write these, side by side: 4.resid_post 9.mlp_out (docs/places.md), or names of modules as transformers
+    has them, whose output is read, or with :input behind them, their input."""
     gguf_file: str = ""
     """Name of a GGUF file of the model, to read weights, sizes and tokenizer from."""
     text_path: str = TextConfig.path
@@ -62,8 +66,9 @@ class Options:
     """Cut longer texts after so many tokens; without it, only those beyond the model's positions."""
     batch_tokens: int = 8192
     """Tokens of a forward pass, padding included; a text that is longer goes alone."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of the numbers on disk. float16 takes half the space, keeps 11 bits and ends at 65504."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Of the numbers on disk (docs/performance.md). bfloat16 takes half the space and keeps 8 bits, float16 11 bits,
+    and ends at 65504; int8, with a scale for each row and place, takes a quarter."""
     device: str = ""
     """Of torch, such as cpu or cuda:1; empty: a GPU if there is one."""
     debug: bool = False
@@ -77,6 +82,7 @@ def export(options: Options) -> str:
         BadInput: if something given cannot be used.
         RunFailed: if the disk is full.
     """
+    from jax_sae.activations.places import Place
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
     from jax_sae.language_model.dataset import open_split
@@ -85,6 +91,9 @@ def export(options: Options) -> str:
     check_installed("torch")
     import torch
 
+    if (options.layer is None) == (not options.places):
+        given = "both are" if options.places else "neither is"
+        raise BadInput(f"--layer or --places says what is written; {given} given")
     if options.batch_tokens < 1:
         raise BadInput(f"--batch-tokens is {options.batch_tokens}; a number above 0 was expected")
     check_new_directory(options.out)
@@ -102,7 +111,12 @@ def export(options: Options) -> str:
         options.window,
         prepend_bos=options.prepend_bos,
     )
-    forward = forward_to_layer(model, options.layer)
+    places: list[Place] = []
+    if options.layer is not None:
+        forward = forward_to_layer(model, options.layer)
+    else:
+        forward, widths = forward_to_places(model, options.places)
+        places = [Place(name, width) for name, width in zip(options.places, widths, strict=True)]
     try:
         return write_text(
             options.out,
@@ -112,6 +126,7 @@ def export(options: Options) -> str:
             model=options.model,
             layer=options.layer,
             dtype=options.dtype,
+            places=places,
             gguf_file=options.gguf_file,
             text=options.text_path,
             config=options.text_config,
@@ -267,6 +282,133 @@ def forward_to_layer(model: Any, layer: int) -> Forward:
         return below
     print(f"{type(model).__name__} is not built as expected: all its {n_blocks} blocks are run")
     return whole
+
+
+KINDS = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_in", "mlp_hidden", "mlp_out", "resid_post")
+"""Places of a block, in the order in which a model comes to them."""
+ATTENTIONS, MLPS = ("self_attn", "attn", "attention"), ("mlp", "feed_forward")
+INTO_THE_STREAM = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "fc2", "w2")
+"""What models call an attention and an MLP, and the last matrix product of each."""
+
+
+def forward_to_places(model: Any, places: Sequence[str]) -> tuple[Forward, list[int]]:
+    """The function that computes what stands at places, side by side, and the width of each.
+
+    The model is run until all of them are reached.
+
+    Raises:
+        BadInput: if the model has no such place, it is named twice, or no tensor [B, T, D] stands there.
+    """
+    import torch
+
+    if len(set(places)) < len(places):
+        raise BadInput(f"--places are {' '.join(places)}; each may be given once")
+    modules = [module_at(model, place) for place in places]
+
+    class Reached(Exception):
+        """All places were."""
+
+    @torch.inference_mode()
+    def forward_at(token_ids: Any, mask: Any) -> list[Any]:
+        found: dict[str, Any] = {}
+
+        def keep(place: str, x: Any) -> None:
+            x = x[0] if isinstance(x, tuple) else x
+            if not torch.is_tensor(x) or x.shape[:-1].numel() != token_ids.numel():
+                shape = f"a tensor {list(x.shape)}" if torch.is_tensor(x) else f"a {type(x).__name__}"
+                raise BadInput(f"{place}: {shape} stands there; [tokens, D] was expected")
+            found[place] = x.reshape(*token_ids.shape, -1).float().clone()
+            if len(found) == len(places):
+                raise Reached
+
+        def before(place: str, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            keep(place, arguments[0] if arguments else next(iter(named.values())))
+
+        def after(place: str, _: Any, __: Any, output: Any) -> None:
+            keep(place, output)
+
+        handles = [
+            module.register_forward_pre_hook(partial(before, place), with_kwargs=True)
+            if is_input
+            else module.register_forward_hook(partial(after, place))
+            for place, (module, is_input) in zip(places, modules, strict=True)
+        ]
+        try:
+            model(token_ids, attention_mask=mask, use_cache=False)
+        except Reached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        if lacking := [place for place in places if place not in found]:
+            raise BadInput(f"the model did not come to {', '.join(lacking)}; it has no such place")
+        return [found[place] for place in places]
+
+    some = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    widths = [x.shape[-1] for x in forward_at(some, torch.ones_like(some))]
+    return lambda token_ids, mask: torch.cat(forward_at(token_ids, mask), -1), widths
+
+
+def module_at(model: Any, place: str) -> tuple[Any, bool]:
+    """The module whose output stands at a place, or whose input, as is said beside it.
+
+    Raises:
+        BadInput: if the model has no such place.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    there = dict(model.named_modules())
+    name = place.removesuffix(":input")
+    if known := [there[each] for each in (name, name.partition(".")[2]) if each and each in there]:
+        return known[0], name != place
+    n_blocks = config.num_hidden_layers
+    lists = [part for part in there.values() if isinstance(part, torch.nn.ModuleList) and len(part) == n_blocks]
+    blocks: Any = lists[0] if lists else []
+    number, _, kind = place.partition(".")
+    if place == "embed" and blocks:
+        return blocks[0], True
+    if place == "final_norm" and blocks:
+        norms = [part for each, part in model.named_children() if each in ("norm", "ln_f", "final_layer_norm")]
+        if norms:
+            return norms[0], False
+    if number.isdecimal() and int(number) < len(blocks) and kind in KINDS:
+        parallel = getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False)
+        if not (parallel and kind == "resid_mid") and (found := _in_block(blocks[int(number)], kind)):
+            return found
+    raise BadInput(
+        f"{place!r} is no place of {type(model).__name__}; there are embed, final_norm and, for blocks N from 0 to "
+        f"{n_blocks - 1}, {', '.join(f'N.{each}' for each in KINDS)}, where it is built as others are, or the name of "
+        "one of its modules"
+    )
+
+
+def _in_block(block: Any, kind: str) -> tuple[Any, bool] | None:
+    """The module of a block, and whether its input is meant; None where it is not built as others are."""
+    children = dict(block.named_children())
+
+    def named(names: Sequence[str], inside: Any) -> Any:
+        return next((part for each, part in inside if each.rpartition(".")[2] in names), None)
+
+    attention, mlp = named(ATTENTIONS, children.items()), named(MLPS, children.items())
+    out = None if attention is None else named(INTO_THE_STREAM, attention.named_modules())
+    down = None if mlp is None else named(INTO_THE_STREAM, mlp.named_modules())
+    second_norm = children.get("post_feedforward_layernorm")  # Gemma 2 and 3, OLMo 2
+    after_attention = children.get("post_attention_layernorm")
+    first_norm = children.get("pre_feedforward_layernorm") or (
+        mlp if second_norm is not None else children.get("ln_2") or after_attention
+    )
+    found = {
+        "resid_pre": (block, True),
+        "resid_post": (block, False),
+        "z": (out, True),
+        "attn_out": (out if second_norm is None else after_attention, False),
+        "resid_mid": (first_norm, True),
+        "mlp_in": (mlp, True),
+        "mlp_hidden": (down, True),
+        "mlp_out": (down if second_norm is None else second_norm, False),
+    }[kind]
+    return None if found[0] is None else found
 
 
 def activations_of(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jax_sae.activations.places import Place, described
 from jax_sae.language_model.hub import read_json
 from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
 from jax_sae.run.directory import refuse_no_run
@@ -38,7 +39,10 @@ def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:
     if good:
         facts = good[-1][1]
         versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax_sae", "jax", "orbax-checkpoint"))
-        lines += [f"made with     {versions} on {facts['device']}", "", *_members(run, facts)]
+        lines.append(f"made with     {versions} on {facts['device']}")
+        if any(place["name"] for place in facts.get("places", ())):
+            lines.append(f"places        {described([Place(**place) for place in facts['places']])}")
+        lines += ["", *_members(run, facts)]
     lines += ["", *table(["checkpoint", "MB", "state"], [[f"{s:,}", _megabytes(run, s), what] for s, _, what in found])]
     lines += [
         f"{path.name:10}  set aside when the run was resumed" for path in sorted(run.glob("checkpoints/*.damaged*"))

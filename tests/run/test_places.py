@@ -16,6 +16,7 @@ from jax_sae.activations.places import Place
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import open_store, write_store
 from jax_sae.analysis.evaluation import evaluate
+from jax_sae.commands.harvest import Options, harvest_to_store
 from jax_sae.config import ActivationsConfig, Config, Member, Normalization, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.run.load import load_autoencoder
@@ -203,3 +204,35 @@ def test_a_program_gives_places_and_members_have_eight_features_a_number(tmp_pat
     members = [{"features": 4, "place": "9.z"}, {"features": 3, "place": "9.mlp_out"}]
     said = jax_sae.train(activations=X, mask=MASK, members=members, **whatever)
     assert [(name, said[name].width) for name in said] == [("9.z-F4", 12), ("9.mlp_out-F3", 7)]
+
+
+def test_a_language_model_is_read_at_several_places_in_one_pass(demo_config: Config, tmp_path: Path) -> None:
+    """By any name that it has; loss recovered is at each member's own place; from a store the same numbers come."""
+    small = replace(demo_config, activations=replace(demo_config.activations, held_out_tokens=300))
+    sweep = SweepConfig(
+        places=("1.resid_post", "blocks.1.hook_mlp_out", "0.z"), kinds=("topk",), features=(32,), k=(4,)
+    )
+    config = replace(small, sweep=sweep)
+    assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7))
+    assert train(config, tmp_path / "run", resume=True, stop_requested=never)
+    run = jax_sae.open_run(tmp_path / "run")
+    assert run.names == ["1.resid_post-F32", "1.mlp_out-F32", "0.z-F32"]
+    assert [run[name].place for name in run] == ["1.resid_post", "1.mlp_out", "0.z"]
+    members = run.evaluate()["members"]
+    losses = [member["ce_loss_with_zero_ablation"] for member in members]
+    assert len(set(losses)) == 3 and len({member["ce_loss_without_sae"] for member in members}) == 1
+    alone = replace(small, sweep=replace(sweep, places=()), model=replace(small.model, layer=2))
+    solo = jax_sae.train(alone, quiet=True)
+    assert solo.names == ["F32"] and solo["F32"].place == "1.resid_post"
+    np.testing.assert_allclose(
+        run.metrics()["1.resid_post-F32"]["loss_per_element"], solo.metrics()["F32"]["loss_per_element"], rtol=1e-4
+    )
+    [measured] = solo.evaluate()["members"]
+    for name in ("fvu", "ce_loss_with_sae", "ce_loss_with_zero_ablation"):
+        assert members[0][name] == pytest.approx(measured[name], rel=1e-3)
+    lm = jax_sae.load_language_model(small.model.path, places=["0.z", "1.mlp_out"])
+    harvest_to_store(
+        Options(out=tmp_path / "store", model=small.model.path, places=lm.places, text_path=small.text.path, tokens=99)
+    )
+    story = next(iter(lm.activations(["Once upon a time"], places=["0.z"])["0.z"]))
+    assert open_store(tmp_path / "store", ["0.z"]).read(0, 4).shape == (4, story.shape[-1])
