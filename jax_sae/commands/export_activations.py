@@ -88,12 +88,13 @@ def export(options: Options) -> str:
     from jax_sae.language_model.dataset import open_split
     from jax_sae.language_model.text import stories_of, tokenizer_of
 
+    if options.layer is None and not options.places:
+        raise BadInput("--layer is missing; it has to be given, or --places")
+    if options.layer is not None and options.places:
+        raise BadInput(f"--layer is {options.layer}, but --places are given, which say what is read; give one of them")
     check_installed("torch")
     import torch
 
-    if (options.layer is None) == (not options.places):
-        given = "both are" if options.places else "neither is"
-        raise BadInput(f"--layer or --places says what is written; {given} given")
     if options.batch_tokens < 1:
         raise BadInput(f"--batch-tokens is {options.batch_tokens}; a number above 0 was expected")
     check_new_directory(options.out)

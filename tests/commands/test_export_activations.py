@@ -14,8 +14,10 @@ from running import REPOSITORY
 
 from jax_sae.activations import text_to_store
 from jax_sae.activations.array_sources import open_activations
-from jax_sae.activations.store import read_manifest
+from jax_sae.activations.store import open_store, read_manifest
 from jax_sae.commands import export_activations, harvest
+from jax_sae.language_model.places import width_of
+from jax_sae.language_model.pretrained import load_language_model
 from jax_sae.language_model.text import load_tokenizer, tokenize
 
 DEMO = REPOSITORY / "jax_sae" / "demo"
@@ -118,6 +120,37 @@ def test_rows_are_the_hidden_states_of_the_texts_in_order(
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(rows.read(0, len(rows)), expected, rtol=0, atol=2e-5)
     assert "blocks are run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo", "llama"])
+def test_places_in_one_pass_are_those_of_our_own_decoder(kind, models, text, tmp_path, capsys):
+    """Each of a block's, the embeddings and the final norm; a module's name is a place too."""
+    kinds = ["resid_pre", "z", "attn_out", "resid_mid", "mlp_in", "mlp_hidden", "mlp_out", "resid_post"]
+    places = ["embed", *(f"1.{each}" for each in kinds), "final_norm"]
+    lm = load_language_model(str(models[kind]), places=places)
+    model = ["--model", str(models[kind]), "--text-path", str(text), "--out"]
+    assert export_activations.main([*model, str(tmp_path / "acts"), "--batch-tokens", "60", "--places", *places]) == 0
+    token_ids = tokenize(load_tokenizer(str(DEMO / "model")), [each.strip() and each for each in TEXTS])
+    expected = lm.activations([ids[:POSITIONS] for ids in token_ids if ids])
+    found = open_store(tmp_path / "acts", places)
+    assert [(place.name, place.width) for place in found.places] == list(zip(places, widths(lm), strict=True))
+    np.testing.assert_allclose(found.read(0, len(found)), np.concatenate(expected), rtol=1e-4, atol=5e-5)
+    norm = {"llama": "norm"}.get(kind, "ln_f")
+    assert export_activations.main([*model, str(tmp_path / "more"), "--dtype", "int8", "--places", norm]) == 0
+    rows, exact = open_store(tmp_path / "more"), open_store(tmp_path / "acts", ["final_norm"])
+    assert np.abs(rows.read(0, 9) - exact.read(0, 9)).max() < 0.02 * np.abs(exact.read(0, 9)).max()
+    for wrong, said in (
+        ("9.mlp_out", "is no place of"),
+        ("1.mlp_outt", "from 0 to 2"),
+        ("nothing", "one of its modules"),
+    ):
+        assert export_activations.main([*model, str(tmp_path / "none"), "--places", wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def widths(lm):
+    """Of its places."""
+    return [width_of(place, lm.model.architecture) for place in lm.places]
 
 
 def test_the_manifest_and_the_closing_line_say_what_was_read(models, text, hidden_states, tmp_path, capsys):
