@@ -810,7 +810,11 @@ def test_a_process_of_its_own_prints_the_same_line(tmp_path: Path) -> None:
 
 
 OF_COMMANDS: dict[str, tuple[ModuleType, list[str], str]] = {
-    "a type": (harvest, ["--out", "a", "--dtype", "int8"], "'float32' or 'float16' was expected"),
+    "a type": (
+        harvest,
+        ["--out", "a", "--dtype", "int4"],
+        "'float32' or 'bfloat16' or 'float16' or 'int8'",
+    ),
     "no number": (harvest, ["--out", "a", "--tokens", "1e6"], f"--tokens is '1e6'; {WORD}"),
     "no directory": (harvest, ["--layer", "2"], "--out is missing; it has to be given"),
     "unknown": (harvest, ["--outs", "a"], "unknown flag --outs; did you mean --out?"),
@@ -841,7 +845,7 @@ def test_the_other_commands_end_in_the_same_way(
         (train, ["--model.layer", "7"]),
         (train, ["--train.steps", "abc"]),
         (harvest, ["--out", "used"]),
-        (harvest, ["--out", "a", "--dtype", "int8"]),
+        (harvest, ["--out", "a", "--dtype", "int4"]),
         (export_activations, ["--layer", "two"]),
         (inspect, ["nowhere"]),
     ],

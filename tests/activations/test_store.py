@@ -424,8 +424,8 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_an_unknown_type_on_disk_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="dtype is 'int8'; a store holds float32 or float16"):
-        write_store(tmp_path / "acts", make_stories(), model="a/b", layer=2, dtype="int8")
+    with pytest.raises(BadInput, match="dtype is 'int4'; a store holds float32 or float16"):
+        write_store(tmp_path / "acts", make_stories(), model="a/b", layer=2, dtype="int4")
     assert not (tmp_path / "acts").exists()
 
 
