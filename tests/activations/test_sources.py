@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import estimate_dataset
-from jax_sae.activations.sources import StorySource, open_sources
+from jax_sae.activations.sources import StorySource, model_digest, open_sources
 from jax_sae.activations.store import write_store
 from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, TextConfig, TrainConfig
 from jax_sae.errors import BadInput
@@ -323,3 +323,10 @@ def test_a_store_is_known_by_its_shards_and_a_file_by_its_bytes(
     ]:
         assert digests(same[0]) == digests(same[1])
         assert changed(digests(same[0]), digests(changed_one)) == {"activations"}
+
+
+def test_the_digest_of_a_gpt_neo_is_that_of_earlier_versions() -> None:
+    """So that their runs go on; this is what version 0.4.0 said of the embedded model."""
+    assert model_digest(load_language_model(str(MODEL), 2)) == (
+        "8a5d6f574a1d1f935695f16a45f01af6d0fcc02a434cc67cff5ac652d533d013"
+    )
