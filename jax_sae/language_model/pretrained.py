@@ -22,7 +22,7 @@ from jax_sae.language_model.gguf_file import read_gguf_tokenizer
 from jax_sae.language_model.harvest import harvest, padded_length, read_places
 from jax_sae.language_model.hub import has_tokenizer
 from jax_sae.language_model.places import layer_of, place_of_layer, read_place, stream_layer, width_of
-from jax_sae.language_model.text import load_tokenizer, tokenize
+from jax_sae.language_model.text import beginning, load_tokenizer, tokenize
 from jax_sae.rows import as_array, as_float32, in_numpy, is_traced, padded, padded_rows, unpadded
 
 Text = str | Sequence[int] | np.ndarray
@@ -211,8 +211,8 @@ class LanguageModel:
         """What stands at its places: one array [T, D] float32 for each text, in the order given.
 
         Args:
-            texts: strings, which need the tokenizer, or token ids. No special tokens are added. An empty text gives
-                [0, D].
+            texts: strings, which need the tokenizer, or token ids. A string begins with the BOS token where the
+                tokenizer adds one by itself, as Gemma's and Llama's do. An empty text gives [0, D].
             places: read these instead, in one pass; blocks that were not loaded are read when they are first needed.
 
         Returns:
@@ -276,7 +276,7 @@ class LanguageModel:
         seed give the same text.
 
         Args:
-            prompt: a string, which needs the tokenizer, or token ids; no special tokens are added.
+            prompt: a string, which needs the tokenizer, or token ids; as for `activations`.
             max_new_tokens: it ends after so many at the latest.
             temperature: 0 takes the likeliest token each time; else it is drawn, with logits divided by this.
             top_p: it is drawn among the likeliest tokens that together have at least this probability.
@@ -323,7 +323,7 @@ class LanguageModel:
         tokens = np.asarray(found)[: int(n)]
         if not isinstance(prompt, str):
             return tokens
-        before, text = self.tokenizer.decode(ids), self.tokenizer.decode(tokens, skip_special_tokens=True)
+        before, text = (self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, tokens))
         return prompt + text.removeprefix(before)  # decoded by themselves, the new ones may lose a space
 
     @cached_property
@@ -356,7 +356,9 @@ class LanguageModel:
         for string in strings:
             if any("\ud800" <= character <= "\udfff" for character in string):
                 raise BadInput(f"the text {shortened(string)} has half a surrogate pair, which is no character")
-        tokenized = iter(tokenize(self.tokenizer, strings) if strings else [])
+        bos = beginning(self.tokenizer, "auto") if strings else None
+        begin = [] if bos is None else [bos]
+        tokenized = iter([begin + ids if ids else ids for ids in tokenize(self.tokenizer, strings)] if strings else [])
         stories = []
         for i, text in enumerate(texts):
             ids = np.asarray(next(tokenized) if isinstance(text, str) else text)

@@ -116,6 +116,9 @@ def test_a_tokenizer_of_pieces(tmp_path: Path) -> None:
     tokenizer = read_gguf_tokenizer(tmp_path / "model.gguf")
     assert tokenizer("ab bä")["input_ids"] == [1, 7, 3, 5, 8, 9] and tokenizer.eos_token_id == 2
     assert tokenizer.decode([7, 3, 5, 8, 9]) == "ab bä"
+    lm = load_language_model(str(tmp_path / "model.gguf"), 1)
+    assert [ids.tolist() for ids in lm.token_ids(["ab bä", "", [7]])] == [[1, 7, 3, 5, 8, 9], [], [7]]
+    assert lm.generate("ab b", 2).startswith("ab b")
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
