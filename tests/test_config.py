@@ -129,6 +129,7 @@ def test_every_config_file_is_valid() -> None:
     assert [path.stem for path in paths] == [
         "demo",
         "demo_sparse",
+        "smollm2_135m",
         "tinystories_33m",
         "tinystories_33m_as_published",
         "tinystories_33m_sparse",
