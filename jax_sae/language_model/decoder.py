@@ -160,20 +160,24 @@ class Attention(nn.Module):
         start: jax.Array | int,
     ) -> jax.Array:
         """The values of the tokens that queries `first` to `first` + T - 1 of x see, mixed, [B, K, G, T, d]."""
-        a, T, S = self.architecture, q_BKGTd.shape[3], k_BKSd.shape[2]
-        each_head, window = ((0, 1), (0, 1)), a.windows[self.number]
+        a, T, each_head = self.architecture, q_BKGTd.shape[3], ((0, 1), (0, 1))
+        window = a.windows[self.number]
+        keys = slice(0, k_BKSd.shape[2])
+        if isinstance(start, int):  # what is before the first window or behind the last query is not seen
+            keys = slice(max(0, start + first - window + 1) if window else 0, start + first + T)
+            k_BKSd, v_BKSd = k_BKSd[:, :, keys], v_BKSd[:, :, keys]
         logits = dot_general(q_BKGTd, k_BKSd, (((4,), (3,)), each_head), self.precision)  # [B, K, G, T, S]
         if (scale := a.attention_scales[self.number]) != 1:
             logits = logits * scale
         if a.attention_cap is not None:
             logits = a.attention_cap * jnp.tanh(logits / a.attention_cap)
-        distance_TS = (start + first + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]
+        distance_TS = (start + first + jnp.arange(T))[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
         visible = distance_TS >= 0
         if window is not None:  # it counts the token itself
             visible &= distance_TS < window
         if segments is not None:
             its = segments[:, first : first + T]
-            visible = visible & (its[:, :, None] == segments[:, None, :])[:, None, None]
+            visible = visible & (its[:, :, None] == segments[:, None, keys])[:, None, None]
         weights = nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min))
         return dot_general(weights, v_BKSd, (((4,), (2,)), each_head), self.precision)
 
