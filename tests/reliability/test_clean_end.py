@@ -62,7 +62,7 @@ def test_no_threads_and_no_temporary_files_are_left(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "run").iterdir()} == expected
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2", "4", "6"}
     programs = {path.name.split("-")[0] for path in (tmp_path / "cache" / "jax_sae" / "compiled").glob("*/*-cache")}
-    assert {"jit__update_many", "jit_forward"} <= programs
+    assert {"jit__update_many", "jit_read_places"} <= programs
 
 
 @pytest.mark.slow
