@@ -20,7 +20,7 @@ from jax_sae.config import Config, SweepConfig, places_of
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
 from jax_sae.language_model.harvest import harvest
-from jax_sae.language_model.places import read_place, width_of
+from jax_sae.language_model.places import hugging_face_name, read_place, width_of
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 from jax_sae.language_model.stream import Buffer, Shards, choose_shards, first_buffer, open_shards
 from jax_sae.language_model.text import Stories, stories_of, tokenizer_of
@@ -434,10 +434,12 @@ def _open_stories(run: Config) -> Sources:
         f"width {lm.width}"
     )
     if places:
-        widths = ", ".join(f"{place} of width {width_of(place, architecture)}" for place in lm.places)
-        model_line = (
-            f"model         {model.path}, {lm.layer} of {architecture.num_layers} blocks run; read are {widths}"
+        read = ", ".join(
+            f"{place} ({hugging_face_name(place, architecture, lm.model_type)}, width {width_of(place, architecture)})"
+            for place in lm.places
         )
+        blocks = f"{lm.layer} of {architecture.num_layers} blocks are run"
+        model_line = f"model         {model.path}, {blocks}, to read {read}"
 
     def stories(rows: "Dataset") -> Stories:
         """The stories of rows, as the settings say."""
