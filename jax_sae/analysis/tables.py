@@ -6,6 +6,9 @@ from typing import Any
 from jax_sae.analysis.statistics import DENSE
 from jax_sae.run.report import table
 
+LITTLE = 0.05
+"""Nats: where zeros in place of activations change the loss by less, a part of that change tells little."""
+
 
 def tables(record: Mapping[str, Any]) -> list[str]:
     """Lines for the screen."""
@@ -46,14 +49,18 @@ def tables(record: Mapping[str, Any]) -> list[str]:
             ]
             names = ("ce_loss_score_mean_ablation", "kl_div_with_sae", "kl_div_score_zero_ablation")
             rows.append([member["name"], *map(_shown, [member["ce_loss_with_sae"], *by_zero, *map(member.get, names)])])
-        first = scored[0]
-        ce = [first[f"ce_loss_with{part}"] for part in ("out_sae", "_zero_ablation", "_mean_ablation")]
-        lines += [
-            "",
-            *table(header, rows),
-            "CE: {} nats a token untouched, {} with zeros, {} with the mean in place of activations; recovered is 1 as "
-            "untouched and 0 as with zeros (of mean: as with the mean)".format(*map(_shown, ce)),
-        ]
+        lines += ["", *table(header, rows)]
+        at_places = {member.get("place"): member for member in scored}  # of one each: the same for all that are there
+        for place, member in at_places.items():
+            ce = [member[f"ce_loss_with{part}"] for part in ("out_sae", "_zero_ablation", "_mean_ablation")]
+            lines.append(
+                "CE{}: {} nats a token untouched, {} with zeros, {} with the mean in place of activations".format(
+                    f" at {place}" if len(at_places) > 1 else "", *map(_shown, ce)
+                )
+            )
+            if abs(ce[1] - ce[0]) < LITTLE:
+                lines[-1] += "; zeros change so little that KL recovered says more here"
+        lines.append("recovered is 1 as untouched and 0 as with zeros (of mean: as with the mean)")
     if record["stability"]:
         header = ["seeds", "mean max cosine", "random", "matched one to one", "random"]
         shown = ("mean_max_cosine", "null_mean_max_cosine", "matched_cosine", "null_matched_cosine")
