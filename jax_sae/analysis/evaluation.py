@@ -21,7 +21,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jax_sae.activations.sources import Source, Sources, StorySource, open_sources
+from jax_sae.activations.sources import Source, Sources, open_sources
+from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
 from jax_sae.analysis.measure import Measured, measure, place_in, reconstruction
 from jax_sae.analysis.stability import stability

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from jax_sae.activations.sources import Source, StorySource, StreamSource
+from jax_sae.activations.sources import Source
+from jax_sae.activations.story_sources import StorySource, StreamSource
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import SPACE_TO_SPARE

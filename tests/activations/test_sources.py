@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import estimate_dataset
-from jax_sae.activations.sources import StorySource, model_digest, open_sources
+from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import write_store
+from jax_sae.activations.story_sources import StorySource, model_digest
 from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, TextConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import open_split

@@ -14,8 +14,9 @@ from running import REPOSITORY, initial, never
 import jax_sae
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import identity
-from jax_sae.activations.sources import Source, StorySource, open_sources
+from jax_sae.activations.sources import Source, open_sources
 from jax_sae.activations.store import write_store
+from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis import evaluation, measure
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.analysis.loss_recovered import loss_recovered, story_by_story

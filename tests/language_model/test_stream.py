@@ -17,7 +17,8 @@ from running import REPOSITORY
 
 from jax_sae.activations.order import in_order
 from jax_sae.activations.position import Position
-from jax_sae.activations.sources import StreamSource, open_sources
+from jax_sae.activations.sources import open_sources
+from jax_sae.activations.story_sources import StreamSource
 from jax_sae.commands.train import main
 from jax_sae.config import Config, ModelConfig, TextConfig
 from jax_sae.errors import BadInput, SourceLost

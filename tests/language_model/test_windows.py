@@ -16,7 +16,7 @@ from running import REPOSITORY
 import jax_sae
 from jax_sae.activations.order import in_order, stories_in_order
 from jax_sae.activations.position import Position
-from jax_sae.activations.sources import StorySource
+from jax_sae.activations.story_sources import StorySource
 from jax_sae.commands import harvest
 from jax_sae.commands.harvest import harvest_to_store
 from jax_sae.commands.train import main
