@@ -73,11 +73,11 @@ def evaluate(
             finite numbers.
     """
     run = Path(os.path.expanduser(run))
-    facts, suffix = _read_facts(run, step)
+    facts, suffix = read_facts(run, step)
     _refuse_read_only(run)
-    config = _config_of(run, facts)
+    config = config_of(run, facts)
     record, eigenvalues = evaluate_members(
-        str(run), _load_members(run, config, facts), facts, config, n_tokens, sources
+        str(run), load_members(run, config, facts), facts, config, n_tokens, sources
     )
     _write(run, suffix, record, eigenvalues)
     return record
@@ -109,7 +109,7 @@ def evaluate_members(
     """
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of held-out tokens is {n_tokens}; one above 0 was expected")
-    source, lm = _open_inputs(run, config, facts, sources)
+    source, lm = open_inputs(run, config, facts, sources)
     autoencoders = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
     measured = measure(source, autoencoders, asked)
@@ -155,7 +155,7 @@ def evaluate_members(
     return record, eigenvalues
 
 
-def _read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
+def read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
     """The JSON of a checkpoint, and what names of files end in: nothing for the newest one."""
     refuse_no_run(run)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
@@ -170,7 +170,7 @@ def _refuse_read_only(run: Path) -> None:
             raise BadInput(f"{folder} is read-only, and results are written there; copy the run, and evaluate the copy")
 
 
-def _config_of(run: Path, facts: Tree) -> Config:
+def config_of(run: Path, facts: Tree) -> Config:
     """The checkpoint's settings, with the paths of the run's `config.json`: they may change when a run is resumed."""
     now = read_config(run)
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {facts['step']}")
@@ -182,7 +182,7 @@ def _config_of(run: Path, facts: Tree) -> Config:
     )
 
 
-def _open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, LanguageModel | None]:
+def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, LanguageModel | None]:
     """The held-out source of a run, and the language model with all its blocks, where the run has one.
 
     Raises:
@@ -214,7 +214,7 @@ def kind_of(member: Mapping[str, Any]) -> str:
     return member.get("kind", "relu")
 
 
-def _load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAutoencoder]:
+def load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAutoencoder]:
     """Every member by its name, in the order of the sweep."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* diverged at step ")  # it is said in the table
