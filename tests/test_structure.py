@@ -72,6 +72,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
     assert files_with("jax.vmap(") == {"sweep/update.py", "autoencoder/selection.py"}
     assert files_with("import torch") == {"commands/export_activations.py"}
     assert files_with("jax.jit") == {
+        "activations/blocks.py",
         "analysis/loss_recovered.py",
         "language_model/generate.py",
         "language_model/harvest.py",

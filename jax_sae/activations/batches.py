@@ -8,21 +8,23 @@ A `Position` is all that a checkpoint keeps of the data: its block is made again
 blocks are smaller, so that training begins after seconds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
-from jax_sae.activations import normalize
+from jax_sae.activations.blocks import Taken, filled, finite_activations, part
 from jax_sae.activations.normalize import Normalization
-from jax_sae.activations.norms import over_norm_limit, token_norms, within_norm_limit
+from jax_sae.activations.norms import over_norm_limit, within_norm_limit
 from jax_sae.activations.order import in_order
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import Item, Source
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.harvest import padded_length
+from jax_sae.rows import padded_rows
 
 SMALL_BLOCKS = 4
 """Blocks at the start of a run that are smaller: 1/16, 1/8, 1/4 and 1/2 of the others."""
@@ -36,8 +38,9 @@ class BatchRun:
     is compiled.
     """
 
-    x: np.ndarray
-    """[batches, B, D] float32, normalised; 0 where the weight is. D are the columns of all places, side by side."""
+    x: np.ndarray | jax.Array
+    """[batches, B, D] float32, normalised; 0 where the weight is. D are the columns of all places, side by side. A JAX
+    array where activations stay on the device."""
     weights: np.ndarray
     """[batches, B] float32, 1 for a token, 0 for padding and for a token over the norm limit."""
     used: int
@@ -71,6 +74,7 @@ def batch_runs(
             if used < len(run.after):
                 yield replace(run, used=used)
             used = max(0, used - len(run.after))
+        del run  # so that there is one block at a time
 
 
 def _token_block(
@@ -96,23 +100,13 @@ def _token_block(
             break
     places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
     firsts = np.cumsum([0] + [last - first for first, last in spans])
-    x = np.zeros((room * B, source.width), np.float32)
-    norms = np.zeros(n_batches * B)
-    for i, story in finite_activations(source, items):
-        first, last = spans[i]
-        rows, into = story[first:last], places[firsts[i] : firsts[i + 1]]
-        if activations.norm_limit:
-            norms[into] = token_norms(rows)
-            within = norms[into] <= activations.norm_limit
-            rows, into = rows[within], into[within]
-        x[into] = normalize.normalize(
-            normalize.for_story(activations.normalization, fitted, story, source.places), rows
-        )
+    taken = [Taken(*span, places[firsts[i] : firsts[i + 1]]) for i, span in enumerate(spans)]
+    x, norms = filled(source, items, taken, (room, B), fitted, activations)
     weights = np.zeros(room * B, np.float32)
-    weights[: n_batches * B] = ~over_norm_limit(norms, activations.norm_limit, source.name)
+    weights[: n_batches * B] = ~over_norm_limit(norms[: n_batches * B], activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield BatchRun(x.reshape(room, B, -1), weights.reshape(room, B), 0, after, end), end
+    yield BatchRun(x, weights.reshape(room, B), 0, after, end), end
 
 
 def _story_block(
@@ -128,15 +122,14 @@ def _story_block(
         if tokens >= activations.block_tokens:
             end = replace(after_item, block=start.block + 1)
             break
-    stories: list[Any] = [None] * len(items)
-    for i, x in finite_activations(source, items):
-        stories[i] = normalize.normalize(normalize.for_story(activations.normalization, fitted, x, source.places), x)
-    for i, rows in enumerate(stories):
-        T = len(rows)
-        x = np.zeros((1, padded_length(T), source.width), np.float32)
-        x[0, :T] = rows
-        weights = (np.arange(x.shape[1]) < T).astype(np.float32)[None]
-        yield BatchRun(x, weights, 0, (replace(start, batch=i + 1) if i + 1 < len(items) else end,), end), end
+    lengths = [padded_length(len(item)) for item in items]
+    firsts = np.cumsum([0, *lengths])
+    taken = [Taken(0, len(item), np.arange(len(item)) + firsts[i]) for i, item in enumerate(items)]
+    x, _ = filled(source, items, taken, (1, padded_rows(int(firsts[-1]))), fitted, activations)
+    for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        weights = (np.arange(length) < len(item)).astype(np.float32)[None]
+        here = replace(start, batch=i + 1) if i + 1 < len(items) else end
+        yield BatchRun(part(x, firsts[i], length), weights, 0, (here,), end), end
 
 
 def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position, Position]]:
@@ -160,22 +153,6 @@ def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[
                 )
             raise BadInput(f"{source.name}: not one has any tokens; is this the right text column?")
         here, seen_in_epoch = here.next_epoch(), False
-
-
-def finite_activations(source: Source, items: Sequence[Item]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number in `items`, activations [T, D] float32, in the model's scale) of each item.
-
-    Raises:
-        BadInput: if an activation is not finite.
-    """
-    for i, x in source.activations(items):
-        bad = ~np.isfinite(x).all(-1)
-        if bad.any():
-            raise BadInput(
-                f"{source.name}: {bad.sum()} of {len(x)} adjacent activations are not finite; "
-                "export them again in float32, and leave out texts on which the language model overflows"
-            )
-        yield i, x
 
 
 def first_activations(

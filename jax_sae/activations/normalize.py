@@ -59,17 +59,45 @@ def estimate_story(x: np.ndarray) -> Normalization:
         BadInput: if all T * D numbers are equal, so that no scale exists.
     """
     mean, std = x.mean(dtype=np.float64), x.std(dtype=np.float64, ddof=1)
-    if not std > 0:
-        raise BadInput(
-            f"a story of {len(x)} tokens has activations that are all equal; it cannot be normalised by itself"
-        )
+    refuse_equal(not std > 0, len(x))
     return Normalization(np.float32(mean), np.float32(np.sqrt(x.shape[-1]) / std))
+
+
+def refuse_equal(is_equal: bool, tokens: int, place: str = "") -> None:
+    """Raise BadInput if a story's activations, at a place, are all equal."""
+    if is_equal:
+        raise BadInput(
+            f"{f'at {place}: ' if place else ''}a story of {tokens} tokens has activations that are all equal; it "
+            "cannot be normalised by itself"
+        )
 
 
 def estimate_story_traced(x: jax.Array) -> Normalization:
     """`estimate_story` of a traced story: in float32, and differentiable; the scale is infinite where there is none."""
     x = x.astype(jnp.float32)
     return Normalization(jnp.mean(x), jnp.sqrt(x.shape[-1]) / jnp.std(x, ddof=1))
+
+
+def estimate_stories(x: jax.Array, used: jax.Array, places: Sequence[Place]) -> tuple[Normalization, list[jax.Array]]:
+    """`estimate_story` of each row of x[R, T, D1 + D2 + ...] at each place, of the tokens used[R, T]; in float32.
+
+    Returns:
+        The normalisation, mean and scale [R, 1, D1 + D2 + ...]; and for each place whether the numbers of a row are all
+        equal [R] bool, so that no scale exists.
+    """
+    tokens = used.sum(-1)
+    each, is_equal = [], []
+    for first, last in columns(places).values():
+        at_place, D = x[:, :, first:last], last - first
+        largest = jnp.where(used, at_place.max(-1), -jnp.inf).max(-1)
+        spread = largest - jnp.where(used, at_place.min(-1), jnp.inf).min(-1)
+        mean = jnp.where(used, at_place.mean(-1), 0).sum(-1) / tokens
+        squares = jnp.square((at_place - mean[:, None, None]) / spread[:, None, None])  # none is beyond float32
+        variance = jnp.where(used, squares.mean(-1), 0).sum(-1) * D / (tokens * D - 1)
+        scale = jnp.sqrt(D / variance) / spread
+        each.append([jnp.repeat(number[:, None, None], D, axis=-1) for number in (mean, scale)])
+        is_equal.append(spread == 0)
+    return Normalization(*(jnp.concatenate(numbers, axis=-1) for numbers in zip(*each, strict=True))), is_equal
 
 
 def of_each_place(

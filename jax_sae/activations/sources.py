@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jax_sae.activations.array_sources import open_array_sources
+from jax_sae.activations.blocks import OnDevice, on_device
 from jax_sae.activations.order import by_number, in_order
 from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
@@ -118,6 +119,10 @@ class Wrapped:
     def activations(self, items: Sequence[Any]) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (number in `items`, activations [T, D] float32) of each item that has tokens, in any order."""
         return self.source.activations(items)
+
+    def on_device(self, items: Sequence[Any]) -> OnDevice | None:
+        """The same where the device keeps them, if it does."""
+        return on_device(self.source, items)
 
     def count_tokens(self) -> tuple[int | None, bool]:
         """The tokens of one epoch, and whether that number is exact."""

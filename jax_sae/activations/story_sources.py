@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax import traverse_util
 
+from jax_sae.activations.blocks import OnDevice
 from jax_sae.activations.order import random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.errors import BadInput
-from jax_sae.language_model.harvest import harvest
+from jax_sae.language_model.harvest import harvest, harvest_on_device, stays_on_device
 from jax_sae.language_model.places import width_of
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.stream import Buffer, Shards
@@ -72,11 +73,17 @@ class StorySource:
 
     def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
         """Run the language model over whole stories; the activations of excluded tokens are left out."""
-        token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
-        segments = [story.segments for story in items]
-        together = segments if any(each is not None for each in segments) else None
-        for i, x in harvest(self.lm.model, self.lm.places, self.lm.params, token_ids, together):
+        for i, x in harvest(self.lm.model, self.lm.places, self.lm.params, *_to_read(items)):
             yield i, x[items[i].used]
+
+    def on_device(self, items: Sequence[Story]) -> OnDevice | None:
+        """The same where the device keeps them, as `blocks.on_device` tells; None where NumPy sees them anyway."""
+        return self._on_device(items) if stays_on_device() else None
+
+    def _on_device(self, items: Sequence[Story]) -> OnDevice:
+        for batch, x in harvest_on_device(self.lm.model, self.lm.places, self.lm.params, *_to_read(items)):
+            yield x, [(i, np.arange(len(items[i].token_ids))[items[i].used]) for i in batch]
+            del x  # a batch is gone before the next one is computed
 
     def count_tokens(self) -> tuple[int | None, bool]:
         """Those of 256 stories, evenly spread, make an estimate; exact if there are no more."""
@@ -186,6 +193,13 @@ class StreamSource(StorySource):
         """Of the language model, of the tokenizer, and of the shards' names; positions remember what is in them."""
         names = hashlib.sha256("\n".join(self.shards.names).encode()).hexdigest()
         return {**super().digests(), "text": names}
+
+
+def _to_read(items: Sequence[Story]) -> tuple[list[np.ndarray], list[np.ndarray | None] | None]:
+    """What the language model reads of stories: token ids, none where none are used; segments, where there are some."""
+    token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
+    segments = [story.segments for story in items]
+    return token_ids, segments if any(each is not None for each in segments) else None
 
 
 def model_digest(lm: LanguageModel) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.activations.batches import finite_activations, walk
+from jax_sae.activations.batches import walk
+from jax_sae.activations.blocks import finite_activations
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, identity, normalize
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.places import columns

@@ -19,6 +19,14 @@ def tokens_at_a_time() -> int:
     return 1024 if jax.default_backend() == "cpu" else 32_768
 
 
+def stays_on_device() -> bool:
+    """Whether activations of a text stay on the device from the language model to the batches.
+
+    Not on a CPU, where NumPy sees the same memory, and is as fast.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def padded_length(n_tokens: int) -> int:
     """The length that a story is padded to.
 
@@ -59,6 +67,25 @@ def harvest(
     stories: Sequence[np.ndarray],
     segments: Sequence[np.ndarray | None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
+    """Run the language model over whole stories, as `harvest_on_device` does.
+
+    Yields:
+        (number of the story in `stories`, its activations [T, sum of widths] float32), longest stories first; a story
+        without tokens yields nothing. The array is a view of a larger one: copy what you keep.
+    """
+    for batch, x in harvest_on_device(model, places, params, stories, segments):
+        activations = np.asarray(x)
+        for row, i in enumerate(batch):
+            yield i, activations[row, : len(stories[i])]
+
+
+def harvest_on_device(
+    model: Decoder,
+    places: tuple[str, ...],
+    params: Mapping[str, Any],
+    stories: Sequence[np.ndarray],
+    segments: Sequence[np.ndarray | None] | None = None,
+) -> Iterator[tuple[list[int], jax.Array]]:
     """Run the language model over whole stories, several of about the same length at a time.
 
     Args:
@@ -69,8 +96,8 @@ def harvest(
         segments: for each story None, or the number of its document for each token [T], as `Decoder` takes them.
 
     Yields:
-        (number of the story in `stories`, its activations [T, sum of widths] float32), longest stories first; a story
-        without tokens yields nothing. The array is a view of a larger one: copy what you keep.
+        (numbers in `stories` of those in the first rows, their activations [rows, T, sum of widths] float32), longest
+        stories first; a story without tokens is in none. rows and T take few values, so that few programs are compiled.
     """
     longest_first = sorted((i for i in range(len(stories)) if len(stories[i])), key=lambda i: -len(stories[i]))
     while longest_first:
@@ -83,6 +110,4 @@ def harvest(
             token_ids[row, : len(stories[i])] = stories[i]
             if its is not None and segments is not None and (of_story := segments[i]) is not None:
                 its[row, : len(stories[i])] = of_story
-        activations = np.asarray(read_places(model, places, params, token_ids, its))
-        for row, i in enumerate(batch):
-            yield i, activations[row, : len(stories[i])]
+        yield batch, read_places(model, places, params, token_ids, its)

@@ -99,7 +99,7 @@ def _memory(setup: Setup) -> str:
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
         width = group.width(D)
         step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * width) * 4
-    block = 3 * config.activations.block_tokens * D * 4  # on the host, on the device, and the one before it there
+    block = 2 * config.activations.block_tokens * D * 4  # on the host and on the device, or there alone
     held_out = 2 * config.activations.held_out_tokens * D * 4
     metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())
     needed = 2 * state + gradients + step  # twice: a copy is taken to be saved

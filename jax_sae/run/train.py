@@ -322,6 +322,7 @@ def dispatches(
             seconds_a_step = math.inf if at_each_line else seconds / (last - first)
             yield progress, tokens
             first = last
+        del run, x  # the next block takes their memory
 
 
 def steps_of_a_dispatch(step: int, config: Config, seconds_a_step: float) -> int:

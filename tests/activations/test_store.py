@@ -364,7 +364,7 @@ def test_a_name_without_a_file_or_of_an_unknown_kind_is_refused(tmp_path):
 
 
 def test_a_float64_beyond_float32_is_read_as_infinite_without_a_warning(tmp_path):
-    """Whoever reads it refuses it: see `batches.finite_activations`."""
+    """Whoever reads it refuses it: see `blocks.finite_activations`."""
     np.save(tmp_path / "x.npy", np.array([[1e300, 1.0]]))
     np.testing.assert_array_equal(open_activations(str(tmp_path / "x.npy"))[0].read(0, 1), [[np.inf, 1.0]])
 

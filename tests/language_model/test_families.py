@@ -24,8 +24,9 @@ from safetensors.numpy import load_file, save_file
 from jax_sae.errors import BadInput
 from jax_sae.language_model import families
 from jax_sae.language_model import harvest as harvest_module
+from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.families import FAMILIES, read_architecture
-from jax_sae.language_model.harvest import harvest
+from jax_sae.language_model.harvest import harvest, read_places
 from jax_sae.language_model.places import (
     hugging_face_name,
     place_of_layer,
@@ -264,6 +265,17 @@ def test_weights_may_be_kept_in_bfloat16(name: str, models: dict[str, LanguageMo
     assert all(leaf.dtype == jnp.bfloat16 for leaf in kernels) and lm(ids).dtype == jnp.float32
     assert error(lm(ids), np.asarray(replace(lm, params=rounded)(ids))) < 5e-6
     assert error(lm(ids), np.asarray(models[name](ids))) < 0.05
+
+
+def test_weights_in_bfloat16_are_widened_a_matrix_at_a_time() -> None:
+    """Of 12 blocks no more is in float32 at once than a third of their matrices: else memory would be float32's."""
+    sizes = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 256}
+    a = read_architecture(sizes | {"num_hidden_layers": 12, "num_attention_heads": 4}, "a test")
+    model, ids = Decoder(a, 11), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    coarse = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
+    needed = read_places.lower(model, ("10.resid_post",), coarse, ids).compile().memory_analysis().temp_size_in_bytes
+    assert needed < sum(leaf.size * 4 for leaf in jax.tree.leaves(params["h_0"])) * 11 / 3
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])

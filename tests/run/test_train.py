@@ -3,11 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from running import never, stop_at
 
+from jax_sae.activations.blocks import filled
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import Checkpoints, named_leaves
@@ -113,6 +116,29 @@ def test_resume_is_bit_equal(
     counts = [{name: summary[name] for name in names} for summary in summaries]
     assert counts[0] == counts[1] and counts[0]["tokens_excluded"] >= 2 * 23 * 64 // 300
     assert f"excluded      {counts[0]['tokens_excluded']:,} tokens at the start" in capsys.readouterr().out
+
+
+def test_activations_that_stay_on_the_device_train_to_the_same_bits(
+    demo_config: Config, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is a GPU; stopped and resumed. While a block is made no other one is in memory."""
+    monkeypatch.setattr("jax_sae.activations.story_sources.stays_on_device", lambda: True)
+    shapes: list[tuple[int, ...]] = []
+
+    def making(*args: Any) -> tuple[Any, np.ndarray]:
+        assert not [x for x in jax.live_arrays() if x.shape in shapes]
+        block, norms = filled(*args)
+        assert isinstance(block, jax.Array)
+        shapes.append(block.shape)
+        return block, norms
+
+    monkeypatch.setattr("jax_sae.activations.batches.filled", making)
+    assert not train(demo_config, tmp_path / "run", resume=False, stop_requested=stop_at(6))
+    assert train(demo_config, tmp_path / "run", resume=True, stop_requested=never)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (demo_run / "metrics.jsonl").read_text()
+    expected, found = final_state(demo_run), final_state(tmp_path / "run")
+    assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+    assert set(shapes) == {(7, 64, 64)} and len(shapes) > 4
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(demo_config: Config, tmp_path: Path) -> None:
