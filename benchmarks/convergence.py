@@ -178,7 +178,8 @@ def train(recipes: Recipes, source: Source, held_out_source: Source, looks: Sequ
                 continue
             fvus: dict[tuple[str, int], list[float]] = {}
             for of_group, group, form in zip(members, state, forms, strict=True):
-                for (name, member), (fvu, *_) in zip(of_group, measure_held_out(held_out, group, form), strict=True):
+                measured = measure_held_out(group, form, [held_out], [held_out])
+                for (name, member), (fvu, *_) in zip(of_group, measured, strict=True):
                     fvus.setdefault((name, member.features), []).append(fvu)
             for which, of_seeds in fvus.items():
                 found.setdefault(which, []).append((tokens, of_seeds))

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from reprlib import repr as shortened
 from typing import Any, Literal
@@ -18,11 +18,12 @@ from typing import Any, Literal
 from jax_sae.errors import BadInput, Contradiction
 
 Normalization = Literal["dataset", "story", "none"]
-Initialization = Literal["torch", "orthogonal", "transposed"]
+Initialization = Literal["torch", "orthogonal", "transposed", "independent"]
 DecoderNorm = Literal["free", "unit"]
 DecoderBias = Literal["zero", "mean", "geometric_median"]
 Batching = Literal["tokens", "story"]
 Schedule = Literal["constant", "cosine", "linear"]
+Dictionary = Literal["autoencoder", "transcoder", "skip_transcoder", "crosscoder"]
 PrependBos = Literal["auto", "on", "off"]
 WeightsDtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -56,6 +57,12 @@ def part_of_steps(name: str, value: float, most: float = 1) -> None:
     """Raise BadInput unless 0 <= value <= 1."""
     if not 0 <= value <= min(most, 1):
         raise BadInput(f"{name} is {value}; a part of the steps, from 0 to 1, was expected")
+
+
+def part_above_0(name: str, value: float, most: float) -> None:
+    """Raise BadInput unless 0 < value <= most."""
+    if not 0 < value <= most:
+        raise BadInput(f"{name} is {value}; a part of the tokens, above 0 and up to {most:g}, was expected")
 
 
 def from_0(name: str, value: float, most: float) -> None:
@@ -107,6 +114,8 @@ class Facts:
     """What it is called in names of members, where not by its own name."""
     before: Any = None
     """Its value in runs of versions that did not have it, where not the default of now."""
+    explicit: bool = False
+    """Whether it has no list in [sweep]: only explicit members say it, and `sweep.dictionaries` stands for it."""
 
 
 def setting(start: Any = None, **facts: Any) -> Any:
@@ -184,7 +193,9 @@ class ActivationsConfig:
 
 @dataclass(frozen=True)
 class Member:
-    """One autoencoder of a sweep. None stands for what its kind's paper uses, or for [train]'s value.
+    """One dictionary of a sweep. None stands for what its kind's paper uses, or for [train]'s value.
+
+    An autoencoder reads and writes one `place`. Any other dictionary says what it `reads` and what it `writes`.
 
     A new setting is one more field here. Its list in [sweep], flag, check, place in names and record follow from it.
     """
@@ -211,6 +222,12 @@ class Member:
         listed=True, sparsity=True, label="target", check=positive, counts_features=True, traced="float32"
     )
     """jumprelu: numbers of active features a token to aim at, instead of a lambda."""
+    frequency_coefficient: float | None = setting(
+        listed=True, label="frequency", check=not_negative, most=math.inf, traced="float32"
+    )
+    """jumprelu (default 0): weight of how much more often than frequency_limit features fire."""
+    frequency_limit: float | None = setting(listed=True, label="limit", check=part_above_0, most=1, traced="float32")
+    """jumprelu (default 0.1): the part of the tokens on which a feature may fire without that penalty."""
     k: int | None = setting(listed=True, sparsity=True, check=positive, counts_features=True, traced="int32")
     """topk, batchtopk, matryoshka (default 32): active features a token."""
     auxk_coefficient: float | None = setting(listed=True, check=not_negative, most=math.inf, traced="float32")
@@ -234,10 +251,11 @@ class Member:
     """unit: directions are kept at norm 1, their gradients projected (default but for relu). free: they are not."""
     initialization: Initialization | None = setting(default="transposed", initial=True)
     """torch: torch.nn.Linear's uniform values. orthogonal: a random orthogonal W_dec, the default of relu without a
-    penalty. transposed: random directions of norm initial_norm, the default of all others. With the last two W_enc is
-    W_dec's transpose."""
+    penalty. transposed: random directions of norm initial_norm, the default of all others. With these two W_enc is
+    W_dec's transpose. independent: as transposed, but W_enc has random directions of norm 1 of its own, the default of
+    dictionaries that write other places than they read."""
     initial_norm: float | None = setting(default=1.0, check=positive, initial=True)
-    """With transposed: norm of each direction at the start; default 1, for relu 0.1."""
+    """With transposed and independent: norm of each direction at the start; default 1, for relu 0.1."""
     encoder_bias: float | None = setting(default=0.0, check=not_negative, most=math.inf, initial=True)
     """With orthogonal: initial b_enc in standard deviations of an activation; above 0, features start active. Default 2
     where orthogonal is the default, else 0."""
@@ -250,6 +268,12 @@ class Member:
     """Which activations it reads, such as 9.mlp_out; without it, those of the only place there is."""
     resamples: int | None = setting(default=0, check=not_negative)
     """How often, evenly spread over the steps, dead features are set to activations with a large error; default 0."""
+    reads: tuple[str, ...] | None = setting(explicit=True)
+    """Places that it reads, side by side, in place of `place`; 5.mlp_in or, as a flag, 5.mlp_in+6.mlp_in."""
+    writes: tuple[str, ...] | None = setting(explicit=True)
+    """Places that it writes; without them, those that it reads: a crosscoder."""
+    skip: bool | None = setting(explicit=True)
+    """Whether what it reads goes to what it writes through a matrix of its own too, W_skip; default no."""
 
 
 SETTINGS: dict[str, Facts] = {each.name: each.metadata["facts"] for each in dataclasses.fields(Member)}
@@ -265,7 +289,9 @@ def _lists() -> Any:
     """A record with a list for every setting of a member; those that `SweepConfig` declares keep their places in it."""
     hints: dict[str, Any] = typing.get_type_hints(Member)
     lists: dict[str, Any] = {
-        f.list or name: types.GenericAlias(tuple, (without_none(hints[name]), ...)) for name, f in SETTINGS.items()
+        f.list or name: types.GenericAlias(tuple, (without_none(hints[name]), ...))
+        for name, f in SETTINGS.items()
+        if not f.explicit
     }
     first = ["places", "kinds", "features", *(name for name, facts in SETTINGS.items() if facts.sparsity)]
     order = dict.fromkeys([*first, "seeds", "learning_rates", "scale_learning_rates", *lists])
@@ -300,11 +326,40 @@ class SweepConfig(Lists):
     """Multiply them by 1 / sqrt(F / 2^14), as Gao et al. 2024 do."""
     members: tuple[Member, ...] = ()
     """Instead of the combinations: [[sweep.members]] in TOML, features=768,seed=1,kind=topk,k=16 as a flag."""
+    dictionaries: tuple[Dictionary, ...] = ("autoencoder",)
+    """autoencoder: one at each place. transcoder: one for each layer, from its MLP's input to the output.
+    skip_transcoder: the same with a linear way past the features. crosscoder: one over all places."""
+    layers: tuple[int, ...] = ()
+    """Blocks, counted from 0, of transcoders; of autoencoders and crosscoders too, after each of them, unless places
+    are given."""
+
+
+def placements(sweep: SweepConfig) -> list[dict[str, Any]]:
+    """What each dictionary of a sweep's lists reads and writes, as settings of a member; [{}] where nothing is said."""
+    places = sweep.places or tuple(f"{layer}.resid_post" for layer in sweep.layers)
+    found: list[dict[str, Any]] = []
+    for dictionary in sweep.dictionaries:
+        if dictionary == "autoencoder":
+            found += [{"place": place} for place in places or (None,)]
+        elif dictionary == "crosscoder":
+            found.append({"reads": places, "writes": places})
+        else:
+            skip = {"skip": True} if dictionary == "skip_transcoder" else {}
+            found += [{"reads": (f"{n}.mlp_in",), "writes": (f"{n}.mlp_out",), **skip} for n in sweep.layers]
+    return found
 
 
 def places_of(sweep: SweepConfig) -> tuple[str, ...]:
-    """The places that a sweep names; none where it is trained at the only one that there is."""
-    return tuple(dict.fromkeys([*sweep.places, *(member.place for member in sweep.members if member.place)]))
+    """The places that a sweep names, in the order of its members; none where it is trained at the only one there is."""
+    if not sweep.members:
+        return named_places(placements(sweep))
+    return named_places([*({"place": place} for place in sweep.places), *map(dataclasses.asdict, sweep.members)])
+
+
+def named_places(its: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """All places of placements, each once."""
+    found = [[each.get("place"), *(each.get("reads") or ()), *(each.get("writes") or ())] for each in its]
+    return tuple(dict.fromkeys(name for names in found for name in names if name))
 
 
 @dataclass(frozen=True)

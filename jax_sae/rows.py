@@ -67,15 +67,17 @@ def padded_rows(rows: int) -> int:
     return -(-max(rows, 1) // step) * step
 
 
-def by_rows(compute: Callable[[Any], jax.Array], x: np.ndarray | jax.Array) -> jax.Array:
+def by_rows(compute: Callable[..., jax.Array], x: np.ndarray | jax.Array, *more: np.ndarray | jax.Array) -> jax.Array:
     """compute(x) for x[..., I] and a function of rows [N, I] -> [N, O] that are independent; with few different N.
+
+    It may take `more` arrays of the same tokens.
 
     JAX compiles a program for each shape and keeps it, so rows of zeros are added up to `padded_rows`, and taken away
     again. On a CPU both are done by NumPy, without a program, and without a copy of what has the right shape already.
     """
     rows = math.prod(x.shape[:-1])
-    flat = x if x.ndim == 2 else in_numpy(x).reshape(rows, x.shape[-1])
-    return unpadded(compute(padded(flat, (padded_rows(rows),))), (rows,), x.shape[:-1])
+    flat = [each if each.ndim == 2 else in_numpy(each).reshape(rows, each.shape[-1]) for each in (x, *more)]
+    return unpadded(compute(*(padded(each, (padded_rows(rows),)) for each in flat)), (rows,), x.shape[:-1])
 
 
 def padded(x: np.ndarray | jax.Array, sizes: tuple[int, ...]) -> np.ndarray | jax.Array:

@@ -1,6 +1,9 @@
-"""A trained autoencoder: activations in the language model's own scale -> features -> activations."""
+"""A trained autoencoder: activations in the language model's own scale -> features -> activations.
 
-from collections.abc import Sequence
+Or a transcoder or crosscoder, which reads and writes other places, each of them normalised by itself.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,8 +19,9 @@ from jax_sae.activations.normalize import (
     estimate_story,
     estimate_story_traced,
     normalize,
-    of_place,
+    of_places,
 )
+from jax_sae.activations.places import Columns, Place, columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
 from jax_sae.card import card
@@ -34,9 +38,12 @@ def _encode(model: Autoencoder, params: Params, values: Values, normalization: N
     return encode(model, params, values, normalize(normalization, x))
 
 
-def _decode(model: Autoencoder, params: Params, normalization: Normalization, features: Any) -> jax.Array:
-    params, normalization = widened((params, normalization))
-    return denormalize(normalization, decode(model, params, features))
+def _decode(
+    model: Autoencoder, params: Params, of_reads: Normalization, of_writes: Normalization, features: Any, x: Any = None
+) -> jax.Array:
+    params, of_reads, of_writes = widened((params, of_reads, of_writes))
+    inputs = None if x is None else normalize(of_reads, x)
+    return denormalize(of_writes, decode(model, params, features, inputs))
 
 
 _encode_compiled = jax.jit(_encode, static_argnames="model")
@@ -44,8 +51,10 @@ _decode_compiled = jax.jit(_decode, static_argnames="model")
 
 
 @lru_cache(maxsize=256)
-def _model(kind: type[Autoencoder], width: int, features: int, most_k: int) -> Autoencoder:
-    return kind(width, features, most_k=most_k, is_trained=False)
+def _model(
+    kind: type[Autoencoder], width: int, features: int, most_k: int, written: tuple[int, ...], skip: bool
+) -> Autoencoder:
+    return kind(width, features, written, skip, most_k=most_k, is_trained=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +74,7 @@ class Origin:
     run has measured another step, or none."""
     fvu: float | None = None
     place: str = ""
-    """Where its activations are from; empty where the run does not know."""
+    """Where the activations of an autoencoder are from; empty where the run does not know."""
 
     def __eq__(self, other: object) -> bool:
         """Equal to every other."""
@@ -99,13 +108,14 @@ class TrainedAutoencoder:
     """
 
     params: Params
-    """W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32; they see normalised activations. A kind may have more."""
+    """W_enc[D, F], b_enc[F], W_dec[F, D_written], b_dec[D_written], with a skip W_skip[D, D_written], float32; they see
+    normalised activations. A kind may have more."""
     memory: dict[str, jax.Array]
     """What its kind remembers from training: the `threshold` of batchtopk and matryoshka."""
     settings: dict[str, jax.Array]
     """What else it encodes with: `k` of topk, a float32, so that gradients can be taken with respect to all leaves."""
     normalization: Normalization
-    """What was fitted to the run's activations; the identity where each story has its own."""
+    """What was fitted to the run's activations that it reads; the identity where each story has its own."""
     kind: str = field(metadata={"static": True})
     """A file of jax_sae/autoencoder/kinds, or module:Class of one from elsewhere."""
     per_story: bool = field(default=False, metadata={"static": True})
@@ -114,6 +124,10 @@ class TrainedAutoencoder:
     """Tokens at the start of a story that do not count for its mean and scale."""
     origin: Origin | NoOrigin = field(default=NoOrigin(), metadata={"static": True})
     """The run's name for it, and more, behind `name`, `step`, `member` and `config`."""
+    of_written: Normalization | None = None
+    """What was fitted to the activations that it writes; None: an autoencoder writes what it reads."""
+    written: tuple[int, ...] = field(default=(), metadata={"static": True})
+    """Widths of the places that it writes, side by side; empty for an autoencoder."""
 
     def __post_init__(self) -> None:
         """Take the label off what is no particular autoencoder; JAX calls this with leaves of any type."""
@@ -147,8 +161,21 @@ class TrainedAutoencoder:
 
     @property
     def place(self) -> str:
-        """Where in the language model its activations are from, such as 9.mlp_out; empty where the run did not know."""
+        """Where in the language model its activations are from, such as 9.mlp_out; empty where the run did not know.
+
+        Of an autoencoder; for other dictionaries it is empty too, and `reads` and `writes` say it.
+        """
         return self._origin("place").place
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The places whose activations it reads, side by side in this order; ('',) where the run did not know."""
+        return self._origin("reads").member.reads or (self.place,)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The places whose activations it writes, side by side in this order."""
+        return self._origin("writes").member.writes or (self.place,)
 
     @property
     def config(self) -> Config:
@@ -165,16 +192,28 @@ class TrainedAutoencoder:
 
     @property
     def width(self) -> int:
-        """D, the width of the activations."""
+        """D, the width of the activations that it reads; the sum over its places."""
         return self.params["W_enc"].shape[-2]
+
+    @property
+    def written_width(self) -> int:
+        """D_written, of those that it writes; D of an autoencoder."""
+        return self.params["W_dec"].shape[-1]
+
+    @property
+    def skip(self) -> bool:
+        """Whether part of what it reads goes past the features: x W_skip."""
+        return "W_skip" in self.params
 
     @property
     def features(self) -> int:
         """F, the number of features."""
         return self.params["W_enc"].shape[-1]
 
-    def encode(self, x: ArrayLike) -> jax.Array:
+    def encode(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
         """x[..., D], activations as the language model gives them -> features [..., F] float32, none below 0.
+
+        A dictionary of several places takes them side by side, or by their names, {"5.mlp_in": x, ...}.
 
         Where the run normalised per story, x[T, D] has to be one whole story, whose mean and scale are then used: those
         of its tokens after the first `exclude_first_tokens`, as in training. Inside a transform they are computed in
@@ -191,14 +230,25 @@ class TrainedAutoencoder:
         model = self._model()
         return by_rows(lambda rows: _encode_compiled(model, self.params, values, normalization, rows), x)
 
-    def decode(self, features: ArrayLike, story: ArrayLike | None = None) -> jax.Array:
-        """features [..., F] -> x_hat[..., D] float32, in the language model's own scale.
+    def decode(
+        self,
+        features: ArrayLike,
+        story: ArrayLike | None = None,
+        *,
+        inputs: ArrayLike | Mapping[str, ArrayLike] | None = None,
+        place: str | None = None,
+    ) -> jax.Array:
+        """features [..., F] -> what they write, [..., D_written] float32, in the language model's own scale.
+
+        With `place`, the columns of one of the places in `writes` alone. Where there is a skip, `inputs` are what was
+        encoded; else they are not used.
 
         Where the run normalised per story, features do not hold the story's mean and scale: `story` gives them, the
         activations [T, D] that were encoded. In other runs it is not used.
 
         Raises:
-            BadInput: if features are not numbers, the last axis is not F, or `story` is missing where it is needed.
+            BadInput: if features are not numbers, the last axis is not F, it does not write that place, or `story` or
+                `inputs` are missing where they are needed.
         """
         features = as_float32(features, "features")
         if features.shape[-1:] != (self.features,):
@@ -208,24 +258,56 @@ class TrainedAutoencoder:
                 "this run normalised each story by itself, so decode() needs the story's activations: "
                 "decode(features, story=x), or sae(x) for both steps at once"
             )
+        if self.skip and inputs is None:
+            raise BadInput(
+                f"{self.name} has a skip, so what it writes depends on what it reads as well: decode(features, "
+                "inputs=x), or sae(x) for both steps at once"
+            )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
+        written = normalization if self.of_written is None else self.of_written
         model = self._model()
-        if is_traced(self, features, normalization):
-            return _decode(model, self.params, normalization, features)
-        return by_rows(lambda rows: _decode_compiled(model, self.params, normalization, rows), features)
+        x = (self._checked(inputs),) if self.skip and inputs is not None else ()
+        if x and x[0].shape[:-1] != features.shape[:-1]:
+            raise BadInput(
+                f"features have shape {features.shape}, but inputs {x[0].shape}; they are of the same tokens"
+            )
+        if is_traced(self, features, normalization, *x):
+            y = _decode(model, self.params, normalization, written, features, *x)
+        else:
+            y = by_rows(lambda *rows: _decode_compiled(model, self.params, normalization, written, *rows), features, *x)
+        return y if place is None else y[..., slice(*self._columns_of(place))]
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
-        """x[..., D] -> its reconstruction, decode(encode(x))."""
+    def __call__(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
+        """x[..., D] -> what it writes, decode(encode(x)): of an autoencoder, the reconstruction of x."""
         x = self._checked(x)
-        return self.decode(self.encode(x), story=x if self.per_story else None)
+        return self.decode(self.encode(x), story=x if self.per_story else None, inputs=x if self.skip else None)
+
+    def _columns_of(self, place: str) -> Columns:
+        """Those of a place among the columns that are written."""
+        widths = self.written or (self.written_width,)
+        its = columns([Place(name, width) for name, width in zip(self.writes, widths, strict=True)])
+        if place not in its:
+            raise BadInput(f"{self.name} does not write {place!r}; it writes {', '.join(self.writes)}")
+        return its[place]
 
     def _model(self) -> Autoencoder:
         """The Flax module of its kind; how many features topk looks at follows from k, where that is known."""
         k = self.settings.get("k", 0)
         most_k = 0 if is_traced(k) else int(k)
-        return _model(kind_named(self.kind), self.width, self.features, most_k)  # type: ignore[arg-type]
+        kind = kind_named(self.kind)
+        return _model(kind, self.width, self.features, most_k, self.written, self.skip)  # type: ignore[arg-type]
 
-    def _checked(self, x: ArrayLike) -> np.ndarray | jax.Array:
+    def _checked(self, x: ArrayLike | Mapping[str, ArrayLike]) -> np.ndarray | jax.Array:
+        if isinstance(x, Mapping):
+            if lacking := [name for name in self.reads if name not in x]:
+                raise BadInput(f"{self.name} reads {', '.join(self.reads)}; {lacking[0]} is not among what is given")
+            parts = [as_float32(x[name], name) for name in self.reads]
+            if len({part.shape[:-1] for part in parts}) > 1:
+                raise BadInput(
+                    f"{' and '.join(f'{n} has shape {p.shape}' for n, p in zip(self.reads, parts, strict=True))}; "
+                    "they are to be of the same tokens"
+                )
+            x = (jnp if is_traced(parts) else np).concatenate(parts, -1)
         if (ndim := self.params["W_enc"].ndim) != 2:
             raise BadInput(
                 f"{self.name} has W_enc with {ndim} axes: several are stacked. Take one, jax.tree.map(lambda leaf: "
@@ -258,6 +340,8 @@ class TrainedAutoencoder:
         shape = getattr(self.params.get("W_enc"), "shape", ())
         k, dtype = self.settings.get("k"), getattr(self.params.get("W_enc"), "dtype", None)
         facts = {"kind": self.kind, "F": str(shape[-1]) if shape else "?", "D": str(shape[-2]) if shape else "?"}
+        if self.written and isinstance(self.origin, Origin):
+            facts |= {"reads": ", ".join(self.reads), "writes": ", ".join(self.writes)}
         if len(shape) > 2:
             facts["stacked"] = " x ".join(map(str, shape[:-2]))
         if k is not None and not is_traced(k) and getattr(k, "ndim", None) == 0:
@@ -299,6 +383,16 @@ def trained_members(
             kind = kind_named(member.kind)
             memory = {each: its.memory[each] for each in kind.initial_memory()}
             settings = {each: jnp.float32(its.settings[each]) for each in kind.encode_settings}
-            fitted = jax.tree.map(jnp.asarray, of_place(normalization, group.columns))
-            found[name] = TrainedAutoencoder(its.params, memory, settings, fitted, kind=member.kind)
+            fitted, of_written = (
+                jax.tree.map(jnp.asarray, of_places(normalization, each)) for each in (group.reads, group.writes)
+            )
+            found[name] = TrainedAutoencoder(
+                its.params,
+                memory,
+                settings,
+                fitted,
+                kind=member.kind,
+                of_written=of_written if group.writes else None,
+                written=group.form.written,
+            )
     return found

@@ -137,9 +137,9 @@ class Halved(ReLU):
 
     settings: ClassVar[Mapping[str, Any]] = {**ReLU.settings, "l1_coefficient": 1.0}
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """Half of it."""
-        terms = super().loss(x, weights, values)
+        terms = super().loss(x, targets, weights, values)
         return terms._replace(penalty=terms.penalty / 2)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sae.activations.places import Columns, Place, columns
+from jax_sae.activations.places import Columns, Place, columns, own_columns
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
 
@@ -120,12 +120,14 @@ def of_each_place(
     return Normalization(*(np.concatenate(numbers) for numbers in zip(*each, strict=True)))
 
 
-def of_place(normalization: Normalization, its: Columns | None) -> Normalization:
-    """That of one place, as `estimate` made it, of that of several; unchanged where `its` columns are None."""
+def of_places(normalization: Normalization, its: Sequence[Columns] | None) -> Normalization:
+    """That of some places, in their order, of that of all; of one as `estimate` made it; unchanged where None."""
     if its is None:
         return normalization
     mean, scale = map(np.asarray, normalization)
-    return Normalization(mean[slice(*its)], scale[its[0]] if scale.ndim else scale)
+    if len(its) > 1:
+        return Normalization(own_columns(mean, its), own_columns(np.broadcast_to(scale, mean.shape), its))
+    return Normalization(mean[slice(*its[0])], scale[its[0][0]] if scale.ndim else scale)
 
 
 def for_story(kind: Kind, fitted: Normalization, x: np.ndarray, places: Sequence[Place]) -> Normalization:
@@ -143,17 +145,26 @@ def denormalize(normalization: Normalization, x: Array) -> Array:
     return x / normalization.scale + normalization.mean
 
 
-def fold(normalization: Normalization, params: dict[str, Array]) -> dict[str, Array]:
+def fold(
+    normalization: Normalization, params: dict[str, Array], written: Normalization | None = None
+) -> dict[str, Array]:
     """Parameters that do on raw activations what `params` do on normalised ones, with the same features.
 
-    W_enc <- s W_enc, b_enc <- b_enc - (s mean) W_enc, W_dec <- W_dec / s, b_dec <- b_dec / s + mean; of kinds whose
-    encoder sees x itself, not x - b_dec (relu, jumprelu). A `story` normalisation changes from story to story and
-    cannot be folded.
+    W_enc <- s W_enc, b_enc <- b_enc - (s mean) W_enc, W_dec <- W_dec / t, b_dec <- b_dec / t + m, with the mean and the
+    scale s of what is read, and m and t of what is `written` (None: the same); of dictionaries whose encoder sees x
+    itself, not x - b_dec (relu, jumprelu, and all that write other places than they read). With a skip W_skip <- s
+    W_skip / t, and b_dec loses mean times that. A `story` normalisation changes from story to story and cannot be
+    folded.
     """
     mean, scale = normalization
-    return {
-        "W_enc": params["W_enc"] * scale,
+    to_mean, to_scale = normalization if written is None else written
+    folded = {
+        "W_enc": params["W_enc"] * np.reshape(scale, (-1, 1)),
         "b_enc": params["b_enc"] - (mean * scale) @ params["W_enc"],
-        "W_dec": params["W_dec"] / scale,
-        "b_dec": params["b_dec"] / scale + mean,
+        "W_dec": params["W_dec"] / to_scale,
+        "b_dec": params["b_dec"] / to_scale + to_mean,
     }
+    if "W_skip" in params:
+        folded["W_skip"] = params["W_skip"] * np.reshape(scale, (-1, 1)) / to_scale
+        folded["b_dec"] = folded["b_dec"] - mean @ folded["W_skip"]
+    return folded

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,20 @@ def columns(places: Sequence[Place]) -> dict[str, Columns]:
         found[place.name] = first, first + place.width
         first += place.width
     return found
+
+
+def own_columns(x: Any, its: Sequence[Columns] | None) -> Any:
+    """Those columns of x[..., D1 + D2 + ...], side by side in their order; x itself where they are all, or None."""
+    if its is None:
+        return x
+    spans: list[Columns] = []
+    for first, last in its:  # neighbours are one span, which costs no copy
+        adjacent = spans and spans[-1][1] == first
+        spans[-1:] = [(spans[-1][0], last)] if adjacent else [*spans[-1:], (first, last)]
+    if spans == [(0, x.shape[-1])]:
+        return x
+    parts = [x[..., slice(*span)] for span in spans]
+    return parts[0] if len(parts) == 1 else (np if isinstance(x, np.ndarray) else jnp).concatenate(parts, axis=-1)
 
 
 def described(places: Sequence[Place]) -> str:

@@ -194,12 +194,20 @@ def with_known_places(sweep: SweepConfig, source: Source) -> SweepConfig:
     if not isinstance(source, StorySource):
         return sweep
     architecture, model_type = source.lm.model.architecture, source.lm.model_type
+
+    def known(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(read_place(name, architecture, model_type) for name in names)
+
     members = [
-        replace(member, place=read_place(member.place, architecture, model_type)) if member.place else member
+        replace(
+            member,
+            place=known((member.place,))[0] if member.place else member.place,
+            reads=known(member.reads) if member.reads else member.reads,
+            writes=known(member.writes) if member.writes else member.writes,
+        )
         for member in sweep.members
     ]
-    places = [read_place(place, architecture, model_type) for place in sweep.places]
-    return replace(sweep, places=tuple(places), members=tuple(members))
+    return replace(sweep, places=known(sweep.places), members=tuple(members))
 
 
 def open_sources(config: Config) -> Sources:

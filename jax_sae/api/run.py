@@ -24,7 +24,7 @@ from jax_sae.run.load import load_autoencoder, make_autoencoder
 from jax_sae.run.progress import content
 from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
 from jax_sae.run.train import Ended
-from jax_sae.sweep.members import member_names, recorded_member, sweep_members
+from jax_sae.sweep.members import member_names, placement_labels, recorded_member, sweep_members
 from jax_sae.sweep.update import METRICS
 from jax_sae.trained import TrainedAutoencoder
 
@@ -195,7 +195,7 @@ class Run:
             raise BadInput(f"{self._name}: not one member gives finite numbers, so there is no frontier")
         pca = summary.get("pca")  # some older runs do not have it
         if pca and "fvu" not in pca:
-            pca = pca[place]
+            pca = pca[place or next(iter(pca))]
         curve = (pca["directions"], pca["fvu"]) if pca else None
         title = f"{self._name}{f' at {place}' if place else ''}: {summary['held_out_tokens']:,} held-out tokens"
         return frontier_figure(points, curve, title)
@@ -221,14 +221,13 @@ class Run:
 
     def _names_at(self, place: str | None) -> list[str]:
         """The names of the members at a place; of all, where the run has one."""
-        places = dict.fromkeys(member.place for member in sweep_members(self.config.sweep))
-        if len(places) == 1 and place is None:
+        labels = placement_labels(sweep_members(self.config.sweep))
+        if len(set(labels)) == 1 and place is None:
             return self.names
-        if place not in places:
-            has = ", ".join(name or "one without a name" for name in places)
+        if place not in labels:
+            has = ", ".join(name or "one without a name" for name in dict.fromkeys(labels))
             raise BadInput(f"place is {place!r}; one of the run's places was expected: {has}")
-        its = zip(self.names, sweep_members(self.config.sweep), strict=True)
-        return [name for name, member in its if member.place == place]
+        return [name for name, label in zip(self.names, labels, strict=True) if label == place]
 
     def __repr__(self) -> str:
         """One line, and a table of the members."""

@@ -1,8 +1,12 @@
-"""What autoencoders of every kind share: parameters, their initial values, and the decoder.
+"""What dictionaries of every kind share: parameters, their initial values, and the decoder.
+
+A dictionary makes features of inputs x[B, D], and of these what it writes, y_hat[B, D_written], which is to be like
+targets y. An autoencoder is the one whose targets are its inputs. A transcoder has others. A crosscoder reads and
+writes the activations of several places side by side.
 
 It knows nothing of language models, normalisation or sweeps. Parameters have the names and shapes of the field:
-W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D]; row i of W_dec is the direction of feature i. What a kind computes from
-them, and what else it has, stands in its file in `kinds/`.
+W_enc[D, F], b_enc[F], W_dec[F, D_written], b_dec[D_written]; row i of W_dec is the direction of feature i. What a kind
+computes from them, and what else it has, stands in its file in `kinds/`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +19,13 @@ import jax.numpy as jnp
 
 from jax_sae.autoencoder.loss import Terms
 from jax_sae.config import Initialization, Precision
+from jax_sae.errors import BadInput
 from jax_sae.precision import dot_general
 
 Initializer = Callable[..., jax.Array]
 Params = dict[str, jax.Array]
-"""W_enc[D, F], b_enc[F], W_dec[F, D], b_dec[D], float32, and what a kind has besides or in place of b_enc."""
+"""W_enc[D, F], b_enc[F], W_dec[F, D_written], b_dec[D_written], float32; with a skip W_skip[D, D_written]; and what a
+kind has besides or in place of b_enc."""
 Values = Mapping[str, jax.Array]
 """A member's settings and what it remembers, by name: k, l1_coefficient, threshold, ..."""
 
@@ -59,9 +65,13 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder of width D with F features: x_hat = decode(encode(x)), decode(f) = f W_dec + b_dec.
+    """A dictionary that reads D numbers, with F features: y_hat = decode(encode(x)), decode(f) = f W_dec + b_dec.
 
-    A kind is a subclass: it says how to `encode`, and which `loss` is minimised.
+    A kind is a subclass: it says how to `encode`, and which `loss` is minimised. It is written once for autoencoders
+    and all others: it takes `centred(x)` for what its paper calls x - b_dec, and `direction_norms()` for |W_dec_i|.
+
+    written: widths of the places that are written, side by side; empty for an autoencoder, which writes what it reads.
+    skip: y_hat = f W_dec + b_dec + x W_skip. The last term is taken off the targets before a kind's `loss` sees them.
 
     initialization:
         'torch': W and b of both layers as torch.nn.Linear draws them (fan-in D for the encoder, F for the decoder).
@@ -69,8 +79,9 @@ class Autoencoder(nn.Module):
         feature active x is projected onto F random directions; b_enc = `encoder_bias`, b_dec = -`encoder_bias` * the
         sum of W_dec's rows, so that x = 0 is reconstructed as 0. It knows nothing of the data.
         'transposed': rows of W_dec in random directions, of norm `initial_norm`, W_enc its transpose, biases 0.
+        'independent': rows of W_dec so too, columns of W_enc in random directions of their own, of norm 1, biases 0.
     most_k: the largest k of the members that are computed together; 0 where there is none, or it is not known.
-    penalised: whether any of them has a penalty above 0, so that it is computed.
+    weighs: those of `penalties` that are above 0 in any of them, so that their terms are computed; None: all are.
     is_trained: whether products have the gradients of `product`, fast in a step, but of reverse mode only.
     """
 
@@ -96,12 +107,14 @@ class Autoencoder(nn.Module):
 
     width: int
     features: int
+    written: tuple[int, ...] = ()
+    skip: bool = False
     initialization: Initialization = "torch"
     encoder_bias: float = 0.0
     initial_norm: float = 1.0
     precision: Precision = "float32"
     most_k: int = 0
-    penalised: bool = True
+    weighs: tuple[str, ...] | None = None
     is_trained: bool = True
 
     def setup(self) -> None:
@@ -111,24 +124,43 @@ class Autoencoder(nn.Module):
 
     def declare_weights(self) -> None:
         """Declare those parameters that every kind has."""
-        D, F = self.width, self.features
+        D, F, D_written = self.width, self.features, self.written_width
+        if self.skip:
+            self.W_skip = self.param("W_skip", nn.initializers.zeros, (D, D_written), jnp.float32)
         if self.initialization == "torch":
             self.W_enc = self.param("W_enc", torch_linear(D), (D, F))
-            self.W_dec = self.param("W_dec", torch_linear(F), (F, D))
-            self.b_dec = self.param("b_dec", torch_linear(F), (D,))
+            self.W_dec = self.param("W_dec", torch_linear(F), (F, D_written))
+            self.b_dec = self.param("b_dec", torch_linear(F), (D_written,))
             return
         if self.initialization == "orthogonal":
-            self.W_dec = self.param("W_dec", nn.initializers.orthogonal(dtype=jnp.float32), (F, D))
+            self.W_dec = self.param("W_dec", nn.initializers.orthogonal(dtype=jnp.float32), (F, D_written))
         else:
-            self.W_dec = self.param("W_dec", random_directions(self.initial_norm), (F, D))
-        self.W_enc = self.param("W_enc", lambda key: self.W_dec.T)
+            self.W_dec = self.param("W_dec", random_directions(self.initial_norm), (F, D_written))
         self.b_dec = self.param("b_dec", lambda key: -self.encoder_bias * self.W_dec.sum(0))
+        if self.initialization == "independent":
+            self.W_enc = self.param("W_enc", lambda key: random_directions(1.0)(key, (F, D)).T)
+            return
+        if D != D_written:
+            raise BadInput(
+                f"initialization {self.initialization!r} makes W_enc the transpose of W_dec, but {D} numbers are read "
+                f"and {D_written} written; use 'independent' or 'torch'"
+            )
+        self.W_enc = self.param("W_enc", lambda key: self.W_dec.T)
+
+    @property
+    def written_width(self) -> int:
+        """D_written, of all places that are written."""
+        return sum(self.written) or self.width
 
     def initial_bias(self) -> Initializer:
         """Initial values of the encoder's bias."""
         if self.initialization == "torch":
             return torch_linear(self.width)
         return nn.initializers.constant(self.encoder_bias, jnp.float32)
+
+    def is_weighed(self, *settings: str) -> bool:
+        """Whether any of these penalties is to be computed."""
+        return self.weighs is None or not set(settings).isdisjoint(self.weighs)
 
     def product(self, x: jax.Array, W: jax.Array) -> jax.Array:
         """x[..., I] W[I, O] -> [..., O]."""
@@ -140,16 +172,39 @@ class Autoencoder(nn.Module):
         """x[..., D] -> x W_enc + b_enc, [..., F]."""
         return self.product(x, self.W_enc) + self.b_enc
 
+    def centred(self, x: jax.Array) -> jax.Array:
+        """x - b_dec for an autoencoder; x for others, whose b_dec is of what they write (Dunefsky et al. 2024)."""
+        return x if self.written else x - self.b_dec
+
+    def direction_norms(self) -> jax.Array:
+        """|W_dec_i|, [F]; the sum of those at each written place, where there are several.
+
+        That is what a feature of a crosscoder costs: Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features
+        and Model Diffing", which finds that the root of the sum of squares makes features seem shared that are not.
+        """
+        if len(self.written) < 2:
+            return row_norms(self.W_dec)
+        first, norms = 0, jnp.zeros(self.features)
+        for width in self.written:
+            norms, first = norms + row_norms(self.W_dec[:, first : first + width]), first + width
+        return norms
+
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """x[..., D] -> features [..., F], none below 0, as they are used once training is over."""
         raise NotImplementedError
 
     def decode(self, features: jax.Array) -> jax.Array:
-        """features[..., F] -> reconstruction [..., D]."""
+        """features[..., F] -> what they write, without a skip, [..., D_written]."""
         return self.product(features, self.W_dec) + self.b_dec
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+    def past_the_features(self, x: jax.Array) -> jax.Array:
+        """x[..., D] -> x W_skip, [..., D_written]."""
+        return self.product(x, self.W_skip)
+
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """What training minimises, on a batch x[B, D] with weights[B], 1 for a token and 0 for padding.
+
+        `targets`[B, D_written] are what is to be written, x itself for an autoencoder; with a skip, what it leaves.
 
         Beyond the settings, `values` has `ramp`, from 0 to 1 during the warm-up of the penalty, and, for kinds with
         AuxK, `dead`[F] bool and `any_dead` bool.
@@ -211,11 +266,30 @@ def encode(model: Autoencoder, params: Params, values: Values, x: jax.Array) -> 
     return cast(jax.Array, model.apply({"params": params}, x, values, method="encode"))
 
 
-def decode(model: Autoencoder, params: Params, features: jax.Array) -> jax.Array:
-    """features[..., F] -> reconstruction [..., D] of the autoencoder with these parameters."""
-    return cast(jax.Array, model.apply({"params": params}, features, method="decode"))
+def decode(model: Autoencoder, params: Params, features: jax.Array, x: jax.Array | None = None) -> jax.Array:
+    """features[..., F] -> what the dictionary with these parameters writes, [..., D_written].
+
+    With a skip, x[..., D] are the inputs that the features were made of; else they do not matter.
+    """
+    written = cast(jax.Array, model.apply({"params": params}, features, method="decode"))
+    if not model.skip:
+        return written
+    return written + cast(jax.Array, model.apply({"params": params}, x, method="past_the_features"))
 
 
-def loss(model: Autoencoder, params: Params, values: Values, x: jax.Array, weights: jax.Array) -> Terms:
-    """The terms of the loss of the autoencoder with these parameters and values, on a batch x[B, D] with weights[B]."""
-    return cast(Terms, model.apply({"params": params}, x, weights, values, method="loss"))
+def loss(
+    model: Autoencoder,
+    params: Params,
+    values: Values,
+    x: jax.Array,
+    weights: jax.Array,
+    targets: jax.Array | None = None,
+) -> Terms:
+    """The terms of the loss of the dictionary with these parameters and values, on a batch x[B, D] with weights[B].
+
+    `targets`[B, D_written] are what it is to write; None: x.
+    """
+    targets = x if targets is None else targets
+    if model.skip:
+        targets = targets - cast(jax.Array, model.apply({"params": params}, x, method="past_the_features"))
+    return cast(Terms, model.apply({"params": params}, x, targets, weights, values, method="loss"))

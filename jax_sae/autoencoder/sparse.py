@@ -17,7 +17,7 @@ Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """What the gradient needs: x - b_dec, W_enc, W_dec, values, indices."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def topk_reconstruct(
     x: jax.Array,
     W_enc: jax.Array,
@@ -27,6 +27,7 @@ def topk_reconstruct(
     k: jax.Array,
     most_k: int,
     precision: Precision,
+    subtracts_bias: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Encode x[B, D], keep the k largest features of each token, decode (Gao et al. 2024, arXiv 2406.04093).
 
@@ -44,12 +45,13 @@ def topk_reconstruct(
         most_k: features of a token that are looked at, at most F.
         precision: of the products; 'tensorfloat32' rounds in that of x and W_enc alone. The gradient of b_dec is
             float32's in any.
+        subtracts_bias: without it x takes the place of x - b_dec, and W_dec and b_dec may have another width than x.
 
     Returns:
         x_hat [B, D]; the features in falling order, values [B, most_k] and indices [B, most_k] int32, where values are
         0 from the k-th on. Only x_hat has a gradient.
     """
-    pre = dot_general(x - b_dec, W_enc, (((1,), (0,)), ((), ())), precision) + b_enc
+    pre = dot_general(x - b_dec if subtracts_bias else x, W_enc, (((1,), (0,)), ((), ())), precision) + b_enc
     values, indices = jax.lax.top_k(jax.nn.relu(pre), most_k)
     values = jnp.where(jnp.arange(most_k) < k, values, 0)
     return weighted_rows(values, indices, W_dec, precision) + b_dec, values, indices
@@ -64,20 +66,27 @@ def _forward(
     k: jax.Array,
     most_k: int,
     precision: Precision,
+    subtracts_bias: bool,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Kept]:
-    x_hat, values, indices = topk_reconstruct(x, W_enc, b_enc, W_dec, b_dec, k, most_k, precision)
-    return (x_hat, values, indices), (x - b_dec, W_enc, W_dec, values, indices)
+    x_hat, values, indices = topk_reconstruct(x, W_enc, b_enc, W_dec, b_dec, k, most_k, precision, subtracts_bias)
+    return (x_hat, values, indices), (x - b_dec if subtracts_bias else x, W_enc, W_dec, values, indices)
 
 
 def _backward(
-    most_k: int, precision: Precision, kept: Kept, gradients: tuple[jax.Array, jax.Array, jax.Array]
+    most_k: int,
+    precision: Precision,
+    subtracts_bias: bool,
+    kept: Kept,
+    gradients: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, ...]:
     centred, W_enc, W_dec, values, indices = kept
     g, F = gradients[0], len(W_dec)
     d_values = jnp.where(values > 0, products_with_rows(g, indices, W_dec, precision), 0)
     d_b_enc = jnp.zeros(F, jnp.float32).at[indices].add(d_values)
     # d_x is summed without being made; where nobody asks for it, it is not computed
-    d_b_dec = jnp.sum(g, 0) - dot_general(W_enc, d_b_enc, (((1,), (0,)), ((), ())), "float32")
+    d_b_dec = jnp.sum(g, 0)
+    if subtracts_bias:
+        d_b_dec = d_b_dec - dot_general(W_enc, d_b_enc, (((1,), (0,)), ((), ())), "float32")
     d_x = weighted_rows(d_values, indices, W_enc.T, precision)
     d_W_enc = sum_into_rows(d_values, indices, centred, F, precision).T
     d_W_dec = sum_into_rows(values, indices, g, F, precision)

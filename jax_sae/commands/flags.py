@@ -53,7 +53,11 @@ def parse(argv: Sequence[str]) -> Arguments:
             instance_from_str=lambda strings: parse_member(strings[0]),
             is_instance=lambda value: isinstance(value, Member),
             str_from_instance=lambda m: [
-                ",".join(f"{name}={value}" for name, value in dataclasses.asdict(m).items() if value is not None)
+                ",".join(
+                    f"{name}={'+'.join(value) if isinstance(value, tuple) else value}"
+                    for name, value in dataclasses.asdict(m).items()
+                    if value is not None
+                )
             ],
         )
 
@@ -203,6 +207,8 @@ def _fits(hint: Any, word: str) -> bool:
         return word in typing.get_args(hint)
     if hint is Path:
         return word != ""
+    if hint is bool:
+        return word in ("true", "false")
     try:
         (parse_member if hint is Member else hint)(word)
     except ValueError:
@@ -223,9 +229,15 @@ def parse_member(text: str) -> Member:
         key = key.strip()
         if key not in types or key in values:
             raise ValueError(f"{key!r} is not a part of a member, or stands twice")
+        if typing.get_origin(types[key]) is tuple:
+            values[key] = tuple(value.split("+"))  # a comma ends a part, and a place may have any of the others
+            continue
         if not _fits(types[key], value):
             raise ValueError(f"{key} is {value!r}; {expected(types[key])} was expected")
-        values[key] = value if typing.get_origin(types[key]) is Literal else types[key](value)
+        if types[key] is bool:
+            values[key] = value == "true"
+        else:
+            values[key] = value if typing.get_origin(types[key]) is Literal else types[key](value)
     if "features" not in values:
         raise ValueError("features=F is missing")
     return Member(**values)

@@ -3,6 +3,7 @@
 What each place is stands in `decoder.py`, and for each family in docs/places.md.
 """
 
+import math
 from functools import cache
 from reprlib import repr as shortened
 
@@ -18,6 +19,13 @@ def places_of(architecture: Architecture) -> list[str]:
     """All places of a network, in the order in which it comes to them."""
     here = [kind for kind in OF_A_BLOCK if not (architecture.parallel and kind == "resid_mid")]
     return ["embed", *(f"{i}.{kind}" for i in range(architecture.num_layers) for kind in here), "final_norm"]
+
+
+def when(place: str) -> tuple[float, int] | None:
+    """When a network comes to a place of this name: an earlier one has a smaller value; None of any other name."""
+    outside = {"embed": (-1.0, 0), "final_norm": (math.inf, 0)}
+    block, _, kind = place.partition(".")
+    return (int(block), OF_A_BLOCK.index(kind)) if block.isdecimal() and kind in OF_A_BLOCK else outside.get(place)
 
 
 def width_of(place: str, architecture: Architecture) -> int:

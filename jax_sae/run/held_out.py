@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.batches import first_activations
-from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, normalize, of_place
+from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, normalize, of_places
 from jax_sae.activations.norms import within_norm_limit
 from jax_sae.activations.places import columns
 from jax_sae.activations.sources import Source
@@ -43,7 +43,7 @@ class HeldOut:
     """Tokens that were left out of x because their norm is larger than `norm_limit`."""
 
     def fvu_floor(self, features: int) -> float:
-        """The least FVU of any autoencoder with that many features on these tokens.
+        """The least FVU of any dictionary without a skip that writes these, with that many features, on these tokens.
 
         With the 'story' normalisation the decoder is told each story's mean and scale, so its reconstructions reach two
         directions more: that of a vector of ones, and that of the decoder's bias.
@@ -54,6 +54,25 @@ class HeldOut:
     def loss_floor(self, features: int) -> float:
         """The least loss per element, in normalised units, that so many features can have on these tokens."""
         return pca_floor(self.normalized_eigenvalues, features) / self.x.size
+
+
+def side_by_side(parts: Sequence[HeldOut]) -> HeldOut:
+    """The same tokens at several places, as those who read or write all of them see them; of one, that itself.
+
+    Places of different scales are measured in units of each one's normalisation, so that none drowns the others: the
+    eigenvalues are those of the normalised activations side by side.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    widths = [part.x.shape[1] for part in parts]
+    means, scales = (
+        np.concatenate([np.broadcast_to(part.normalization[i], D) for part, D in zip(parts, widths, strict=True)])
+        for i in (0, 1)
+    )
+    fitted = Normalization(means, scales)
+    x = np.concatenate([part.x for part in parts], axis=1)
+    eigenvalues = covariance_eigenvalues(normalize(fitted, x))
+    return HeldOut(parts[0].kind, x, fitted, eigenvalues, eigenvalues, parts[0].tokens_over_norm_limit)
 
 
 def harvest_held_out(source: Source, fitted: Normalization, activations: ActivationsConfig) -> tuple[HeldOut, ...]:
@@ -75,7 +94,7 @@ def harvest_held_out(source: Source, fitted: Normalization, activations: Activat
         _at_one_place(
             f"{source.name} at {name}",
             [np.ascontiguousarray(story[:, slice(*its)]) for story in stories],
-            of_place(fitted, its),
+            of_places(fitted, [its]),
             activations,
             n_over,
         )
@@ -107,6 +126,9 @@ class Measured(NamedTuple):
     """What a member is worth on all held-out tokens."""
 
     fvu: float
+    """Of all that it writes; of several places, each one's errors and variance in units of its normalisation."""
+    fvu_at: tuple[float, ...]
+    """Of each place that it writes, in their order."""
     l0: float
     """Mean number of active features."""
     dead_features: int
@@ -115,33 +137,54 @@ class Measured(NamedTuple):
 
 @partial(jax.jit, static_argnames="model")
 def _errors_and_active(
-    model: Autoencoder, group: MemberState, x: jax.Array, normalization: Normalization
+    model: Autoencoder,
+    group: MemberState,
+    x: jax.Array,
+    normalization: Normalization,
+    targets: jax.Array | None,
+    of_targets: Normalization | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """|x - x_hat|^2 in the language model's own scale [M, B], active features [M, B], tokens of each feature [M, F]."""
+    """|y - y_hat|^2 in the language model's own scale [M, B, places], active features [M, B], tokens a feature [M, F].
+
+    Without targets[B, D_written], they are x[B, D].
+    """
+    y, of_y = (x, normalization) if targets is None or of_targets is None else (targets, of_targets)
+    ends = np.cumsum(model.written or (model.width,))
 
     def of_member(member: MemberState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        features = encode(model, member.params, {**member.settings, **member.memory}, normalize(normalization, x))
-        x_hat = denormalize(normalization, decode(model, member.params, features))
-        return jnp.sum(jnp.square(x - x_hat), -1), jnp.sum(features > 0, -1), jnp.sum(features > 0, 0)
+        inputs = normalize(normalization, x)
+        features = encode(model, member.params, {**member.settings, **member.memory}, inputs)
+        squares = jnp.square(y - denormalize(of_y, decode(model, member.params, features, inputs)))
+        errors = jnp.stack([jnp.sum(part, -1) for part in jnp.split(squares, ends[:-1], -1)], -1)
+        return errors, jnp.sum(features > 0, -1), jnp.sum(features > 0, 0)
 
     return jax.lax.map(of_member, group)  # one after another: their features may be many
 
 
-def measure_held_out(held_out: HeldOut, group: MemberState, form: Form) -> list[Measured]:
-    """FVU, L0 and dead features of each member of a group over all held-out tokens, errors summed in float64."""
-    model = form.model(held_out.x.shape[1], "float32")
-    total = float(held_out.eigenvalues.sum())
+def measure_held_out(
+    group: MemberState, form: Form, reads: Sequence[HeldOut], writes: Sequence[HeldOut]
+) -> list[Measured]:
+    """FVU, L0 and dead features of each member of a group over all held-out tokens, errors summed in float64.
+
+    `reads` and `writes` are the tokens at the places that its members read and write.
+    """
+    inputs, targets = side_by_side(reads), side_by_side(writes)
+    model = form.model(inputs.x.shape[1], "float32")
+    is_same = reads == writes
     errors, active = [], []
     fired = np.zeros((len(group.diverged), form.features), np.int64)
-    for start in range(0, len(held_out.x), ROWS_AT_A_TIME):
+    for start in range(0, len(inputs.x), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        normalization = held_out.normalization
-        if held_out.kind == "story":
+        normalization = inputs.normalization
+        if inputs.kind == "story":
             normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
-        error, on, of_feature = _errors_and_active(model, group, held_out.x[rows], normalization)
+        others = (None, None) if is_same else (targets.x[rows], targets.normalization)
+        error, on, of_feature = _errors_and_active(model, group, inputs.x[rows], normalization, *others)
         errors.append(np.asarray(error, np.float64))
         active.append(np.asarray(on))
         fired += np.asarray(of_feature)
+    totals = np.array([part.eigenvalues.sum() for part in writes])
+    units = np.array([np.float64(part.normalization.scale) ** 2 if len(writes) > 1 else 1.0 for part in writes])
     each = zip(
         np.concatenate(errors, axis=1),
         np.concatenate(active, axis=1),
@@ -150,6 +193,11 @@ def measure_held_out(held_out: HeldOut, group: MemberState, form: Form) -> list[
         strict=True,
     )
     return [
-        Measured(fraction_of_variance_unexplained(error, total), float(on.mean()), int(np.sum(of_feature[:F] == 0)))
+        Measured(
+            fraction_of_variance_unexplained(error @ units, float(totals @ units)),
+            tuple(map(fraction_of_variance_unexplained, error.T, totals.tolist())),
+            float(on.mean()),
+            int(np.sum(of_feature[:F] == 0)),
+        )
         for error, on, of_feature, F in each
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jax_sae.activations.normalize import Normalization, of_place
+from jax_sae.activations.normalize import Normalization, of_places
 from jax_sae.activations.places import Place, columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.config_tables import config_from_dict
@@ -73,21 +73,25 @@ def make_autoencoder(
         warnings.warn(f"{name} diverged at step {diverged}; it is as it was before that step", stacklevel=3)
     config = config_from_dict(facts["config"], f"the checkpoint at step {facts['step']}")
     member = recorded_member(facts["members"][name])
-    kind, its = kind_named(member.kind), {"memory": {}, **state["members"][name]}
-    memory = {name: its["memory"][name] for name in kind.initial_memory() if name in its["memory"]}
+    kind, saved = kind_named(member.kind), {"memory": {}, **state["members"][name]}
+    memory = {name: saved["memory"][name] for name in kind.initial_memory() if name in saved["memory"]}
     settings = traced_settings(member, config.train)
     places = [Place(**place) for place in facts.get("places", ())]  # runs of version 0.4 and before do not say them
-    place = member.place or (places[0].name if places else "")
-    its_columns = columns(places)[place] if len(places) > 1 else None
+    place = "" if member.reads else member.place or (places[0].name if places else "")
+    its, normalization = columns(places), Normalization(**state["normalization"])
+    read = [its[name] for name in member.reads or (place,)] if len(places) > 1 else None
+    write = [its[name] for name in member.writes] if member.writes else None
     arrays = {
-        "params": its["params"],
+        "params": saved["params"],
         "memory": memory,
         "settings": {name: np.float32(settings[name]) for name in kind.encode_settings},
-        "normalization": of_place(Normalization(**state["normalization"]), its_columns),
+        "normalization": of_places(normalization, read),
+        **({"of_written": of_places(normalization, write)} if write else {}),
     }
     return TrainedAutoencoder(
         **jax.device_put(arrays),
         kind=member.kind,
+        written=tuple(last - first for first, last in write or ()),
         per_story=config.activations.normalization == "story",
         exclude_first_tokens=config.activations.exclude_first_tokens or 0,
         origin=Origin(name, facts["step"], member, config, l0, fvu, place),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from jax_sae.activations.places import described, total_width
 from jax_sae.activations.sources import Source
 from jax_sae.activations.story_sources import StorySource, StreamSource
 from jax_sae.config import Config
@@ -63,23 +64,24 @@ def _epochs(epochs: float) -> str:
 
 
 def _places(setup: Setup) -> list[str]:
-    """Where there are several: of each its members, what they take of memory, and their part of the steps' time.
+    """Where there are several: what members read and write, what they take of memory, their part of the steps' time.
 
-    The time is that of the dense products, 6 B D F multiplications and additions a step of a member.
+    The time is that of the dense products, 3 B (D + D_written) F multiplications and additions a step of a member.
     """
     if len(setup.places) == 1:
         return []
-    found = {place: [0, 0, 0] for place in setup.places}
+    found: dict[str, list[int]] = {}
     for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
-        its = found[setup.place_of(group)]
+        reads, writes = setup.reads(group), setup.writes(group)
+        where = f"place         {described(reads)}" if reads == writes else ""
+        its = found.setdefault(where or f"dictionary    from {described(reads)} to {described(writes)}", [0, 0, 0])
         its[0] += len(group.names)
         its[1] += len(shapes) * (2 * n_bytes(padded_shape(shapes)) + n_bytes(padded_shape(shapes).params))
-        its[2] += sum(member.features for member in group.members) * group.width(setup.width)
+        its[2] += sum(member.features for member in group.members) * (total_width(reads) + total_width(writes))
     products = max(1, sum(its[2] for its in found.values()))
     return [
-        f"place         {place.name}, width {place.width}: {n} members, {size(bytes_of_it)} of memory, about "
-        f"{100 * its / products:.0f} % of the time of a step"
-        for place, (n, bytes_of_it, its) in found.items()
+        f"{where}: {n} members, {size(bytes_of_it)} of memory, about {100 * its / products:.0f} % of the time of a step"
+        for where, (n, bytes_of_it, its) in found.items()
     ]
 
 
@@ -97,7 +99,7 @@ def _memory(setup: Setup) -> str:
         at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
         couples_tokens = group.form.kind.couples_tokens
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
-        width = group.width(D)
+        width = group.width(D) + (sum(group.form.written) if group.reads != group.writes else 0)
         step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * width) * 4
     block = 2 * config.activations.block_tokens * D * 4  # on the host and on the device, or there alone
     held_out = 2 * config.activations.held_out_tokens * D * 4

@@ -69,9 +69,19 @@ class Setup:
         """The number of columns of a batch: D, or the sum over the places."""
         return total_width(self.places)
 
-    def place_of(self, group: Group) -> Place:
-        """The place that the members of a group read."""
-        return next(each for each in self.places if len(self.places) == 1 or each.name == group.members[0].place)
+    def reads(self, group: Group) -> tuple[Place, ...]:
+        """The places that the members of a group read."""
+        return self._placed(group.members[0].reads, group)
+
+    def writes(self, group: Group) -> tuple[Place, ...]:
+        """The places that they write."""
+        return self._placed(group.members[0].writes, group)
+
+    def _placed(self, names: tuple[str, ...] | None, group: Group) -> tuple[Place, ...]:
+        if not names and len(self.places) == 1:
+            return self.places
+        its = {place.name: place for place in self.places}
+        return tuple(its[name] for name in names or (group.members[0].place or "",))
 
     def shapes(self) -> list[list[MemberState]]:
         """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""

@@ -19,10 +19,10 @@ from jax_sae.figures.curves import loss_figure, member_colours, training_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.run.advice import advice
-from jax_sae.run.held_out import HeldOut, measure_held_out
+from jax_sae.run.held_out import HeldOut, measure_held_out, side_by_side
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
 from jax_sae.streams import progress_bar, say
-from jax_sae.sweep.members import describe_member, member_names, settings_of, sweep_members
+from jax_sae.sweep.members import describe_member, member_names, placement_labels, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.update import METRICS
 
@@ -227,14 +227,16 @@ def run_figures(
 
     Losses and FVUs at different places are no measure of each other, so each place has its own figures.
     """
-    if len(setup.places) == 1:
-        return _figures_at_a_place(out, setup, progress, held_out[0], measured, in_order)
+    at_place = dict(zip(setup.places, held_out, strict=True))
+    labels = placement_labels(setup.members())
     figures: Figures = {}
-    for place, its in zip(setup.places, held_out, strict=True):
-        here = [i for i in in_order if setup.members()[i].place == place.name]
-        rows = [row for row in measured if row["place"] == place.name]
-        if here:
-            figures |= _figures_at_a_place(out, setup, progress, its, rows, here, place.name)
+    for label in dict.fromkeys(labels):
+        group = next(group for group in setup.groups if setup.members()[labels.index(label)] in group.members)
+        its = side_by_side([at_place[place] for place in setup.writes(group)])
+        here = [i for i in in_order if labels[i] == label]
+        rows = [row for i, row in zip(in_order, measured, strict=True) if labels[i] == label]
+        name = label if len(setup.places) > 1 else ""
+        figures |= _figures_at_a_place(out, setup, progress, its, rows, here, name)
     return figures
 
 
@@ -252,7 +254,7 @@ def _figures_at_a_place(
     behind, run = f"-{place}" if place else "", f"{out.name} at {place}" if place else out.name
     losses, metrics = progress.losses[:, in_order], progress.metrics[:, in_order]
     features = [member.features for member in members]
-    floors = [held_out.loss_floor(F) for F in features]
+    floors = [0.0 if member.skip else held_out.loss_floor(member.features) for member in members]
     title = f"{run}: reconstruction of activations of width {width}"
 
     def curves() -> tuple[list[str], list[str]]:
@@ -273,17 +275,16 @@ def _figures_at_a_place(
 def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock) -> dict[str, Any]:
     """The contents of `summary.json`, with the members in the groups' order; `held_out` at each of the places."""
     at_place = dict(zip(setup.places, held_out, strict=True))
-    of_groups = [at_place[setup.place_of(group)] for group in setup.groups]
-    measured = [
-        (its, *each)
-        for group, state, its in zip(setup.groups, progress.state, of_groups, strict=True)
-        for each in measure_held_out(its, state, group.form)
-    ]
+    measured = []
+    for group, state in zip(setup.groups, progress.state, strict=True):
+        reads, writes = ([at_place[place] for place in its] for its in (setup.reads(group), setup.writes(group)))
+        written, names = side_by_side(writes), [place.name for place in setup.writes(group)]
+        measured += [(written, names, each) for each in measure_held_out(state, group.form, reads, writes)]
     last = mean_of_last_steps(progress.metrics)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
-        its, fvu, l0, dead = measured[i]
-        floor = its.fvu_floor(member.features)
+        written, names, of = measured[i]
+        floor = None if member.skip else written.fvu_floor(member.features)
         found.append(
             {
                 "name": name,
@@ -293,16 +294,18 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
                 "tokens": progress.tokens,
                 "loss_per_element": finite_or_none(last[i, METRICS.index("loss_per_element")]),
                 "penalty_per_element": finite_or_none(last[i, METRICS.index("penalty_per_element")]),
-                "l0": l0,
-                "dead_features": dead,
-                "fvu": finite_or_none(fvu),
+                "l0": of.l0,
+                "dead_features": of.dead_features,
+                "fvu": finite_or_none(of.fvu),
                 "pca_floor_fvu": floor,
-                "fvu_over_floor": finite_or_none(fvu / floor) if floor > 0 else None,
+                "fvu_over_floor": finite_or_none(of.fvu / floor) if floor else None,
+                **({"fvu_at": dict(zip(names, map(finite_or_none, of.fvu_at), strict=True))} if len(names) > 1 else {}),
             }
         )
+    of_labels = dict(zip(placement_labels(setup.members()), (its for its, *_ in measured), strict=True))
     pca = {
-        place.name: dict(zip(("directions", "fvu"), pca_curve(its.eigenvalues), strict=True))
-        for place, its in at_place.items()
+        label: dict(zip(("directions", "fvu"), pca_curve(its.eigenvalues), strict=True))
+        for label, its in of_labels.items()
     }
     read, train = progress.read, setup.config.train
     over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
@@ -318,7 +321,7 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
         "tokens_excluded": read.tokens_excluded,
         "tokens_over_norm_limit": over_norm_limit,
         "held_out_tokens_over_norm_limit": held_out[0].tokens_over_norm_limit,
-        "pca": pca if len(setup.places) > 1 else pca[setup.places[0].name],
+        "pca": pca if len(setup.places) > 1 else next(iter(pca.values())),
         "device": device(),
     }
 
@@ -356,7 +359,7 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
             else _number(member["loss_per_element"]),
             f"{member['l0']:.1f}",
             _number(member["fvu"]),
-            _number(member["pca_floor_fvu"]),
+            "-" if member["pca_floor_fvu"] is None else _number(member["pca_floor_fvu"]),
             "-" if member["fvu_over_floor"] is None else _ratio(member["fvu_over_floor"]),
         ]
         for member in members

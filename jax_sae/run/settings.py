@@ -5,12 +5,12 @@ such as k where the flags ask for kinds without it, is left out, and that is sai
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jax_sae.activations.places import Place
-from jax_sae.config import Config, Member, SweepConfig, places_of, validate
+from jax_sae.config import Config, Member, SweepConfig, named_places, placements, places_of, validate
 from jax_sae.config_tables import config_with, find_config, flatten, load_settings, option_names
 from jax_sae.errors import BadInput, Contradiction
 from jax_sae.language_model.hub import find_local
@@ -22,7 +22,14 @@ CALL = "the call"
 OF_MODEL = tuple(name for name in option_names() if name.startswith(("model.", "text.")))
 OF_FILES = ("activations.path", "activations.array", "activations.mask")
 OF_DATA = ("activations.path", "model.path", "text.path")
-OF_PRODUCT = ("sweep.kinds", "sweep.features", "sweep.seeds", "sweep.learning_rates")
+OF_PRODUCT = (
+    "sweep.kinds",
+    "sweep.features",
+    "sweep.seeds",
+    "sweep.learning_rates",
+    "sweep.dictionaries",
+    "sweep.layers",
+)
 INSTEAD = {
     "activations.path": OF_MODEL,
     "model.path": OF_FILES,
@@ -196,9 +203,13 @@ def _at_the_widths_of(own: SweepConfig, sweep: SweepConfig) -> SweepConfig:
     """The sweep with 8 features a number at each place, where it says no number and the run's own did so too."""
     if sweep.features or sweep.members or not own.members:
         return sweep
-    widths = {member.place: member.features // EXPANSION for member in own.members}
-    places = [Place(name or "", width) for name, width in widths.items()]
-    return with_features(replace(sweep, places=sweep.places or places_of(own)), places)
+    widths: dict[str, int] = {}
+    for member in own.members:  # of a dictionary of several, the widest has so many, and no other has more
+        for name in named_places([asdict(member)]):
+            widths[name] = min(widths.get(name, member.features), member.features // EXPANSION)
+    places = [Place(name, width) for name, width in widths.items()]
+    its = sweep if named_places(placements(sweep)) else replace(sweep, places=places_of(own))
+    return with_features(its, places) if set(named_places(placements(its))) <= set(widths) else sweep
 
 
 def _without(settings: dict[str, Any], error: Contradiction) -> dict[str, Any]:

@@ -220,6 +220,13 @@ def refuse_places(config: Config, source: Source) -> None:
         raise BadInput(f"sweep.places names {', '.join(lacking)}, which {source.name} lacks; it has {', '.join(there)}")
     if not wanted and len(there) > 1:
         raise BadInput(f"{source.name} has the places {', '.join(there)}; name those to train at by sweep.places")
+    if wanted and config.activations.normalization == "story":
+        for member in sweep_members(with_features(config.sweep, source.places)):
+            if member.reads and member.writes:
+                raise BadInput(
+                    f"activations.normalization is 'story', but a member reads {' '.join(member.reads)} and writes "
+                    f"{' '.join(member.writes)}, and a story has another mean and scale at each place; use 'dataset'"
+                )
     if len(there) > 1 and config.activations.norm_limit:
         raise BadInput(
             f"activations.norm_limit is {config.activations.norm_limit:g}, but there are {len(there)} places, whose "

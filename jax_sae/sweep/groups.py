@@ -1,14 +1,15 @@
 """Members -> groups whose members are stacked and computed together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax_sae.activations.places import Columns, Place, columns
+from jax_sae.activations.places import Columns, Place, columns, own_columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder
 from jax_sae.config import Member, Precision
-from jax_sae.sweep.members import member_names
+from jax_sae.errors import BadInput
+from jax_sae.sweep.members import member_names, placement_of
 
 WIDEST_PADDING = 1.05
 """A member joins a group if that widens it by at most this factor: its padded features cost arithmetic."""
@@ -22,19 +23,27 @@ class Form:
     """The class, not its name: one that is defined anew in a notebook is compiled anew."""
     unit_decoder: bool
     resamples: int
-    penalised: bool
-    """Whether any of them has a penalty."""
+    weighs: tuple[str, ...]
+    """Those settings that weigh a penalty, and are above 0 in any of them."""
     features: int
     """F of the stacked arrays."""
     most_k: int
     """The largest k, 0 where there is none."""
-    columns: Columns | None = None
-    """Those of a batch that they read; None: all."""
+    reads: tuple[Columns, ...] | None = None
+    """Those columns of a batch that they read, a pair a place; None: all."""
+    writes: tuple[Columns, ...] | None = None
+    """Those that they write; None: those that they read, of one place."""
+    skip: bool = False
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Their widths, as `Autoencoder.written` has them."""
+        return tuple(last - first for first, last in self.writes or ())
 
     @property
     def is_sparse(self) -> bool:
         """Whether anything but F limits how many features are active."""
-        return self.penalised or self.most_k > 0
+        return bool(self.weighs) or self.most_k > 0
 
     @property
     def counts_tokens(self) -> bool:
@@ -42,22 +51,32 @@ class Form:
         return self.resamples > 0 or "auxk_coefficient" in self.kind.settings
 
     def model(self, width: int, precision: Precision) -> Autoencoder:
-        """The Flax module of the members."""
-        return self.kind(width, self.features, precision=precision, most_k=self.most_k, penalised=self.penalised)
+        """The Flax module of the members; `width` is what they read."""
+        return self.kind(
+            width,
+            self.features,
+            written=self.written,
+            skip=self.skip,
+            precision=precision,
+            most_k=self.most_k,
+            weighs=self.weighs,
+        )
 
 
 @dataclass(frozen=True)
 class Group:
-    """Members of one place, one kind and nearly equal width, stacked along an axis M and padded to the widest."""
+    """Members of one placement, one kind and nearly equal F, stacked along an axis M and padded to the widest."""
 
     members: tuple[Member, ...]
     names: tuple[str, ...]
-    columns: Columns | None = None
-    """Those of their place, in batches of several places side by side; None: all, of batches of one."""
+    reads: tuple[Columns, ...] | None = None
+    """Columns of the places that they read, in batches of several places side by side; None: all, of batches of one."""
+    writes: tuple[Columns, ...] | None = None
+    """Those that they write; None: of autoencoders, which write the one place that they read."""
 
     def width(self, of_batches: int) -> int:
-        """D of the members; `of_batches` is the number of columns of a batch."""
-        return of_batches if self.columns is None else self.columns[1] - self.columns[0]
+        """D of what the members read; `of_batches` is the number of columns of a batch."""
+        return of_batches if self.reads is None else sum(last - first for first, last in self.reads)
 
     @property
     def features(self) -> int:
@@ -72,16 +91,19 @@ class Group:
             kind,
             first.decoder_norm == "unit",
             first.resamples or 0,
-            any(getattr(member, name) for member in self.members for name in kind.penalties),
+            tuple(name for name in kind.penalties if any(getattr(member, name) for member in self.members)),
             self.features,
             max(member.k or 0 for member in self.members),
-            self.columns,
+            self.reads,
+            self.writes,
+            bool(first.skip),
         )
 
 
-def own_columns(x: Any, of: Form | Group) -> Any:
-    """Those of x[..., D1 + D2 + ...] that members read: [..., D] of their place."""
-    return x if of.columns is None else x[..., slice(*of.columns)]
+def inputs_and_targets(x: Any, of: Form | Group) -> tuple[Any, Any]:
+    """Those of x[..., D1 + D2 + ...] that members read, and those that they write; the same array of autoencoders."""
+    inputs = own_columns(x, of.reads)
+    return inputs, inputs if of.writes in (None, of.reads) else own_columns(x, of.writes)
 
 
 def make_groups(members: Sequence[Member], places: Sequence[Place] = ()) -> tuple[Group, ...]:
@@ -94,15 +116,15 @@ def make_groups(members: Sequence[Member], places: Sequence[Place] = ()) -> tupl
         places: whose columns a batch has, side by side. One, or none said: all members read the whole batch.
     """
     its_columns = columns(places) if len(places) > 1 else {}
-    order = list(its_columns)
+    there = [place.name for place in places]
+    order = sorted(
+        dict.fromkeys(placement_of(member) for member in members),
+        key=lambda its: (its[0] is None, there.index(its[0]) if its[0] in there else 0),  # dictionaries as they come
+    )
     kinds = list(dict.fromkeys(member.kind for member in members))
     in_order = sorted(
         zip(members, member_names(members), strict=True),
-        key=lambda pair: (
-            order.index(pair[0].place or "") if order else 0,
-            kinds.index(pair[0].kind),
-            pair[0].features,
-        ),
+        key=lambda pair: (order.index(placement_of(pair[0])), kinds.index(pair[0].kind), pair[0].features),
     )
     groups: list[list[tuple[Member, str]]] = []
     for member, name in in_order:
@@ -115,11 +137,26 @@ def make_groups(members: Sequence[Member], places: Sequence[Place] = ()) -> tupl
         else:
             groups.append([(member, name)])
     return tuple(
-        Group(tuple(m for m, _ in group), tuple(n for _, n in group), its_columns.get(group[0][0].place or ""))
+        Group(tuple(m for m, _ in group), tuple(n for _, n in group), *_columns_of(group[0][0], its_columns))
         for group in groups
     )
 
 
+def _columns_of(
+    member: Member, its_columns: Mapping[str, Columns]
+) -> tuple[tuple[Columns, ...] | None, tuple[Columns, ...] | None]:
+    """What a member reads and what it writes, as `Group` has them."""
+    if member.reads and not its_columns:
+        raise BadInput(
+            f"a member reads {' and '.join(member.reads)} and writes {' and '.join(member.writes or ())}, but the "
+            "places whose columns a batch has are not said"
+        )
+    if not member.reads:
+        return ((its_columns[member.place or ""],) if its_columns else None), None
+    reads, writes = (tuple(its_columns[name] for name in names or ()) for names in (member.reads, member.writes))
+    return reads, writes
+
+
 def _together(member: Member) -> tuple[Any, ...]:
     """What has to be equal in members of a group, apart from their widths."""
-    return member.place, member.kind, member.decoder_norm, member.resamples
+    return *placement_of(member), member.kind, member.decoder_norm, member.resamples

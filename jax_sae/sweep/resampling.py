@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode, row_norms, unit_rows
 
+OF_NO_FEATURE = ("b_dec", "W_skip")
 ENCODER_NORM = 0.2
 """Of a resampled feature's encoder, as a part of the mean norm of the others."""
 
@@ -24,15 +25,17 @@ def resample(
     values: Values,
     dead: jax.Array,
     x: jax.Array,
+    targets: jax.Array,
     weights: jax.Array,
     key: jax.Array,
 ) -> tuple[Params, Any]:
-    """Set dead features to tokens of a batch, drawn in proportion to their squared loss |x - x_hat|^4.
+    """Set dead features to tokens of a batch, drawn in proportion to their squared loss |y - y_hat|^4.
 
-    W_dec_i becomes the direction of x - b_dec, with the mean norm of the living features' directions (of all, if none
-    lives); the column of W_enc the same direction with 0.2 of the mean norm of those features' columns; biases and
-    Adam's moments of the feature begin anew. Shapes are static: every feature draws a token, only the dead ones use
-    it. Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron Resampling".
+    W_dec_i becomes the direction of y - b_dec, with the mean norm of the living features' directions (of all, if none
+    lives); y is what a skip leaves of the targets. The column of W_enc becomes the same direction or, where others are
+    read than written, that of x, with 0.2 of the mean norm of those features' columns. Biases and Adam's moments of
+    the feature begin anew. Shapes are static: every feature draws a token, only the dead ones use it. Bricken et al.
+    2023, "Towards Monosemanticity", appendix "Neuron Resampling".
 
     Args:
         model: of the member.
@@ -41,14 +44,19 @@ def resample(
         values: its settings and what it remembers.
         dead: [F] bool; none of padded features.
         x: [B, D].
+        targets: [B, D_written]; x itself for an autoencoder.
         weights: [B].
         key: random.
     """
-    x_hat = decode(model, params, encode(model, params, values, x))
-    loss = jnp.where(weights > 0, jnp.sum(jnp.square(x - x_hat), -1), 0.0)
+    if model.skip:
+        targets = targets - x @ params["W_skip"]
+    written = decode(model.clone(skip=False), params, encode(model, params, values, x))
+    loss = jnp.where(weights > 0, jnp.sum(jnp.square(targets - written), -1), 0.0)
     cumulated = jnp.cumsum(jnp.square(loss / jnp.maximum(jnp.max(loss), 1e-30)))
     drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape, jnp.float32)) * cumulated[-1])
-    directions = unit_rows(x[jnp.minimum(drawn, len(x) - 1)] - params["b_dec"])
+    rows = jnp.minimum(drawn, len(x) - 1)
+    directions = unit_rows(targets[rows] - params["b_dec"])
+    read = unit_rows(x[rows]) if model.written and x is not targets else directions
     is_own = row_norms(params["W_dec"]) > 0  # a padded feature is 0
     lives = jnp.where(jnp.any(is_own & ~dead), is_own & ~dead, is_own)
 
@@ -57,14 +65,14 @@ def resample(
 
     new = {
         "W_dec": mean_norm(params["W_dec"]) * directions,
-        "W_enc": ENCODER_NORM * mean_norm(params["W_enc"].T) * directions.T,
-        "b_dec": params["b_dec"],
+        "W_enc": ENCODER_NORM * mean_norm(params["W_enc"].T) * read.T,
+        **{name: params[name] for name in OF_NO_FEATURE if name in params},
     }
     for name in [name for name in params if name not in new]:  # a set's order differs from process to process
         new[name] = jnp.full_like(params[name], model.fresh_bias(name, model.width, values))
 
     def where_dead(name: str, value: jax.Array, old: jax.Array) -> jax.Array:
-        if name == "b_dec":
+        if name in OF_NO_FEATURE:
             return old
         return jnp.where(dead[:, None] if name == "W_dec" else dead, value, old)
 

@@ -12,7 +12,7 @@ import optax
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
 from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
-from jax_sae.sweep.groups import Form, Group, own_columns
+from jax_sae.sweep.groups import Form, Group, inputs_and_targets
 from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.optimizer import Compiled, clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import resample
@@ -42,18 +42,21 @@ SweepState = tuple[MemberState, ...]
 """A stacked state for each group."""
 
 
-def init_member(member: Member, width: int, train: TrainConfig, centres: Centres) -> MemberState:
+def init_member(
+    member: Member, width: int, train: TrainConfig, centres: Centres, written: tuple[int, ...] = ()
+) -> MemberState:
     """The state of a complete member at step 0, at its own number of features F.
 
     Args:
         member: as `sweep_members` completes it.
-        width: D.
+        width: D, of what it reads.
         train: its steps, schedules and batch size become the state's `settings`, its `precision` the products'.
-        centres: of normalised activations, what `decoder_bias` names is added to b_dec.
+        centres: of what it writes, normalised; what `decoder_bias` names is added to b_dec.
+        written: widths of the places that it writes; none of an autoencoder.
     """
     form = Group((member,), ("",)).form
     start = {name: value for name, value in settings_of(member).items() if SETTINGS[name].initial}
-    model = form.model(width, train.precision).clone(**start)
+    model = form.model(width, train.precision).clone(**start, written=written)
     params = init_params(model, member.seed)
     params["b_dec"] = params["b_dec"] + centres[member.decoder_bias or "zero"]
     if form.unit_decoder:
@@ -103,7 +106,7 @@ def member_shapes(group: Group, width: int, train: TrainConfig) -> list[MemberSt
 def _member_shape(member: Member, form: Form, width: int, train: TrainConfig) -> MemberState:
     """Of one; its form holds its class, so that one that is defined anew under the same name has its own shapes."""
     zero: Centres = dict.fromkeys(get_args(DecoderBias), 0.0)
-    return jax.eval_shape(partial(init_member, member, width, train, zero))
+    return jax.eval_shape(partial(init_member, member, width, train, zero, form.written))
 
 
 def padded_shape(shapes: list[MemberState]) -> MemberState:
@@ -120,11 +123,17 @@ def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centre
     """
 
     def own(group: Group) -> Centres:
-        return {name: own_columns(centre, group) if np.ndim(centre) else centre for name, centre in centres.items()}
+        return {
+            name: inputs_and_targets(centre, group)[1] if np.ndim(centre) else centre
+            for name, centre in centres.items()
+        }
 
     states = (
         stack(
-            [init_member(member, group.width(width), train, own(group)) for member in group.members],
+            [
+                init_member(member, group.width(width), train, own(group), group.form.written)
+                for member in group.members
+            ],
             padded_shape(member_shapes(group, width, train)),
         )
         for group in groups
@@ -138,6 +147,7 @@ def update_member(
     weights: jax.Array,
     step: jax.Array,
     any_dead: jax.Array | bool = True,
+    targets: jax.Array | None = None,
     *,
     form: Form,
     train: Compiled,
@@ -151,18 +161,20 @@ def update_member(
 
     Args:
         state: of the member.
-        x: [B, D] float32, normalised: mean 0, and |x|^2 is D on average.
+        x: [B, D] float32, what it reads, normalised: mean 0, and |x|^2 is D on average.
         weights: [B] float32, 1 for a token, 0 for padding.
         step: [] int32, steps before this one; schedules go by it.
         any_dead: [] bool, whether AuxK is worth computing; True is always right.
+        targets: [B, D_written] float32, what it is to write, normalised likewise; None: x.
         form: what the member shares with those that are computed together, as its group gives it.
         train: the settings that the state was made with.
     """
+    targets = x if targets is None else targets
     model = form.model(x.shape[-1], train.precision)
     dead = dead_features(state)
     ramp = penalty_ramp(step, state.settings)
     values: dict[str, Any] = {**state.settings, **state.memory, "ramp": ramp, "dead": dead, "any_dead": any_dead}
-    terms, gradient = terms_and_gradient(model, state.params, values, x, weights)
+    terms, gradient = terms_and_gradient(model, state.params, values, x, weights, targets)
     if form.unit_decoder:
         gradient["W_dec"] = along_the_sphere(gradient["W_dec"], state.params["W_dec"])
     tokens = jnp.sum(weights)
@@ -178,14 +190,14 @@ def update_member(
         memory["tokens_since_fired"] = count_tokens(state.memory["tokens_since_fired"], terms.fired, tokens)
     after = state._replace(params=params, opt_state=opt_state, memory=memory)
     if form.resamples:
-        after = resample_at_its_steps(after, x, weights, step, form=form, train=train)
+        after = resample_at_its_steps(after, x, targets, weights, step, form=form, train=train)
     total = terms.squared_error + terms.penalty
     diverged = state.diverged | ~jnp.isfinite(total + squared_norm)
     after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
     metrics = jnp.stack(
         [
-            loss_per_element(terms.squared_error, weights, x.shape[-1]),
-            loss_per_element(terms.penalty, weights, x.shape[-1]),
+            loss_per_element(terms.squared_error, weights, targets.shape[-1]),
+            loss_per_element(terms.penalty, weights, targets.shape[-1]),
             jnp.sum(terms.fired) / jnp.maximum(tokens, 1),
         ]
     )
@@ -193,30 +205,39 @@ def update_member(
 
 
 def terms_and_gradient(
-    model: Autoencoder, params: Params, values: Values, x: jax.Array, weights: jax.Array
+    model: Autoencoder,
+    params: Params,
+    values: Values,
+    x: jax.Array,
+    weights: jax.Array,
+    targets: jax.Array | None = None,
 ) -> tuple[Terms, Params]:
     """The terms of a member's loss on a batch x[B, D] with weights[B], and its gradient.
 
-    Summed a part of the batch at a time, unless the kind couples tokens.
+    Without `targets`[B, D_written], or where they are x itself, x is what is to be written. Summed a part of the batch
+    at a time, unless the kind couples tokens.
     """
 
-    def total(params: Params, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, Terms]:
-        terms = loss(model, params, values, x, weights)
+    def total(
+        params: Params, weights: jax.Array, x: jax.Array, targets: jax.Array | None = None
+    ) -> tuple[jax.Array, Terms]:
+        terms = loss(model, params, values, x, weights, targets)
         return terms.squared_error + terms.penalty, terms
 
     def of_rows(*rows: jax.Array) -> tuple[Terms, Params]:
         (_, terms), gradient = jax.value_and_grad(total, has_aux=True)(params, *rows)
         return terms, gradient
 
+    batch = (weights, x) if targets is None or targets is x else (weights, x, targets)
     rows = rows_at_a_time(len(x), model.couples_tokens)
     if rows == len(x):
-        return of_rows(x, weights)
+        return of_rows(*batch)
 
     def add_part(i: jax.Array, sums: tuple[Terms, Params]) -> tuple[Terms, Params]:
-        part = (jax.lax.dynamic_slice_in_dim(each, i * rows, rows) for each in (x, weights))
+        part = (jax.lax.dynamic_slice_in_dim(each, i * rows, rows) for each in batch)
         return jax.tree.map(jnp.add, sums, of_rows(*part))
 
-    shapes = jax.eval_shape(of_rows, x[:rows], weights[:rows])
+    shapes = jax.eval_shape(of_rows, *(each[:rows] for each in batch))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.fori_loop(0, len(x) // rows, add_part, zeros)
 
@@ -249,7 +270,14 @@ def count_tokens(since_fired: jax.Array, fired: jax.Array, tokens: jax.Array) ->
 
 
 def resample_at_its_steps(
-    state: MemberState, x: jax.Array, weights: jax.Array, step: jax.Array, *, form: Form, train: Compiled
+    state: MemberState,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    step: jax.Array,
+    *,
+    form: Form,
+    train: Compiled,
 ) -> MemberState:
     """The state with dead features resampled, after the steps `resampled_after`; else as it is."""
     model = form.model(x.shape[-1], train.precision)
@@ -259,7 +287,7 @@ def resample_at_its_steps(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.settings["seed"]), step)
         values = {**state.settings, **state.memory}
         adam, *rest = state.opt_state
-        params, adam = resample(model, state.params, adam, values, dead, x, weights, key)
+        params, adam = resample(model, state.params, adam, values, dead, x, targets, weights, key)
         since_fired = jnp.where(dead, 0, state.memory["tokens_since_fired"])
         memory = {**state.memory, "tokens_since_fired": since_fired}
         return state._replace(params=params, opt_state=(adam, *rest), memory=memory)
@@ -290,9 +318,9 @@ def update_group(
     def of_member(member: MemberState) -> tuple[MemberState, jax.Array]:
         def body(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
             member, metrics = carry
-            member, of_step = update(
-                member, own_columns(x[i], form), weights[i], step + i - first, jnp.any(dead_features(member))
-            )
+            inputs, targets = inputs_and_targets(x[i], form)
+            any_dead = jnp.any(dead_features(member))
+            member, of_step = update(member, inputs, weights[i], step + i - first, any_dead, targets)
             return member, metrics.at[i].set(of_step)
 
         return jax.lax.fori_loop(first, last, body, (member, jnp.zeros((batches, len(METRICS)), jnp.float32)))
@@ -300,8 +328,9 @@ def update_group(
     def of_all(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
         group, metrics = carry
         any_dead = jnp.any(jax.vmap(dead_features)(group))
-        at_once = jax.vmap(update, in_axes=(0, None, None, None, None))
-        group, of_step = at_once(group, own_columns(x[i], form), weights[i], step + i - first, any_dead)
+        inputs, targets = inputs_and_targets(x[i], form)
+        at_once = jax.vmap(lambda member: update(member, inputs, weights[i], step + i - first, any_dead, targets))
+        group, of_step = at_once(group)
         return group, metrics.at[:, i].set(of_step)
 
     if jax.default_backend() == "cpu":

@@ -85,7 +85,8 @@ def test_first_tokens_of_giant_norm_change_nothing_once_they_are_excluded(lm: La
         activations = ActivationsConfig(held_out_tokens=400, exclude_first_tokens=exclude)
         groups = make_groups((complete(Member(9)),))
         group = init_sweep(groups, source.width, TrainConfig(), NO_CENTRES)[0]
-        [(fvu, *_)] = measure_held_out(harvest_held_out(source, fitted, activations)[0], group, groups[0].form)
+        held_out = harvest_held_out(source, fitted, activations)
+        [(fvu, *_)] = measure_held_out(group, groups[0].form, held_out, held_out)
         return fitted.mean.tobytes(), float(fitted.scale), fvu
 
     assert estimate_and_fvu(1, params) == estimate_and_fvu(1, lm.params)

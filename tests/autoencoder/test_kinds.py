@@ -25,8 +25,18 @@ RNG = np.random.default_rng(0)
 X = (RNG.normal(0.3, np.linspace(0.2, 2, D), (B, D)) * np.where(WEIGHTS > 0, 1, 100)[:, None]).astype(np.float32)
 DEAD = np.isin(np.arange(F), (0, 4, 9, 10, 17, 25, 31))
 EXTRA = {"jumprelu": ("b_enc", "log_threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
-FORMS = {"jumprelu": ("lambda", "target"), "topk": ("dense", "sparse")}
+FORMS = {"jumprelu": ("lambda", "target", "frequency"), "topk": ("dense", "sparse")}
 CASES = [(kind, form) for kind in kind_names() for form in FORMS.get(kind, ("",))]
+
+READ = 9
+WRITTEN: dict[str, tuple[int, ...]] = {
+    "autoencoder": (),
+    "transcoder": (D,),
+    "skip_transcoder": (D,),
+    "crosscoder": (3, 4),
+}
+"""Widths of the places that a dictionary writes. A transcoder reads READ numbers, all others D."""
+MU, OFTEN = 0.02, 0.2
 
 FloatParams = dict[str, np.ndarray]
 Answer = tuple[float, float, FloatParams]
@@ -39,15 +49,19 @@ def sparse_where_the_form_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk, "is_sparse_faster", lambda features, most_k: most_k == MOST_K + 1)
 
 
-def model_of(kind: str, form: str) -> Autoencoder:
+def model_of(kind: str, form: str, dictionary: str = "autoencoder") -> Autoencoder:
     """The module of a kind; with form 'sparse', that of `topk` that takes the other way."""
-    return kind_named(kind)(D, F, most_k=MOST_K + (form == "sparse"))
+    reads = READ if dictionary.endswith("transcoder") else D
+    written, skip = WRITTEN[dictionary], dictionary == "skip_transcoder"
+    return kind_named(kind)(reads, F, written, skip, most_k=MOST_K + (form == "sparse"))
 
 
-def parameters(kind: str) -> Params:
+def parameters(kind: str, dictionary: str = "autoencoder") -> Params:
     """Parameters of a kind with every bias in use and directions of norms from about 0.3 to 3."""
-    rng = np.random.default_rng(1)
-    shapes = {"W_enc": (D, F), "W_dec": (F, D), "b_dec": (D,)} | dict.fromkeys(EXTRA.get(kind, ("b_enc",)), (F,))
+    rng, reads = np.random.default_rng(1), READ if dictionary.endswith("transcoder") else D
+    shapes = {"W_enc": (reads, F), "W_dec": (F, D), "b_dec": (D,)} | dict.fromkeys(EXTRA.get(kind, ("b_enc",)), (F,))
+    if dictionary == "skip_transcoder":
+        shapes["W_skip"] = (READ, D)
     params = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
     params["W_dec"] *= np.geomspace(0.3, 3, F)[:, None]
     return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
@@ -66,6 +80,8 @@ def values_of(form: str, features: int) -> dict[str, jax.Array]:
         "l0_coefficient": 0.0 if form == "target" else LAMBDA,
         "target_l0": TARGET if form == "target" else 0.0,
         "auxk_coefficient": ALPHA,
+        "frequency_coefficient": MU if form == "frequency" else 0.0,
+        "frequency_limit": OFTEN,
         "bandwidth": BANDWIDTH,
         "ramp": RAMP,
     }
@@ -80,12 +96,17 @@ def values_of(form: str, features: int) -> dict[str, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="model")
 def terms_and_gradient(
-    model: Autoencoder, params: Params, values: Params, x: np.ndarray, weights: np.ndarray
+    model: Autoencoder,
+    params: Params,
+    values: Params,
+    x: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray | None = None,
 ) -> tuple[Terms, Params]:
     """The terms of the loss, and the gradient of the sum of squared error and penalty."""
 
     def total(params: Params) -> tuple[jax.Array, Terms]:
-        terms = loss(model, params, values, x, weights)
+        terms = loss(model, params, values, x, weights, targets)
         return terms.squared_error + terms.penalty, terms
 
     gradient, terms = jax.grad(total, has_aux=True)(params)
@@ -103,51 +124,76 @@ def keep_of_rows(c: np.ndarray, count: int) -> np.ndarray:
     return np.stack([keep(row, count) for row in c])
 
 
-def relu_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def norms_and_units(W: np.ndarray, written: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The sum over written places of a direction's norm there, [F], and its gradient [F, D]."""
+    parts = np.split(W, np.cumsum(written or (W.shape[1],))[:-1], axis=1)
+    norms = [np.sqrt((part**2).sum(1, keepdims=True)) for part in parts]
+    return sum(norms)[:, 0], np.concatenate([part / norm for part, norm in zip(parts, norms, strict=True)], axis=1)
+
+
+def relu_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """|x - x_hat|^2 + lambda sum_i f_i |W_dec_i| (Anthropic, April 2024)."""
     z = x @ p["W_enc"] + p["b_enc"]
     f = np.maximum(z, 0)
-    norms = np.sqrt((p["W_dec"] ** 2).sum(1))
-    e = f @ p["W_dec"] + p["b_dec"] - x
+    norms, units = norms_and_units(p["W_dec"], its)
+    e = f @ p["W_dec"] + p["b_dec"] - y
     g = 2 * w * e
     d_z = (g @ p["W_dec"].T + RAMP * LAMBDA * w * norms) * (z > 0)
-    of_norms = RAMP * LAMBDA * (w * f).sum(0) / norms
+    of_norms = RAMP * LAMBDA * (w * f).sum(0)[:, None] * units
     return (
         (w * e**2).sum(),
         RAMP * LAMBDA * (w * f * norms).sum(),
         {
             "W_enc": x.T @ d_z,
             "b_enc": d_z.sum(0),
-            "W_dec": f.T @ g + of_norms[:, None] * p["W_dec"],
+            "W_dec": f.T @ g + of_norms,
             "b_dec": g.sum(0),
         },
     )
 
 
-def topk_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def topk_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """The k largest of each token (Gao et al. 2024, equations 3 to 7 and A.2)."""
-    return of_kept(p, x, w, lambda c: keep_of_rows(c, K), (F,))
+    return of_kept(p, x, w, y, its, lambda c: keep_of_rows(c, K), (F,))
 
 
-def batchtopk_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def batchtopk_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """The k largest a token of the batch, without padding (Bussmann et al. 2024, equations 2 to 4)."""
-    return of_kept(p, x, w, lambda c: keep(c * w, K * TOKENS), (F,))
+    return of_kept(p, x, w, y, its, lambda c: keep(c * w, K * TOKENS), (F,))
 
 
-def matryoshka_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def matryoshka_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """The errors of all prefixes, summed; the features are those of batchtopk (Bussmann et al. 2025, equation 4)."""
-    return of_kept(p, x, w, lambda c: keep(c * w, K * TOKENS), PREFIXES)
+    return of_kept(p, x, w, y, its, lambda c: keep(c * w, K * TOKENS), PREFIXES)
 
 
 def of_kept(
-    p: FloatParams, x: np.ndarray, w: np.ndarray, kept: Callable[[np.ndarray], np.ndarray], prefixes: tuple[int, ...]
+    p: FloatParams,
+    x: np.ndarray,
+    w: np.ndarray,
+    y: np.ndarray,
+    its: tuple[int, ...],
+    kept: Callable[[np.ndarray], np.ndarray],
+    prefixes: tuple[int, ...],
 ) -> Answer:
-    """Errors of prefixes, and alpha |e - e_hat|^2 with the D / 2 largest dead features, e without a gradient."""
-    c = np.maximum((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"], 0)
-    f = c * kept(c)
+    """Errors of prefixes, and alpha |e - e_hat|^2 with the D / 2 largest dead features, e without a gradient.
+
+    Those of several places are kept by what they write there, f_i times the sum of its norms (Minder et al. 2025).
+    """
+    seen = x if its else x - p["b_dec"]
+    c = np.maximum(seen @ p["W_enc"] + p["b_enc"], 0)
+    f = c * kept(c * norms_and_units(p["W_dec"], its)[0] if len(its) > 1 else c)
     errors, d_f, d_W_dec, d_b_dec = [], np.zeros_like(f), np.zeros_like(p["W_dec"]), np.zeros(D)
     for m in prefixes:
-        e = f[:, :m] @ p["W_dec"][:m] + p["b_dec"] - x
+        e = f[:, :m] @ p["W_dec"][:m] + p["b_dec"] - y
         errors.append((w * e**2).sum())
         g = 2 * w * e
         d_f[:, :m] += g @ p["W_dec"][:m].T
@@ -161,26 +207,35 @@ def of_kept(
         errors[-1],
         sum(errors[:-1]) + ALPHA * (w * e_of_dead**2).sum(),
         {
-            "W_enc": (x - p["b_dec"]).T @ d_c,
+            "W_enc": seen.T @ d_c,
             "b_enc": d_c.sum(0),
             "W_dec": d_W_dec + a.T @ g_of_dead,
-            "b_dec": d_b_dec - p["W_enc"] @ d_c.sum(0),
+            "b_dec": d_b_dec - (0 if its else p["W_enc"] @ d_c.sum(0)),
         },
     )
 
 
-def jumprelu_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def jumprelu_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """Lambda |f|_0 or D (L0 / target - 1)^2 (Rajamanoharan et al. 2024, equations 9 to 12), with |x|^2 about D."""
     z = x @ p["W_enc"] + p["b_enc"]
-    theta, width = np.exp(p["log_threshold"]), BANDWIDTH * np.sqrt(D)
+    theta, width = np.exp(p["log_threshold"]), BANDWIDTH * np.sqrt(x.shape[1])
     f = z * (z > theta)
-    e = f @ p["W_dec"] + p["b_dec"] - x
+    e = f @ p["W_dec"] + p["b_dec"] - y
     g = 2 * w * e
     d_f = g @ p["W_dec"].T
     in_window = np.abs((z - theta) / width) < 0.5
     active = (w * (z > theta)).sum()
     off = active / TOKENS / TARGET - 1
     penalty, d_active = (TOKENS * D * off**2, 2 * D * off / TARGET) if form == "target" else (LAMBDA * active, LAMBDA)
+    if form == "frequency":
+        excess = (w * (z > theta)).sum(0) / TOKENS / OFTEN - 1
+        penalty, d_active = (
+            penalty + MU * TOKENS * D * np.maximum(excess, 0).sum(),
+            d_active + MU * D / OFTEN * (excess > 0),
+        )
+        assert 0 < (excess > 0).sum() < F
     d_theta = -(theta / width * in_window * d_f).sum(0) - RAMP * d_active * (w * in_window).sum(0) / width
     d_z = d_f * (z > theta)
     return (
@@ -196,28 +251,31 @@ def jumprelu_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) ->
     )
 
 
-def gated_by_hand(p: FloatParams, x: np.ndarray, w: np.ndarray, form: str) -> Answer:
+def gated_by_hand(
+    p: FloatParams, x: np.ndarray, w: np.ndarray, form: str, y: np.ndarray, its: tuple[int, ...]
+) -> Answer:
     """|x - x_hat|^2 + lambda |relu(g)|_1 + |x - x_hat_frozen|^2 (Rajamanoharan et al. 2024, equations 6 to 8)."""
-    s = (x - p["b_dec"]) @ p["W_enc"]
+    seen = x if its else x - p["b_dec"]
+    s = seen @ p["W_enc"]
     gate, m = s + p["b_gate"], s * np.exp(p["r_mag"]) + p["b_mag"]
     f, opened = (gate > 0) * np.maximum(m, 0), np.maximum(gate, 0)
-    norms = np.sqrt((p["W_dec"] ** 2).sum(1))
-    e, e_of_gate = (each @ p["W_dec"] + p["b_dec"] - x for each in (f, opened))
+    norms, units = norms_and_units(p["W_dec"], its)
+    e, e_of_gate = (each @ p["W_dec"] + p["b_dec"] - y for each in (f, opened))
     g = 2 * w * e
     d_m = (g @ p["W_dec"].T) * (gate > 0) * (m > 0)
     d_gate = (2 * w * e_of_gate @ p["W_dec"].T + RAMP * LAMBDA * w * norms) * (gate > 0)
     d_s = d_m * np.exp(p["r_mag"]) + d_gate
-    of_norms = RAMP * LAMBDA * (w * opened).sum(0) / norms
+    of_norms = RAMP * LAMBDA * (w * opened).sum(0)[:, None] * units
     return (
         (w * e**2).sum(),
         RAMP * LAMBDA * (w * opened * norms).sum() + (w * e_of_gate**2).sum(),
         {
-            "W_enc": (x - p["b_dec"]).T @ d_s,
+            "W_enc": seen.T @ d_s,
             "b_gate": d_gate.sum(0),
             "b_mag": d_m.sum(0),
             "r_mag": (d_m * s * np.exp(p["r_mag"])).sum(0),
-            "W_dec": f.T @ g + of_norms[:, None] * p["W_dec"],
-            "b_dec": g.sum(0) - p["W_enc"] @ d_s.sum(0),
+            "W_dec": f.T @ g + of_norms,
+            "b_dec": g.sum(0) - (0 if its else p["W_enc"] @ d_s.sum(0)),
         },
     )
 
@@ -237,17 +295,31 @@ def in_float64(tree: Params) -> FloatParams:
     return {name: np.asarray(value, np.float64) for name, value in tree.items()}
 
 
-@pytest.mark.parametrize(("kind", "form"), CASES)
-def test_loss_and_gradients_are_the_formulas(kind: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "form", "dictionary"), [(*case, dictionary) for case in CASES for dictionary in WRITTEN]
+)
+def test_loss_and_gradients_are_the_formulas(kind: str, form: str, dictionary: str) -> None:
     """Both terms, and the gradient of every parameter to 5e-6 of the largest, with padded tokens and a ramp of 0.6.
 
-    Directions have norms other than 1, k is below the largest of its group, and some features are dead.
+    Directions have norms other than 1, k is below the largest of its group, and some features are dead. With a skip the
+    loss is that of what W_skip leaves of the targets y: its gradient is x^T 2 (y_hat - y), of no frozen term.
     """
-    params, model = parameters(kind), model_of(kind, form)
-    terms, gradient = terms_and_gradient(model, params, values_of(form, F), X, WEIGHTS)
-    squared_error, penalty, expected = BY_HAND[kind](
-        in_float64(params), X.astype(np.float64), WEIGHTS[:, None].astype(np.float64), form
-    )
+    params, model = parameters(kind, dictionary), model_of(kind, form, dictionary)
+    x, p = X, in_float64(params)
+    if dictionary.endswith("transcoder"):
+        x = (np.concatenate([X, X[:, :2] ** 2], 1)).astype(np.float32)
+    targets = None if x is X else X
+    terms, gradient = terms_and_gradient(model, params, values_of(form, F), x, WEIGHTS, targets)
+    y = X.astype(np.float64)
+    if model.skip:
+        y = y - x.astype(np.float64) @ p["W_skip"]
+    weights = WEIGHTS[:, None].astype(np.float64)
+    squared_error, penalty, expected = BY_HAND[kind](p, x.astype(np.float64), weights, form, y, WRITTEN[dictionary])
+    if model.skip:
+        f = features_by_hand(kind, p | {"b_dec": np.zeros(READ)}, x.astype(np.float64), weights, training=True)
+        prefixes = PREFIXES if kind == "matryoshka" else (F,)
+        g = sum(2 * weights * (f[:, :m] @ p["W_dec"][:m] + p["b_dec"] - y) for m in prefixes)
+        expected["W_skip"] = x.T.astype(np.float64) @ g
     assert terms.squared_error == pytest.approx(squared_error, rel=2e-6)
     assert terms.penalty == pytest.approx(penalty, rel=2e-6)
     assert gradient.keys() == expected.keys()
@@ -266,7 +338,7 @@ def test_without_dead_features_there_is_no_auxk(kind: str, form: str) -> None:
     params, model = parameters(kind), model_of(kind, form)
     values = values_of("", F) | {"dead": jnp.zeros(F, bool)}
     found = terms_and_gradient(model, params, values, X, WEIGHTS)
-    without = terms_and_gradient(model.clone(penalised=False), params, values, X, WEIGHTS)
+    without = terms_and_gradient(model.clone(weighs=()), params, values, X, WEIGHTS)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-4), found, without)
 
 
@@ -367,7 +439,7 @@ def threshold_gradient(width: float, **settings: float) -> np.ndarray:
     """d/dtheta [2] of what training minimises on the plane, as it estimates it with a window of that width."""
     params = {name: jnp.asarray(value, jnp.float32) for name, value in ON_PLANE.items()}
     values = {"l0_coefficient": 0.0, "target_l0": 0.0, "bandwidth": width / np.sqrt(2), "ramp": 1.0, "features": 2}
-    x, model = PLANE.astype(np.float32), kind_named("jumprelu")(2, 2)
+    x, model = PLANE.astype(np.float32), kind_named("jumprelu")(2, 2, weighs=("l0_coefficient", "target_l0"))
     _, gradient = terms_and_gradient(model, params, values | settings, x, np.ones(len(x), np.float32))
     return np.asarray(gradient["log_threshold"], np.float64) / np.exp(ON_PLANE["log_threshold"])
 

@@ -127,7 +127,7 @@ def test_a_batch_has_exactly_k_active_features_a_token_on_average(kind: str, tie
         x[:tokens] = x[0]
     weights = (np.arange(len(x)) < tokens).astype(np.float32)
     params = {"W_enc": jnp.eye(D), "b_enc": jnp.zeros(D), "W_dec": jnp.eye(D), "b_dec": jnp.zeros(D)}
-    model = kind_named(kind)(D, D, most_k=k, penalised=False)
+    model = kind_named(kind)(D, D, most_k=k, weighs=())
     values = {"k": jnp.int32(k)}
     terms = jax.jit(lambda *batch: loss(model, params, values, *batch))(x, weights)
     assert jnp.sum(terms.fired) == k * tokens

@@ -80,7 +80,12 @@ def test_a_recorded_member_is_as_it_began_whatever_defaults_are_now() -> None:
     of_0_3 = {"features": 8, "seed": 0, "learning_rate": 1e-3, "kind": "jumprelu", "target_l0": 2.0, "bandwidth": 0.001}
     of_0_3 |= {"initial_threshold": 0.001, "decoder_norm": "unit", "initialization": "transposed", "initial_norm": 1.0}
     of_0_3 |= {"encoder_bias": 0.0, "decoder_bias": "zero", "dead_after_tokens": 10_000_000, "resamples": 0}
-    assert settings_of(recorded_member(of_0_3)) == {**of_0_3, "clip": 0.0}
+    assert settings_of(recorded_member(of_0_3)) == {
+        **of_0_3,
+        "clip": 0.0,
+        "frequency_coefficient": 0.0,
+        "frequency_limit": 0.1,
+    }
     now = complete(Member(8, kind="jumprelu", target_l0=2.0))
     assert recorded_member(settings_of(now)) == now
 
@@ -131,9 +136,9 @@ def test_a_penalty_is_left_out_only_if_no_member_of_the_group_has_one() -> None:
     plain, both = SweepConfig(features=(8,)), SweepConfig(features=(8,), l1_coefficient=(0.0, 1.0))
     for sweep, penalised in ((plain, False), (both, True)):
         [group] = make_groups(sweep_members(sweep))
-        assert group.form.penalised == group.form.is_sparse == penalised
+        assert bool(group.form.weighs) == group.form.is_sparse == penalised
     [group] = make_groups(sweep_members(SweepConfig(kinds=("topk",), features=(64,), auxk_coefficient=(0.0,))))
-    assert not group.form.penalised and group.form.is_sparse
+    assert not group.form.weighs and group.form.is_sparse
 
 
 def test_learning_rates_can_scale_with_the_number_of_features() -> None:

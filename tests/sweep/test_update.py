@@ -285,7 +285,7 @@ def test_a_large_batch_is_summed_in_parts() -> None:
     batch_tokens = 1500
     x = jax.random.normal(jax.random.key(0), (batch_tokens, 6))
     weights = (jax.random.uniform(jax.random.key(1), (batch_tokens,)) < 0.9).astype(jnp.float32)
-    model = ReLU(6, 9, penalised=False)
+    model = ReLU(6, 9, weighs=())
     params = init_params(model, 0)
     terms, gradient = jax.jit(partial(terms_and_gradient, model, values={}))(params, x=x, weights=weights)
     features = encode(model, params, {}, x)

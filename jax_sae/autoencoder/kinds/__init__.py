@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import reduce
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from jax_sae.autoencoder.model import Autoencoder
@@ -93,6 +94,11 @@ def _refuse_improper(kind: Any, name: str) -> type[Autoencoder]:
     if missing:
         raise BadInput(
             f"kind {name} has no {' and no '.join(missing)} of its own; docs/add_a_kind.md says what it needs"
+        )
+    if len(takes := list(signature(kind.loss).parameters)) != 5:
+        raise BadInput(
+            f"the loss of kind {name} takes ({', '.join(takes)}); (self, x, targets, weights, values) was expected: "
+            "the error is that of targets, which are x for an autoencoder; docs/add_a_kind.md"
         )
     if unknown := [each for each in kind.settings if each not in SETTINGS]:
         raise BadInput(

@@ -26,20 +26,21 @@ class BatchTopK(TopK):
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """The candidates that exceed the threshold."""
         candidates = self.candidates(x)
-        return jnp.where(candidates > values["threshold"], candidates, 0.0)
+        return jnp.where(self.sizes(candidates) > values["threshold"], candidates, 0.0)
 
     def keep(self, candidates: jax.Array, weights: jax.Array, values: Values) -> jax.Array:
         """The k largest candidates a token, on average over the batch's tokens; none of padding."""
-        tokens = jnp.sum(weights).astype(jnp.int32)
-        return keep_largest_of_batch(jnp.where(weights[:, None] > 0, candidates, 0.0), values["k"] * tokens)
+        count = values["k"] * jnp.sum(weights).astype(jnp.int32)
+        without_padding = jnp.where(weights[:, None] > 0, candidates, 0.0)
+        return self.ranked(without_padding, lambda sizes: keep_largest_of_batch(sizes, count))
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """|x - x_hat|^2 + alpha AuxK, summed over tokens."""
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|y - y_hat|^2 + alpha AuxK, summed over tokens."""
         candidates = self.candidates(x)
         features = self.keep(candidates, weights, values)
-        x_hat = self.decode(features)
-        found = terms(x, x_hat, features, weights, self.auxk(lambda: candidates, x - x_hat, weights, values))
-        return found._replace(smallest=smallest(features))
+        written = self.decode(features)
+        auxk = self.auxk(lambda: candidates, targets - written, weights, values)
+        return terms(targets, written, features, weights, auxk)._replace(smallest=smallest(self.sizes(features)))
 
     @staticmethod
     def initial_memory() -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sae.autoencoder.loss import Terms, l1_norm, squared_error, terms
-from jax_sae.autoencoder.model import Autoencoder, Values, product, row_norms
+from jax_sae.autoencoder.model import Autoencoder, Values, product
 
 
 class Gated(Autoencoder):
@@ -35,7 +35,7 @@ class Gated(Autoencoder):
 
     def gate_and_magnitude(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x[..., D] -> g and f, [..., F] each."""
-        p = self.product(x - self.b_dec, self.W_enc)
+        p = self.product(self.centred(x), self.W_enc)
         gate = p + self.b_gate
         return gate, jnp.where(gate > 0, nn.relu(p * jnp.exp(self.r_mag) + self.b_mag), 0.0)
 
@@ -44,15 +44,15 @@ class Gated(Autoencoder):
         del values
         return self.gate_and_magnitude(x)[1]
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """|x - x_hat|^2 + lambda sum_i relu(g_i) |W_dec_i| + |x - x_hat_gate|^2, summed over tokens."""
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|y - y_hat|^2 + lambda sum_i relu(g_i) |W_dec_i| + |y - y_hat_gate|^2, summed over tokens."""
         gate, features = self.gate_and_magnitude(x)
         open_gates = nn.relu(gate)
-        W_dec, b_dec = jax.lax.stop_gradient((self.W_dec, self.b_dec))
-        of_gate = squared_error(x, product(open_gates, W_dec, self.precision) + b_dec, weights)
-        l1 = l1_norm(open_gates, row_norms(self.W_dec), weights)
+        W_dec, b_dec, frozen = jax.lax.stop_gradient((self.W_dec, self.b_dec, targets))  # a skip is in the targets
+        of_gate = squared_error(frozen, product(open_gates, W_dec, self.precision) + b_dec, weights)
+        l1 = l1_norm(open_gates, self.direction_norms(), weights)
         penalty = values["ramp"] * values["l1_coefficient"] * l1 + of_gate
-        return terms(x, self.decode(features), features, weights, penalty)
+        return terms(targets, self.decode(features), features, weights, penalty)
 
 
 KIND = Gated

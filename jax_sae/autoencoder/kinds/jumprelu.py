@@ -60,16 +60,23 @@ class JumpReLU(Autoencoder):
     average, with our `dataset` normalisation D: hence the factors sqrt(D) and D. theta begins at `initial_threshold`
     sqrt(D). The paper's 0.001 for both needs some 1e5 steps until L0 is at its target; from 0.1 it is there after
     hundreds (docs/LOG.md).
+
+    With a `frequency_coefficient` mu there is also mu D sum_i max(0, p_i / `frequency_limit` - 1), p_i the part of the
+    batch's tokens on which feature i fires. It presses on features that fire too often to mean something; L0 alone does
+    not care which features it is made of. Gemma Scope 2 (DeepMind 2025) trains with a target and such a penalty; its
+    announcement has no formula, so this one is ours.
     """
 
     settings: ClassVar[Mapping[str, Any]] = {
         "l0_coefficient": None,
         "target_l0": None,
+        "frequency_coefficient": 0.0,
+        "frequency_limit": 0.1,
         "bandwidth": 0.05,
         "initial_threshold": 0.1,
         "decoder_norm": "unit",
     }
-    penalties = ("l0_coefficient", "target_l0")
+    penalties = ("l0_coefficient", "target_l0", "frequency_coefficient")
     couples_tokens = True  # with a target
 
     initial_threshold: float = 0.1
@@ -86,19 +93,24 @@ class JumpReLU(Autoencoder):
         z = self.pre_activations(x)
         return jnp.where(z > jnp.exp(self.log_threshold), z, 0.0)
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """|x - x_hat|^2 + lambda |f|_0, or D (L0 / target - 1)^2, summed over tokens."""
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|y - y_hat|^2 + lambda |f|_0, or D (L0 / target - 1)^2, summed over tokens."""
         is_own = jnp.arange(self.features) < values["features"]  # a padded threshold is 1, which a window may reach
         threshold = jnp.exp(jnp.where(is_own, self.log_threshold, 0.0))
         bandwidth = values["bandwidth"] * self.width**0.5
         z = self.pre_activations(x)
         features = jump(z, threshold, bandwidth)
-        active = jnp.sum(weights[:, None] * step(z, threshold, bandwidth))
+        fires = weights[:, None] * step(z, threshold, bandwidth)
+        active = jnp.sum(fires)
         has_target = values["target_l0"] > 0
         tokens, target = jnp.maximum(jnp.sum(weights), 1), jnp.where(has_target, values["target_l0"], 1)
-        off_target = tokens * self.width * jnp.square(active / tokens / target - 1)
+        off_target = tokens * self.written_width * jnp.square(active / tokens / target - 1)
         penalty = jnp.where(has_target, off_target, values["l0_coefficient"] * active)
-        return terms(x, self.decode(features), features, weights, values["ramp"] * penalty)
+        if self.is_weighed("frequency_coefficient"):
+            too_often = nn.relu(jnp.sum(fires, 0) / tokens / values["frequency_limit"] - 1)
+            of_frequency = tokens * self.written_width * jnp.sum(jnp.where(is_own, too_often, 0))
+            penalty = penalty + values["frequency_coefficient"] * of_frequency
+        return terms(targets, self.decode(features), features, weights, values["ramp"] * penalty)
 
     @staticmethod
     def fresh_bias(name: str, width: int, values: Values) -> jax.Array:

@@ -21,17 +21,17 @@ class Matryoshka(BatchTopK):
 
     pads = False  # the prefixes are parts of its own number of features
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """sum_m |x - x_hat_m|^2 + alpha AuxK, summed over tokens; `squared_error` is that of all features."""
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """sum_m |y - y_hat_m|^2 + alpha AuxK, summed over tokens; `squared_error` is that of all features."""
         candidates = self.candidates(x)
         features = self.keep(candidates, weights, values)
         ends = sorted({max(1, round(part * self.features)) for part in PARTS})
-        x_hat, errors = self.b_dec, []
+        written, errors = self.b_dec, []
         for start, end in pairwise([0, *ends]):
-            x_hat = x_hat + product(features[:, start:end], self.W_dec[start:end], self.precision)
-            errors.append(squared_error(x, x_hat, weights))
-        penalty = sum(errors[:-1]) + self.auxk(lambda: candidates, x - x_hat, weights, values)
-        return terms(x, x_hat, features, weights, penalty)._replace(smallest=smallest(features))
+            written = written + product(features[:, start:end], self.W_dec[start:end], self.precision)
+            errors.append(squared_error(targets, written, weights))
+        penalty = sum(errors[:-1]) + self.auxk(lambda: candidates, targets - written, weights, values)
+        return terms(targets, written, features, weights, penalty)._replace(smallest=smallest(self.sizes(features)))
 
 
 KIND = Matryoshka

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from jax_sae.autoencoder.loss import Terms, l1_norm, terms
-from jax_sae.autoencoder.model import Autoencoder, Values, row_norms
+from jax_sae.autoencoder.model import Autoencoder, Values
 
 
 class ReLU(Autoencoder):
@@ -34,14 +34,14 @@ class ReLU(Autoencoder):
         del values
         return nn.relu(self.pre_activations(x))
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """|x - x_hat|^2 + lambda sum_i f_i |W_dec_i|, summed over tokens."""
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|y - y_hat|^2 + lambda sum_i f_i |W_dec_i|, summed over tokens."""
         features = self.encode(x, values)
-        x_hat = self.decode(features)
-        if not self.penalised:
-            return terms(x, x_hat, features, weights)
-        penalty = values["ramp"] * values["l1_coefficient"] * l1_norm(features, row_norms(self.W_dec), weights)
-        return terms(x, x_hat, features, weights, penalty)
+        written = self.decode(features)
+        if not self.is_weighed("l1_coefficient"):
+            return terms(targets, written, features, weights)
+        penalty = values["ramp"] * values["l1_coefficient"] * l1_norm(features, self.direction_norms(), weights)
+        return terms(targets, written, features, weights, penalty)
 
 
 KIND = ReLU

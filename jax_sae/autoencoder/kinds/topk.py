@@ -40,39 +40,62 @@ class TopK(Autoencoder):
 
     def candidates(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> relu((x - b_dec) W_enc + b_enc), [..., F]."""
-        return nn.relu(self.pre_activations(x - self.b_dec))
+        return nn.relu(self.pre_activations(self.centred(x)))
+
+    def ranked(self, candidates: jax.Array, keep: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The candidates [..., F] that are the largest, as `keep` chooses them and sets the others to 0.
+
+        Where several places are written, by what they write there, f_i |W_dec_i| summed over the places, as Minder et
+        al. 2025 (https://arxiv.org/abs/2504.02922), section 2, rank the features of crosscoders.
+        """
+        if len(self.written) < 2:
+            return keep(candidates)
+        return jnp.where(keep(self.sizes(candidates)) > 0, candidates, 0.0)
+
+    def sizes(self, features: jax.Array) -> jax.Array:
+        """features[..., F] as they are ranked, without gradients of the directions."""
+        return features if len(self.written) < 2 else features * jax.lax.stop_gradient(self.direction_norms())
 
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """The k largest candidates of each token."""
         if not self.most_k:
-            return keep_largest_of_any(self.candidates(x), values["k"])
-        return keep_largest_of_rows(self.candidates(x), values["k"], self.most_k)
+            return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_any(sizes, values["k"]))
+        return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_rows(sizes, values["k"], self.most_k))
 
-    def loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
-        """|x - x_hat|^2 + alpha AuxK, summed over tokens."""
-        if is_sparse_faster(self.features, self.most_k):
-            return self.sparse_loss(x, weights, values)
+    def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
+        """|y - y_hat|^2 + alpha AuxK, summed over tokens."""
+        if len(self.written) < 2 and is_sparse_faster(self.features, self.most_k):
+            return self.sparse_loss(x, targets, weights, values)
         candidates = self.candidates(x)
-        features = keep_largest_of_rows(candidates, values["k"], self.most_k)
-        x_hat = self.decode(features)
-        return terms(x, x_hat, features, weights, self.auxk(lambda: candidates, x - x_hat, weights, values))
+        features = self.ranked(candidates, lambda sizes: keep_largest_of_rows(sizes, values["k"], self.most_k))
+        written = self.decode(features)
+        auxk = self.auxk(lambda: candidates, targets - written, weights, values)
+        return terms(targets, written, features, weights, auxk)
 
-    def sparse_loss(self, x: jax.Array, weights: jax.Array, values: Values) -> Terms:
+    def sparse_loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """The same without dense work on inactive features."""
-        x_hat, active, places = topk_reconstruct(
-            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, values["k"], self.most_k, self.precision
+        written, active, places = topk_reconstruct(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.W_dec,
+            self.b_dec,
+            values["k"],
+            self.most_k,
+            self.precision,
+            not self.written,
         )
         fired = jnp.zeros(self.features, jnp.float32).at[places].add(jnp.where(active > 0, weights[:, None], 0.0))
-        auxk = self.auxk(lambda: self.candidates(x), x - x_hat, weights, values)
-        return Terms(squared_error(x, x_hat, weights), auxk, fired, jnp.float32(0))
+        auxk = self.auxk(lambda: self.candidates(x), targets - written, weights, values)
+        return Terms(squared_error(targets, written, weights), auxk, fired, jnp.float32(0))
 
     def auxk(
         self, candidates: Callable[[], jax.Array], error: jax.Array, weights: jax.Array, values: Values
     ) -> jax.Array:
-        """Alpha AuxK of an error x - x_hat [B, D], summed over tokens; 0, and not computed, if no feature is dead."""
-        if not self.penalised:
+        """Alpha AuxK of an error y - y_hat [B, D_written], summed over tokens; not computed if no feature is dead."""
+        if not self.is_weighed("auxk_coefficient"):
             return jnp.float32(0)
-        most = min(self.features, max(1, self.width // 2))
+        most = min(self.features, max(1, self.written_width // 2))
         dead, missed = values["dead"], jax.lax.stop_gradient(error)
 
         def of_dead() -> jax.Array:
