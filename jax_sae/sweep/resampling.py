@@ -25,9 +25,9 @@ def resample(
     values: Values,
     dead: jax.Array,
     x: jax.Array,
-    targets: jax.Array,
     weights: jax.Array,
     key: jax.Array,
+    targets: jax.Array | None = None,
 ) -> tuple[Params, Any]:
     """Set dead features to tokens of a batch, drawn in proportion to their squared loss |y - y_hat|^4.
 
@@ -44,10 +44,12 @@ def resample(
         values: its settings and what it remembers.
         dead: [F] bool; none of padded features.
         x: [B, D].
-        targets: [B, D_written]; x itself for an autoencoder.
         weights: [B].
         key: random.
+        targets: [B, D_written]; None: x itself.
     """
+    targets = x if targets is None else targets
+    writes_others = bool(model.written) and targets is not x
     if model.skip:
         targets = targets - x @ params["W_skip"]
     written = decode(model.clone(skip=False), params, encode(model, params, values, x))
@@ -56,7 +58,7 @@ def resample(
     drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape, jnp.float32)) * cumulated[-1])
     rows = jnp.minimum(drawn, len(x) - 1)
     directions = unit_rows(targets[rows] - params["b_dec"])
-    read = unit_rows(x[rows]) if model.written and x is not targets else directions
+    read = unit_rows(x[rows]) if writes_others else directions
     is_own = row_norms(params["W_dec"]) > 0  # a padded feature is 0
     lives = jnp.where(jnp.any(is_own & ~dead), is_own & ~dead, is_own)
 

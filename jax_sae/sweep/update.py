@@ -287,7 +287,7 @@ def resample_at_its_steps(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.settings["seed"]), step)
         values = {**state.settings, **state.memory}
         adam, *rest = state.opt_state
-        params, adam = resample(model, state.params, adam, values, dead, x, targets, weights, key)
+        params, adam = resample(model, state.params, adam, values, dead, x, weights, key, targets)
         since_fired = jnp.where(dead, 0, state.memory["tokens_since_fired"])
         memory = {**state.memory, "tokens_since_fired": since_fired}
         return state._replace(params=params, opt_state=(adam, *rest), memory=memory)

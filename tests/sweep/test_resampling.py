@@ -200,3 +200,22 @@ def test_only_the_dead_change_and_only_at_the_steps() -> None:
             assert np.all(now != before)
         state = after
     assert changed_at == [4, 8, 12]
+
+
+def test_a_dead_feature_of_a_transcoder_reads_one_direction_and_writes_another() -> None:
+    """That of x, and that of what the skip leaves of the targets, from b_dec; W_skip keeps every bit."""
+    rng, wide = np.random.default_rng(4), D + 2
+    model = kind_named("relu")(D, F, (wide,), True)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, wide), "b_dec": (wide,), "W_skip": (D, wide)}
+    params = {name: rng.normal(0.1, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    y = rng.normal(0, 1, (B, wide)).astype(np.float32)
+    y[WORST] *= 1e6
+    moments = optax.ScaleByAdamState(jnp.int32(9), dict(params), dict(params))
+    x, dead = X / SCALES, DEAD[:F]
+    new, _ = jax.jit(partial(resample, model))(params, moments, {}, dead, x, WEIGHTS, jax.random.key(1), y)
+    left = y[WORST] - x[WORST] @ params["W_skip"] - params["b_dec"]
+    for name, direction in (("W_enc", x[WORST]), ("W_dec", left)):
+        found = of_features(name, new[name])[dead]
+        cosines = found @ direction / np.linalg.norm(found, axis=1) / np.linalg.norm(direction)
+        np.testing.assert_allclose(cosines, 1, rtol=1e-5)
+    np.testing.assert_array_equal(new["W_skip"], params["W_skip"])
