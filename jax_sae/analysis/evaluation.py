@@ -76,9 +76,7 @@ def evaluate(
     facts, suffix = read_facts(run, step)
     _refuse_read_only(run)
     config = config_of(run, facts)
-    record, eigenvalues = evaluate_members(
-        str(run), load_members(run, config, facts), facts, config, n_tokens, sources
-    )
+    record, eigenvalues = evaluate_members(str(run), load_members(run, config, facts), facts, config, n_tokens, sources)
     _write(run, suffix, record, eigenvalues)
     return record
 

@@ -17,6 +17,7 @@ from jax_sae.activations.sources import Source
 from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 from jax_sae.autoencoder.model import Autoencoder, decode, encode
+from jax_sae.autoencoder.regression import Regression, add_pairs, no_pairs, regression
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
@@ -120,6 +121,17 @@ def _at_one_place(
     rows = Normalization(*(np.repeat([n[i] for n in each], lengths)[:, None] for i in (0, 1)))
     scaled = covariance_eigenvalues(normalize(rows, x))
     return HeldOut("story", x, rows, eigenvalues, scaled, n_over)
+
+
+def linear_regression(reads: Sequence[HeldOut], writes: Sequence[HeldOut]) -> Regression:
+    """Of what is written on what is read, on these tokens, as a dictionary sees both: normalised, side by side."""
+    inputs, targets = side_by_side(reads), side_by_side(writes)
+    pairs = no_pairs(inputs.x.shape[1], targets.x.shape[1])
+    for start in range(0, len(inputs.x), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        x, y = (normalize(part.normalization, part.x[rows]) for part in (inputs, targets))
+        pairs = add_pairs(pairs, x, y)
+    return regression(pairs)
 
 
 class Measured(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 
 from jax_sae.activations.places import described
 from jax_sae.autoencoder.baselines import pca_curve
+from jax_sae.autoencoder.regression import regression_fvu
 from jax_sae.config import Config
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import RunFailed
@@ -19,7 +20,7 @@ from jax_sae.figures.curves import loss_figure, member_colours, training_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.run.advice import advice
-from jax_sae.run.held_out import HeldOut, measure_held_out, side_by_side
+from jax_sae.run.held_out import HeldOut, linear_regression, measure_held_out, side_by_side
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
 from jax_sae.streams import progress_bar, say
 from jax_sae.sweep.members import describe_member, member_names, placement_labels, settings_of, sweep_members
@@ -279,11 +280,12 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
     for group, state in zip(setup.groups, progress.state, strict=True):
         reads, writes = ([at_place[place] for place in its] for its in (setup.reads(group), setup.writes(group)))
         written, names = side_by_side(writes), [place.name for place in setup.writes(group)]
-        measured += [(written, names, each) for each in measure_held_out(state, group.form, reads, writes)]
+        linear = linear_regression(reads, writes) if group.reads != (group.writes or group.reads) else None
+        measured += [(written, names, linear, each) for each in measure_held_out(state, group.form, reads, writes)]
     last = mean_of_last_steps(progress.metrics)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
-        written, names, of = measured[i]
+        written, names, linear, of = measured[i]
         floor = None if member.skip else written.fvu_floor(member.features)
         found.append(
             {
@@ -299,9 +301,12 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
                 "fvu": finite_or_none(of.fvu),
                 "pca_floor_fvu": floor,
                 "fvu_over_floor": finite_or_none(of.fvu / floor) if floor else None,
-                **({"fvu_at": dict(zip(names, map(finite_or_none, of.fvu_at), strict=True))} if len(names) > 1 else {}),
             }
         )
+        if linear:
+            found[-1]["linear_fvu"] = regression_fvu(linear, setup.width if member.skip else member.features)
+        if len(names) > 1:
+            found[-1]["fvu_at"] = dict(zip(names, map(finite_or_none, of.fvu_at), strict=True))
     of_labels = dict(zip(placement_labels(setup.members()), (its for its, *_ in measured), strict=True))
     pca = {
         label: dict(zip(("directions", "fvu"), pca_curve(its.eigenvalues), strict=True))
@@ -335,7 +340,8 @@ def mean_of_last_steps(values: np.ndarray) -> np.ndarray:
 def closing_table(members: Sequence[dict[str, Any]]) -> str:
     """The table at the end of a run, from the members of `summary.json`.
 
-    A member that diverged has the FVU of its last finite state.
+    A member that diverged has the FVU of its last finite state. The linear FVU, of a dictionary that reads other places
+    than it writes, is that of the best linear map with as many directions as features; with a skip, of any.
     """
     header = [
         "member",
@@ -347,6 +353,7 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
         "held-out FVU",
         "PCA floor",
         "FVU/floor",
+        *["linear FVU"] * any("linear_fvu" in member for member in members),
     ]
     rows = [
         [
@@ -361,6 +368,7 @@ def closing_table(members: Sequence[dict[str, Any]]) -> str:
             _number(member["fvu"]),
             "-" if member["pca_floor_fvu"] is None else _number(member["pca_floor_fvu"]),
             "-" if member["fvu_over_floor"] is None else _ratio(member["fvu_over_floor"]),
+            *[_number(member["linear_fvu"]) if "linear_fvu" in member else "-"] * ("linear FVU" in header),
         ]
         for member in members
     ]

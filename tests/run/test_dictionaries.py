@@ -78,6 +78,11 @@ def test_a_dictionary_equals_its_solo_run(label: str, together: Path, tmp_path: 
     [alone] = runs[0]["members"]  # type: ignore[index]
     [measured] = [row for row in runs[1]["members"] if row["name"] == here.name]  # type: ignore[index]
     assert measured == {**alone, "name": here.name}
+    writes_others = "-to-" in label or "transcoder" in label
+    assert ("linear_fvu" in alone, "fvu_at" in alone) == (writes_others, len(here.writes) > 1)
+    assert (alone["pca_floor_fvu"] is None) == here.skip
+    if not here.skip:  # what is written lies in an affine space of F directions, whatever is read
+        assert alone["pca_floor_fvu"] <= alone["fvu"] and alone["pca_floor_fvu"] <= alone.get("linear_fvu", 1)
     for figure in ("loss", "training", "frontier"):
         assert (together / "figures" / f"{figure}-{label}.png").exists()
 
