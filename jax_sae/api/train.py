@@ -132,7 +132,7 @@ def _places_of(activations: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         names = [place.name for place in activations.places]
     else:
         return {}
-    chosen = "sweep.places" in given or "sweep.members" in given
+    chosen = not {"sweep.places", "sweep.layers", "sweep.members"}.isdisjoint(given)
     return {} if chosen or len(names) < 2 else {"sweep.places": tuple(names)}
 
 

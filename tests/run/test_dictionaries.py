@@ -1,5 +1,6 @@
 """Autoencoders, transcoders and crosscoders in one run: each is what it is alone, and is used as it was trained."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import never, stop_at
+from running import REPOSITORY, never, stop_at
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
@@ -138,6 +139,24 @@ def test_the_short_form_names_the_common_dictionaries() -> None:
     assert member_names(two) == ["crosscoder-F8", "crosscoder-2-F8"]
     said = parse_member("features=8,reads=5.mlp_in+5.resid_mid,writes=5.mlp_out,skip=true")
     assert said == Member(8, reads=("5.mlp_in", "5.resid_mid"), writes=("5.mlp_out",), skip=True)
+
+
+def test_a_program_trains_them_on_arrays_by_their_places() -> None:
+    """Layers choose among the arrays that are given; without them a crosscoder is over all."""
+    small: dict[str, Any] = {"steps": 3, "batch_tokens": 32, "held_out_tokens": 60, "block_tokens": 128, "quiet": True}
+    of = {"dictionaries": ["skip_transcoder"], "layers": 0, "kinds": "topk", "k": 2}
+    run = jax_sae.train(activations=X, **of, **small)
+    assert run.names == ["F96"] and (run["F96"].width, run["F96"].written_width) == (12, 7) and run["F96"].skip
+    assert "reads 0.mlp_in, writes 0.mlp_out" in repr(run["F96"])
+    run = jax_sae.train(activations={place: X[place] for place in CROSS}, dictionaries="crosscoder", **small)
+    assert run["F96"].writes == CROSS
+
+
+def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code on dictionaries."""
+    code = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "places.md").read_text(), re.DOTALL)[-1]
+    monkeypatch.chdir(REPOSITORY)
+    exec(code, {})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
