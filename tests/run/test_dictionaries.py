@@ -141,15 +141,19 @@ def test_the_short_form_names_the_common_dictionaries() -> None:
     assert said == Member(8, reads=("5.mlp_in", "5.resid_mid"), writes=("5.mlp_out",), skip=True)
 
 
-def test_a_program_trains_them_on_arrays_by_their_places() -> None:
-    """Layers choose among the arrays that are given; without them a crosscoder is over all."""
+def test_a_program_trains_them_on_arrays_by_their_places(tmp_path: Path) -> None:
+    """Layers choose among the arrays that are given; without them a crosscoder is over all. The same call resumes."""
     small: dict[str, Any] = {"steps": 3, "batch_tokens": 32, "held_out_tokens": 60, "block_tokens": 128, "quiet": True}
     of = {"dictionaries": ["skip_transcoder"], "layers": 0, "kinds": "topk", "k": 2}
     run = jax_sae.train(activations=X, **of, **small)
     assert run.names == ["F96"] and (run["F96"].width, run["F96"].written_width) == (12, 7) and run["F96"].skip
     assert "reads 0.mlp_in, writes 0.mlp_out" in repr(run["F96"])
-    run = jax_sae.train(activations={place: X[place] for place in CROSS}, dictionaries="crosscoder", **small)
-    assert run["F96"].writes == CROSS
+    of = {"dictionaries": ["autoencoder", "crosscoder"], "activations": {place: X[place] for place in CROSS}}
+    run = jax_sae.train(**of, **small, out=tmp_path / "run")
+    assert run.names == ["1.resid_post-F96", "3.resid_post-F72", "crosscoder-F96"]
+    assert run["crosscoder-F96"].writes == CROSS
+    again = jax_sae.train(**of, **{**small, "steps": 5}, out=tmp_path / "run", resume=True)
+    assert again.is_finished and again.step == 5 and again.names == run.names
 
 
 def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
