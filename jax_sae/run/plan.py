@@ -73,8 +73,11 @@ def _places(setup: Setup) -> list[str]:
     found: dict[str, list[int]] = {}
     for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
         reads, writes = setup.reads(group), setup.writes(group)
-        where = f"place         {described(reads)}" if reads == writes else ""
-        its = found.setdefault(where or f"dictionary    from {described(reads)} to {described(writes)}", [0, 0, 0])
+        if reads == writes:
+            where = f"{'place     ' if len(reads) == 1 else 'crosscoder'}    {described(reads)}"
+        else:
+            where = f"transcoder    from {described(reads)} to {described(writes)}"
+        its = found.setdefault(where, [0, 0, 0])
         its[0] += len(group.names)
         its[1] += len(shapes) * (2 * n_bytes(padded_shape(shapes)) + n_bytes(padded_shape(shapes).params))
         its[2] += sum(member.features for member in group.members) * (total_width(reads) + total_width(writes))
