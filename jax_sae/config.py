@@ -135,6 +135,36 @@ class ModelConfig:
     """What its matrix products round their factors to; sums and the residual stream stay float32."""
     dtype: WeightsDtype = "float32"
     """In which its weights are kept in memory; all is computed in float32."""
+    models: tuple[str, ...] = ()
+    """Instead of path, several that read the same token ids, each with a name: base=PATH tuned=PATH. Their places are
+    base:9.resid_post and tuned:9.resid_post (docs/places.md)."""
+
+
+def named_models(model: ModelConfig) -> dict[str, str]:
+    """The path of each language model by its name; one alone has the name ''.
+
+    Raises:
+        BadInput: if one has no name, two have the same, or `path` is given too.
+    """
+    if not model.models:
+        return {"": model.path}
+    found: dict[str, str] = {}
+    for each in model.models:
+        name, _, path = each.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name) or not path:
+            raise BadInput(
+                f"model.models has {shortened(each)}; NAME=PATH was expected, such as base=google/gemma-3-270m, and a "
+                "name of letters, digits and . _ -"
+            )
+        if name in found:
+            raise BadInput(f"model.models has two with the name {name!r}; give each a name of its own")
+        found[name] = path
+    if model.path != ModelConfig.path:
+        raise BadInput(
+            f"model.path is {shortened(model.path)}, but model.models are given, which stand in its place; give one of "
+            "them"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -427,6 +457,7 @@ def validate(config: Config) -> None:
             f"train.batch_tokens is {train.batch_tokens}, but activations.block_tokens is {activations.block_tokens}; "
             "a block must hold at least one batch"
         )
+    named_models(config.model)
     if config.text.pack and not config.text.window:
         raise BadInput("text.pack is true, but text.window is 0: there is no window to share; give its tokens")
     for name in ("array", "mask"):

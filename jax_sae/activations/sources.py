@@ -16,13 +16,14 @@ from jax_sae.activations.order import by_number, in_order
 from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
 from jax_sae.activations.story_sources import StorySource, StreamSource
-from jax_sae.config import Config, SweepConfig, places_of
+from jax_sae.config import Config, SweepConfig, named_models, places_of
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import choose_split, open_dataset
-from jax_sae.language_model.places import hugging_face_name, read_place, width_of
-from jax_sae.language_model.pretrained import load_language_model
+from jax_sae.language_model.places import hugging_face_name, width_of
+from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+from jax_sae.language_model.several import Models, load_language_models, stories_for
 from jax_sae.language_model.stream import choose_shards, first_buffer, open_shards
-from jax_sae.language_model.text import Stories, stories_of, tokenizer_of
+from jax_sae.language_model.text import Stories
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -193,10 +194,9 @@ def with_known_places(sweep: SweepConfig, source: Source) -> SweepConfig:
     """The sweep with the names by which a source knows its places, where a language model knows a place by several."""
     if not isinstance(source, StorySource):
         return sweep
-    architecture, model_type = source.lm.model.architecture, source.lm.model_type
 
     def known(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(read_place(name, architecture, model_type) for name in names)
+        return tuple(source.known_place(name) for name in names)
 
     members = [
         replace(
@@ -242,30 +242,26 @@ def excluded_first_tokens(source: Source, said: int | None) -> int:
 def _open_stories(run: Config) -> Sources:
     model, text = run.model, run.text
     places = places_of(run.sweep)
-    layer = None if places else model.layer
-    lm = load_language_model(model.path, layer, model.precision, places=places, dtype=model.dtype)
-    architecture = lm.model.architecture
-    model_line = (
-        f"model         {model.path}, the residual stream after {model.layer} of {architecture.num_layers} blocks, "
-        f"width {lm.width}"
-    )
-    if places:
-        read = ", ".join(
-            f"{place} ({hugging_face_name(place, architecture, lm.model_type)}, width {width_of(place, architecture)})"
-            for place in lm.places
-        )
-        blocks = f"{lm.layer} of {architecture.num_layers} blocks are run"
-        model_line = f"model         {model.path}, {blocks}, to read {read}"
+    models: Models
+    if model.models:
+        if not places:
+            raise BadInput(
+                f"model.models are given, but no places in them; name some by sweep.places, such as "
+                f"{next(iter(named_models(model)))}:9.resid_post"
+            )
+        models = load_language_models(named_models(model), places, model.precision, model.dtype)
+    else:
+        layer = None if places else model.layer
+        models = {"": load_language_model(model.path, layer, model.precision, places=places, dtype=model.dtype)}
+    model_lines = [_model_line(name, lm, None if places else model.layer) for name, lm in models.items()]
 
     def stories(rows: "Dataset") -> Stories:
         """The stories of rows, as the settings say."""
-        tokenizer = tokenizer_of(rows, text.column, text.tokenizer, lambda: lm.tokenizer)
-        return stories_of(
+        return stories_for(
+            models,
             rows,
             text.column,
-            tokenizer,
-            architecture.max_position_embeddings,
-            architecture.vocab_size,
+            text.tokenizer,
             run.activations.exclude_first_tokens,
             text.window,
             text.pack,
@@ -277,7 +273,7 @@ def _open_stories(run: Config) -> Sources:
         name = held_out_name(text.validation_split, all_shards)
         shards = choose_shards(all_shards, text.path, text.split)
         some = first_buffer(choose_shards(all_shards, text.path, name) if name else shards)
-        held_out = StorySource(stories(some.rows), 0, len(some.rows), lm)
+        held_out = StorySource(stories(some.rows), 0, len(some.rows), models)
         if not name:
             shards = replace(shards, first=some.end)
             if some.end[0] == len(shards.names):
@@ -285,9 +281,9 @@ def _open_stories(run: Config) -> Sources:
                     f"{text.path} has {len(held_out):,} stories in all, which a stream holds out; leave text.streaming "
                     "out, or name a held-out split by text.validation_split"
                 )
-        stream = StreamSource(held_out.stories, 0, len(held_out), lm, shards)
+        stream = StreamSource(held_out.stories, 0, len(held_out), models, shards)
         lines = [
-            model_line,
+            *model_lines,
             f"text          {text.path}: the split '{text.split}', {len(shards.names):,} shards, streamed; how many "
             "stories they have is not known",
             f"held out      the first {len(held_out):,} stories of the split '{name or text.split}'"
@@ -299,7 +295,7 @@ def _open_stories(run: Config) -> Sources:
 
     def source(split: str, first: int = 0, last: int | None = None) -> StorySource:
         found = stories(choose_split(splits, text.path, split, text.column))
-        return StorySource(found, first, len(found) if last is None else last, lm)
+        return StorySource(found, first, len(found) if last is None else last, models)
 
     training = source(text.split)
     if held_out_split:
@@ -315,12 +311,22 @@ def _open_stories(run: Config) -> Sources:
         held_out, training = source(text.split, first), source(text.split, 0, first)
         held_out_line = f"the last {len(held_out):,} stories of the split '{text.split}', which are not trained on"
     lines = [
-        model_line,
+        *model_lines,
         f"text          {text.path}: {len(training):,} stories of the split '{text.split}'",
         f"held out      {held_out_line}",
         *_story_lines(training.stories),
     ]
     return training, held_out, lines
+
+
+def _model_line(name: str, lm: LanguageModel, layer: int | None) -> str:
+    """What is read of a language model: the residual stream at a layer, or its places."""
+    a = lm.model.architecture
+    model = f"model         {f'{name}: ' if name else ''}{lm.name}"
+    if layer is not None:
+        return f"{model}, the residual stream after {layer} of {a.num_layers} blocks, width {lm.width}"
+    read = [f"{at} ({hugging_face_name(at, a, lm.model_type)}, width {width_of(at, a)})" for at in lm.places]
+    return f"{model}, {lm.layer} of {a.num_layers} blocks are run, to read {', '.join(read)}"
 
 
 def held_out_name(said: str, splits: Iterable[str]) -> str:

@@ -13,9 +13,15 @@ from jax_sae.activations.order import random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.errors import BadInput
-from jax_sae.language_model.harvest import harvest, harvest_on_device, stays_on_device
-from jax_sae.language_model.places import width_of
+from jax_sae.language_model.harvest import stays_on_device
 from jax_sae.language_model.pretrained import LanguageModel
+from jax_sae.language_model.several import (
+    Models,
+    harvest_each,
+    harvest_each_on_device,
+    known_place,
+    places_read,
+)
 from jax_sae.language_model.stream import Buffer, Shards
 from jax_sae.language_model.text import Stories
 from jax_sae.language_model.text_digest import text_digest
@@ -30,12 +36,13 @@ STORIES_TO_COMPARE = 64
 
 @dataclass(frozen=True, eq=False)
 class StorySource:
-    """Rows `first` to `last` of a text, read by a language model; an item is a story: a row, or a window of rows."""
+    """Rows `first` to `last` of a text, read by language models; an item is a story: a row, or a window of rows."""
 
     stories: Stories
     first: int
     last: int
-    lm: LanguageModel
+    models: Models
+    """Those that read it: one, with the name '', or several."""
 
     @property
     def name(self) -> str:
@@ -43,10 +50,20 @@ class StorySource:
         return f"stories {self.first} to {self.last - 1}"
 
     @property
+    def lm(self) -> LanguageModel:
+        """The language model that reads it; BadInput if there are several."""
+        if len(self.models) > 1:
+            raise BadInput(f"several language models read {self.name}, {', '.join(self.models)}; this is of one")
+        return next(iter(self.models.values()))
+
+    @property
     def places(self) -> tuple[Place, ...]:
-        """Those that the language model reads."""
-        architecture = self.lm.model.architecture
-        return tuple(Place(place, width_of(place, architecture)) for place in self.lm.places)
+        """Those that the language models read."""
+        return tuple(Place(name, width) for name, width in places_read(self.models).items())
+
+    def known_place(self, place: str) -> str:
+        """A place as it is called in `places`, from any of its names; BadInput if there is none."""
+        return known_place(place, self.models)
 
     @property
     def width(self) -> int:
@@ -72,8 +89,8 @@ class StorySource:
         return stories_in_order(self.stories, order, start)
 
     def activations(self, items: Sequence[Story]) -> Iterator[tuple[int, np.ndarray]]:
-        """Run the language model over whole stories; the activations of excluded tokens are left out."""
-        for i, x in harvest(self.lm.model, self.lm.places, self.lm.params, *_to_read(items)):
+        """Run the language models over whole stories; the activations of excluded tokens are left out."""
+        for i, x in harvest_each(self.models, *_to_read(items)):
             yield i, x[items[i].used]
 
     def on_device(self, items: Sequence[Story]) -> OnDevice | None:
@@ -81,7 +98,7 @@ class StorySource:
         return self._on_device(items) if stays_on_device() else None
 
     def _on_device(self, items: Sequence[Story]) -> OnDevice:
-        for batch, x in harvest_on_device(self.lm.model, self.lm.places, self.lm.params, *_to_read(items)):
+        for batch, x in harvest_each_on_device(self.models, *_to_read(items)):
             yield x, [(i, np.arange(len(items[i].token_ids))[items[i].used]) for i in batch]
             del x  # a batch is gone before the next one is computed
 
@@ -90,7 +107,7 @@ class StorySource:
         return self.stories.count_tokens(self.first, self.last)
 
     def digests(self) -> dict[str, str]:
-        """Of the language model as it is run, of the whole text column of the split, and of the tokenizer.
+        """Of each language model as it is run, of the whole text column of the split, and of the tokenizer.
 
         The tokenizer is known by the token ids of the first 64 stories, so another text there changes that one too.
 
@@ -101,7 +118,7 @@ class StorySource:
         for story in self.read(range(min(self.last - self.first, STORIES_TO_COMPARE))):
             of_ids.update(f"{len(story.token_ids)}\n".encode() + story.token_ids.astype("<i4").tobytes())
         return {
-            "language model": model_digest(self.lm),
+            **{f"language model {name}".rstrip(): model_digest(lm) for name, lm in self.models.items()},
             "text": text_digest(self.stories.rows, self.stories.column),
             "tokenizer": of_ids.hexdigest(),
         }
@@ -196,7 +213,7 @@ class StreamSource(StorySource):
 
 
 def _to_read(items: Sequence[Story]) -> tuple[list[np.ndarray], list[np.ndarray | None] | None]:
-    """What the language model reads of stories: token ids, none where none are used; segments, where there are some."""
+    """What language models read of stories: token ids, none where none are used; segments, where there are some."""
     token_ids = [story.token_ids if len(story) else story.token_ids[:0] for story in items]
     segments = [story.segments for story in items]
     return token_ids, segments if any(each is not None for each in segments) else None

@@ -35,7 +35,7 @@ from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
-from jax_sae.language_model.pretrained import LanguageModel
+from jax_sae.language_model.several import Models
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config, refuse_no_run
 from jax_sae.run.load import load_autoencoder
@@ -107,7 +107,7 @@ def evaluate_members(
     """
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of held-out tokens is {n_tokens}; one above 0 was expected")
-    source, lm = open_inputs(run, config, facts, sources)
+    source, models = open_inputs(run, config, facts, sources)
     autoencoders = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
     measured = measure(source, autoencoders, asked)
@@ -128,17 +128,17 @@ def evaluate_members(
                 f"{source.name}{at}: the {N:,} activations are all equal, so there is no variance to explain; evaluate "
                 "more --tokens"
             )
-        if lm is not None:
+        if models:
             its = {name: sae for name, sae in autoencoders.items() if place_of[name] == place}
-            found = _recover(lm, measured, its, directions, scatter.mean, config, place if several else None)
+            found = _recover(models, measured, its, directions, scatter.mean, config, place, several)
             recovered |= {_at(place, name) if name not in its else name: loss for name, loss in found.items()}
     record = {
         "step": facts["step"],
         "tokens": N,
-        "stories": len(measured.stories) if lm else None,
+        "stories": len(measured.stories) if models else None,
         "tokens_over_norm_limit": measured.over_norm_limit,
         "held_out": source.name,
-        "left_out": None if lm else "loss recovered: the run read activations, without a language model",
+        "left_out": None if models else "loss recovered: the run read activations, without a language model",
         "members": [
             _member_record(name, facts, measured, eigenvalues[place_of[name]], recovered, place_of[name])
             for name in trained
@@ -174,14 +174,14 @@ def config_of(run: Path, facts: Tree) -> Config:
     config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {facts['step']}")
     return replace(
         config,
-        model=replace(config.model, path=now.model.path),
+        model=replace(config.model, path=now.model.path, models=now.model.models),
         text=replace(config.text, path=now.text.path, config=now.text.config, tokenizer=now.text.tokenizer),
         activations=replace(config.activations, path=now.activations.path, mask=now.activations.mask),
     )
 
 
-def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, LanguageModel | None]:
-    """The held-out source of a run, and the language model with all its blocks, where the run has one.
+def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, Models]:
+    """The held-out source of a run, and the language models with all their blocks; none where the run has none.
 
     Raises:
         BadInput: if one is not there, or its sha256 is not the one that the run began with.
@@ -202,9 +202,10 @@ def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) 
             "its checkpoint; a file was changed or damaged, or a path in its config.json names something else"
         )
     if not isinstance(source, StorySource):
-        return source, None
-    _ = source.lm.whole  # what is wrong with the other blocks is said now
-    return source, source.lm
+        return source, {}
+    for lm in source.models.values():
+        _ = lm.whole  # what is wrong with the other blocks is said now
+    return source, source.models
 
 
 def kind_of(member: Mapping[str, Any]) -> str:
@@ -245,13 +246,14 @@ def untrained(name: str) -> str:
 
 
 def _recover(
-    lm: LanguageModel,
+    models: Models,
     measured: Measured,
     autoencoders: Mapping[str, TrainedAutoencoder],
     directions: np.ndarray,
     mean: np.ndarray,
     config: Config,
-    place: str | None,
+    place: str,
+    several: bool,
 ) -> dict[str, LossRecovered]:
     """Loss recovered of every autoencoder whose numbers are finite; of a trained one, PCA with F and L0 directions.
 
@@ -268,10 +270,12 @@ def _recover(
             reconstructions[name] = reconstruction(sae)
             if untrained(name) in autoencoders:
                 reconstructions |= {pca_name(n, len(mean)): pca(n) for n in (sae.features, round(metrics(sums).l0))}
-    at = "" if place is None else f"at {place}, "
+    at = f"at {place}, " if several else ""
     say([f"loss          {at}{len(measured.stories):,} stories, with {len(reconstructions)} reconstructions in turn"])
     a, stories = config.activations, measured.stories
-    return loss_recovered(lm, stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit, place)
+    return loss_recovered(
+        models, stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit, reads=[place]
+    )
 
 
 def _at(place: str, name: str) -> str:

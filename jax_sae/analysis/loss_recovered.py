@@ -1,12 +1,14 @@
-"""What a language model loses when an activation is replaced by its reconstruction.
+"""What a language model loses when activations are replaced by what a dictionary writes.
 
-At every real token the activation x at the autoencoder's place is replaced, the rest of the network is run, and its
-predictions of the next tokens are compared with those without replacement: by cross-entropy and by KL divergence, in
-nats a token. The last token of a story predicts nothing and is not scored, nor is padding. Two ablations, x replaced by
-0 and by the mean activation, give the scale: a score is 1 where nothing is lost, 0 where as much as by the ablation.
+At every real token what stands at the places that a dictionary writes is replaced, at all of them at once: by what it
+makes of the places that it reads, as they are in a run without replacement. An autoencoder's reconstruction stands in
+for the activation, a transcoder for the MLP. The rest of the network is run, and its predictions of the next tokens are
+compared with those without replacement: by cross-entropy and by KL divergence, in nats a token. The last token of a
+story predicts nothing and is not scored, nor is padding. Two ablations, 0 and the mean activation in the same places,
+give the scale: a score is 1 where nothing is lost, 0 where as much as by the ablation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,16 +19,19 @@ from numpy.typing import ArrayLike
 
 from jax_sae.activations.norms import token_norms
 from jax_sae.errors import BadInput
-from jax_sae.language_model.decoder import Decoder, untouched
+from jax_sae.language_model.architectures import Architecture
+from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.harvest import harvest, padded_length, tokens_at_a_time
-from jax_sae.language_model.places import layer_of, place_of_layer, read_place, stream_layer, width_of
+from jax_sae.language_model.places import layer_of, place_of_layer, stream_layer, width_of
 from jax_sae.language_model.pretrained import LOGITS_AT_A_TIME, LanguageModel, Text
+from jax_sae.language_model.several import Models, known_place, place_of, places_read, split_place
 
 MOST_TOKENS_AT_A_TIME = 8192
-"""All reconstructions of so many tokens are in memory at once."""
+"""What stands at one place instead of the activations of so many tokens is in memory at once, of all dictionaries."""
 
 Reconstruct = Callable[[np.ndarray, np.ndarray], ArrayLike]
-"""(x[B, T, D], activations of stories, zeros right of their ends; lengths [B]) -> x_hat[B, T, D]."""
+"""(inputs[B, T, sum of D read], activations of stories, zeros right of their ends; lengths [B]) -> what is written,
+[B, T, sum of D written]."""
 
 
 class Autoencoder(Protocol):
@@ -50,7 +55,7 @@ class LossRecovered:
     predictions: int
     """Tokens that are scored: all but the last one of each story."""
     replaced_tokens: int
-    """Tokens whose activation is replaced, the last ones of stories included."""
+    """Tokens whose activations are replaced, the last ones of stories included."""
     untouched_tokens: int
     """Excluded first tokens and tokens over the norm limit: they keep their activation in every column."""
     ce_loss_without_sae: float
@@ -90,78 +95,102 @@ def story_by_story(reconstruct: Callable[[np.ndarray], ArrayLike]) -> Reconstruc
 
 
 def loss_recovered(
-    lm: LanguageModel,
+    lm: LanguageModel | Models,
     texts: Iterable[Text],
-    autoencoders: Mapping[str, Reconstruct],
+    dictionaries: Mapping[str, Reconstruct],
     mean: np.ndarray,
     exclude_first_tokens: int = 0,
     norm_limit: float = 0.0,
-    place: str | None = None,
+    reads: Sequence[str] | None = None,
+    writes: Sequence[str] | None = None,
 ) -> dict[str, LossRecovered]:
-    """Splice reconstructions into a language model, all autoencoders' in one pass over the text.
+    """Splice what dictionaries write into a language model, that of all in one pass over the text.
 
     Stories are whole, and padded on the right to a few lengths, for each of which one program is compiled. Sums are
     float64, the network float32.
 
     Args:
-        lm: the language model; blocks that were not loaded are loaded here.
+        lm: the language model, whose blocks that were not loaded are loaded here; or several that read the same token
+            ids, by their names, of which that of the written places is run with what is put in.
         texts: strings or token ids, one a story; those with fewer than 2 tokens predict nothing and are left out.
-        autoencoders: by name, from `batch_at_once` or `story_by_story`.
-        mean: [D], what the mean ablation puts in place of x.
+        dictionaries: by name, from `batch_at_once` or `story_by_story`; they read and write the same places.
+        mean: [sum of D written], what the mean ablation puts there.
         exclude_first_tokens: activations of that many first tokens of each story stay as they are.
         norm_limit: so do those of tokens with a larger norm; 0 for no limit.
-        place: where they are replaced, such as "9.mlp_out"; without it, the one place that `lm` reads.
+        reads: the places whose activations dictionaries are given, side by side, such as ["9.mlp_in"]; without them,
+            those that `lm` reads.
+        writes: the places whose activations are replaced, side by side, such as ["9.mlp_out"], in any order and of any
+            blocks; without them, those that are read.
 
     Returns:
-        For each name its numbers; those without an autoencoder are the same in all.
+        For each name its numbers; those without a dictionary are the same in all.
 
     Raises:
-        BadInput: if no text predicts a token, all activations stay as they are, `mean` or a reconstruction has another
-            shape or is not finite, there is no such place or none is said, or the texts are none for this language
-            model.
+        BadInput: if no text predicts a token, all activations stay as they are, `mean` or what is written has another
+            shape or is not finite, there is no such place, one is written twice or in two language models, there is a
+            norm limit for more places than one, or the texts are none for this language model.
     """
-    model, params = lm.whole
+    models: Models = lm if isinstance(lm, Mapping) else {"": lm}
+    reads = [known_place(place, models) for place in (places_read(models) if reads is None else reads)]
+    writes = reads if writes is None else [known_place(place, models) for place in writes]
+    if len({split_place(place, models)[0] for place in writes}) != 1 or len(set(writes)) < len(writes):
+        raise BadInput(f"{', '.join(writes)} are written; different places of one language model were expected")
+    if norm_limit and not (reads == writes and len(reads) == 1):
+        raise BadInput(f"norm_limit is {norm_limit:g}, but there are several places; a limit is of one")
+    run, _ = split_place(writes[0], models)
+    written = tuple(split_place(place, models)[1] for place in writes)
+    model, params = models[run].whole
     architecture = model.architecture
-    if place is None and len(lm.places) != 1:
-        raise BadInput(f"{lm.name} reads {', '.join(lm.places)}; say at which place reconstructions are put in")
-    place = read_place(lm.places[0] if place is None else place, architecture, lm.model_type)
-    D = width_of(place, architecture)
+    first, begins = _beginning(written, architecture)
+    # What is read in a clean run: of the model that is run again first, beginning with the stream where it goes on,
+    # unless something is written just there.
+    its: dict[str, list[str]] = {run: [] if begins else [place_of_layer(first, architecture)]}
+    for place in (*reads, *writes):
+        name, here = split_place(place, models)
+        its.setdefault(name, [])
+        its[name] += [] if here in its[name] else [here]
+    at, width = {}, 0  # the columns of each place
+    for name, its_places in its.items():
+        for here in its_places:
+            at[place_of(name, here)] = slice(width, width := width + width_of(here, models[name].model.architecture))
+    D = sum(width_of(place, architecture) for place in written)
     mean = np.asarray(mean, np.float32)
     if mean.shape != (D,) or not np.isfinite(mean).all():
         raise BadInput(f"the mean has the shape {mean.shape}; {D} finite numbers were expected: its width")
-    # The network goes on from `first`: with what is put into the stream there, or else with the stream as it is, and
-    # what is put in further on.
-    in_stream = stream_layer(place, architecture)
-    first = layer_of(place, architecture) - 1 if in_stream is None else in_stream
-    read = (place,) if in_stream is not None else (place_of_layer(first, architecture), place)
     texts = list(texts)  # which may be a generator
-    stories = sorted((story for story in lm.token_ids(texts) if len(story) > 1), key=len, reverse=True)
+    stories = sorted((story for story in models[run].token_ids(texts) if len(story) > 1), key=len, reverse=True)
+    for name in its:
+        _ = models[name].token_ids(stories)  # which it refuses if it cannot read them
     if not stories:
         raise BadInput(f"none of the {len(texts)} texts has 2 tokens or more, so no next token is predicted; give more")
-    S = 2 + len(autoencoders)
+    S, most_tokens = 2 + len(dictionaries), MOST_TOKENS_AT_A_TIME // len(writes)
     losses, divergences = np.zeros(1 + S), np.zeros(S)
     n_tokens = predictions = replaced_tokens = 0
     while stories:
         T = min(padded_length(len(stories[0])), architecture.max_position_embeddings)
-        B = max(1, min(tokens_at_a_time(), MOST_TOKENS_AT_A_TIME) // T)  # rows without a story count for nothing
+        B = max(1, min(tokens_at_a_time(), most_tokens) // T)  # rows without a story count for nothing
         batch, stories = stories[:B], stories[B:]
-        token_ids, lengths = np.zeros((B, T), np.int32), np.zeros(B, int)
-        both = np.zeros((B, T, sum(width_of(each, architecture) for each in read)), np.float32)
-        for i, activations in harvest(model, read, params, batch):
-            lengths[i] = len(batch[i])
-            token_ids[i, : lengths[i]], both[i, : lengths[i]] = batch[i], activations
-        stream, x = np.split(both, [both.shape[-1] - D], axis=-1)
-        at = np.arange(T)
-        replaced = (at < lengths[:, None]) & (at >= exclude_first_tokens)
+        token_ids, lengths = np.zeros((B, T), np.int32), np.array([*map(len, batch), *[0] * (B - len(batch))])
+        clean = np.zeros((B, T, width), np.float32)
+        for i, story in enumerate(batch):
+            token_ids[i, : lengths[i]] = story
+        for name, its_places in its.items():
+            its_columns = slice(at[place_of(name, its_places[0])].start, at[place_of(name, its_places[-1])].stop)
+            of_model, its_params = models[name].whole
+            for i, activations in harvest(of_model, tuple(its_places), its_params, batch):
+                clean[i, : lengths[i], its_columns] = activations
+        stream = clean[:, :, : 0 if begins else architecture.hidden_size]
+        x, y = (_side_by_side([clean[:, :, at[place]] for place in places]) for places in (reads, writes))
+        position = np.arange(T)
+        replaced = (position < lengths[:, None]) & (position >= exclude_first_tokens)
         if norm_limit:
-            replaced &= token_norms(x.reshape(B * T, -1)).reshape(B, T) <= norm_limit
+            replaced &= token_norms(y.reshape(B * T, -1)).reshape(B, T) <= norm_limit
         replaced_tokens += int(replaced.sum())
-        others = [np.zeros_like(x), np.broadcast_to(mean, x.shape)]
-        others += [_reconstruction(name, autoencoders[name], x, lengths, replaced) for name in autoencoders]
-        spliced = np.where(replaced[:, :, None], np.stack(others), x)
-        inside = None if in_stream is not None else place
-        loss, divergence = _losses_and_divergences(model, first, inside, params, stream, x, spliced, token_ids)
-        scored = at[:-1] < lengths[:, None] - 1
+        others = [np.zeros_like(y), np.broadcast_to(mean, y.shape)]
+        others += [_written(name, of_it, x, y.shape, lengths, replaced) for name, of_it in dictionaries.items()]
+        spliced = np.where(replaced[:, :, None], np.stack(others), y)
+        loss, divergence = _losses_and_divergences(model, written, params, stream, y, spliced, token_ids)
+        scored = position[:-1] < lengths[:, None] - 1
         losses += np.asarray(loss, np.float64)[:, scored].sum(1)
         divergences += np.asarray(divergence, np.float64)[:, scored].sum(1)
         n_tokens += int(lengths.sum())
@@ -190,37 +219,56 @@ def loss_recovered(
             kl_div_score_zero_ablation=_score(kl, kl_zero, 0.0),
             kl_div_score_mean_ablation=_score(kl, kl_mean, 0.0),
         )
-        for name, loss, kl in zip(autoencoders, with_each, kl_each, strict=True)
+        for name, loss, kl in zip(dictionaries, with_each, kl_each, strict=True)
     }
 
 
-def _reconstruction(
-    name: str, reconstruct: Reconstruct, x: np.ndarray, lengths: np.ndarray, replaced: np.ndarray
+def _beginning(written: Sequence[str], architecture: Architecture) -> tuple[int, str | None]:
+    """The block before which the network goes on, so that it comes to all these places; the one that is just there.
+
+    What is put into the stream there is what it goes on with. With none there, it is the stream of a clean run.
+    """
+    in_stream = {place: stream_layer(place, architecture) for place in written}
+    first = min(layer_of(place, architecture) - 1 if n is None else n for place, n in in_stream.items())
+    return first, next((place for place in written if in_stream[place] == first), None)
+
+
+def _side_by_side(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[B, T, D1 + D2 + ...]; a single part as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _written(
+    name: str,
+    dictionary: Reconstruct,
+    x: np.ndarray,
+    shape: tuple[int, ...],
+    lengths: np.ndarray,
+    replaced: np.ndarray,
 ) -> np.ndarray:
-    """x_hat[B, T, D], finite where it replaces something."""
-    x_hat = np.asarray(reconstruct(x, lengths), np.float32)
-    if x_hat.shape != x.shape:
-        raise BadInput(f"{name} gives reconstructions of the shape {x_hat.shape} for activations of {x.shape}")
-    if not np.isfinite(x_hat[replaced]).all():
+    """What a dictionary writes of inputs x[B, T, D_read], of the shape [B, T, D_written]; finite where it counts."""
+    y_hat = np.asarray(dictionary(x, lengths), np.float32)
+    if y_hat.shape != shape:
+        raise BadInput(f"{name} gives reconstructions of the shape {y_hat.shape} for activations of {shape}")
+    if not np.isfinite(y_hat[replaced]).all():
         raise BadInput(f"{name} gives a reconstruction that is not finite; take a checkpoint before it diverged")
-    return x_hat
+    return y_hat
 
 
-@jax.jit(static_argnums=(0, 1, 2))
+@jax.jit(static_argnums=(0, 1))
 def _losses_and_divergences(
     model: Decoder,
-    first: int,
-    place: str | None,
+    places: tuple[str, ...],
     params: Mapping[str, Any],
     stream: jax.Array,
-    x: jax.Array,
+    y: jax.Array,
     spliced: jax.Array,
     token_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each token but the last: -log p(next token) with x and with each of spliced[S, B, T, D], KL(x || spliced).
+    """Of each token but the last: -log p(next token) with y and with each of spliced[S, B, T, D], KL(y || spliced).
 
-    They stand at `place`, which the network comes to after `first` blocks and stream[B, T, D]; or, if that is None,
-    they are the stream there.
+    They stand at `places`, side by side; stream[B, T, .] is where the network begins, as `_beginning` says, if none of
+    these is just there.
 
     Returns:
         ([1 + S, B, T - 1], [S, B, T - 1]). Logits are large: they are made of some tokens at a time, and of one
@@ -230,9 +278,13 @@ def _losses_and_divergences(
     def apply(method: str, *arguments: Any) -> jax.Array:
         return cast(jax.Array, model.apply({"params": params}, *arguments, method=method))
 
+    first, begins = _beginning(places, model.architecture)
+    ends = np.cumsum([width_of(place, model.architecture) for place in places]).tolist()
+
     def rest(y: jax.Array) -> jax.Array:
-        start, tap = (y, untouched) if place is None else (stream, lambda at, x: y if at == place else x)
-        return apply("rest", start, first, tap)[:, :-1]
+        at = {place: y[..., begin:end] for place, begin, end in zip(places, [0, *ends[:-1]], ends, strict=True)}
+        start = stream if begins is None else at[begins]
+        return apply("rest", start, first, lambda place, x: at.get(place, x))[:, :-1]
 
     def compare(rows: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         without, others, targets = rows
@@ -249,7 +301,7 @@ def _losses_and_divergences(
         return jnp.concatenate([loss(log_p)[None], losses]), divergences
 
     S, (B, T) = len(spliced), token_ids.shape
-    without, others, targets = rest(x), jax.lax.map(rest, spliced), token_ids[:, 1:]
+    without, others, targets = rest(y), jax.lax.map(rest, spliced), token_ids[:, 1:]
     N, D = B * (T - 1), without.shape[-1]
     at_a_time = min(N, max(16, LOGITS_AT_A_TIME // model.architecture.vocab_size))
     parts = -(-N // at_a_time)

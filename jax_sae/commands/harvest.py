@@ -16,7 +16,7 @@ from typing import Literal
 
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import refuse_missing_platform, run_script
-from jax_sae.config import ModelConfig, PrependBos, TextConfig
+from jax_sae.config import ModelConfig, PrependBos, TextConfig, named_models
 from jax_sae.errors import BadInput
 
 
@@ -28,6 +28,9 @@ class Options:
     """Directory to write to; must not exist or be empty."""
     model: str = ModelConfig.path
     """Hugging Face id or directory of a language model, or a .gguf file (docs/places.md)."""
+    models: tuple[str, ...] = ()
+    """Instead of it, several that read the same token ids, each with a name: base=PATH tuned=PATH; with places such as
+    base:9.resid_post."""
     layer: int | None = None
     """Write the residual stream after this many blocks: Hugging Face's hidden_states[layer]. Without it and without
     places, 2."""
@@ -69,25 +72,35 @@ def harvest_to_store(options: Options) -> str:
     from jax_sae.activations.store import check_new_directory
     from jax_sae.activations.text_to_store import write_text
     from jax_sae.language_model.dataset import open_split
-    from jax_sae.language_model.harvest import harvest
-    from jax_sae.language_model.places import width_of
     from jax_sae.language_model.pretrained import load_language_model
-    from jax_sae.language_model.text import stories_of, tokenizer_of
+    from jax_sae.language_model.several import (
+        Models,
+        harvest_each,
+        load_language_models,
+        places_read,
+        stories_for,
+    )
 
     check_new_directory(options.out)
     if options.places and options.layer is not None:
         raise BadInput(f"--layer is {options.layer}, but --places are given, which say what is read; give one of them")
+    paths = named_models(ModelConfig(options.model, models=options.models))
+    if options.models and not options.places:
+        raise BadInput(
+            f"--models are given, but no places in them; give --places, such as {next(iter(paths))}:9.resid_post"
+        )
     layer = ModelConfig.layer if options.layer is None and not options.places else options.layer
-    lm = load_language_model(options.model, layer, places=options.places)
+    models: Models
+    if options.models:
+        models = load_language_models(paths, options.places)
+    else:
+        models = {"": load_language_model(options.model, layer, places=options.places)}
     rows = open_split(options.text_path, options.text_split, options.text_column, options.text_config)
-    tokenizer = tokenizer_of(rows, options.text_column, options.tokenizer, lambda: lm.tokenizer)
-    architecture = lm.model.architecture
-    stories = stories_of(
+    stories = stories_for(
+        models,
         rows,
         options.text_column,
-        tokenizer,
-        architecture.max_position_embeddings,
-        architecture.vocab_size,
+        options.tokenizer,
         options.exclude_first_tokens,
         options.window,
         prepend_bos=options.prepend_bos,
@@ -95,17 +108,17 @@ def harvest_to_store(options: Options) -> str:
     return write_text(
         options.out,
         stories,
-        partial(harvest, lm.model, lm.places, lm.params),
+        partial(harvest_each, models),
         options.tokens,
-        model=options.model,
+        model=" ".join(options.models) or options.model,
         layer=layer,
         dtype=options.dtype,
-        places=[Place(name, width_of(name, architecture)) for name in lm.places] if options.places else (),
+        places=[Place(name, width) for name, width in places_read(models).items()] if options.places else (),
         text=options.text_path,
         config=options.text_config,
         split=options.text_split,
         column=options.text_column,
-        tokenizer=options.tokenizer or options.model,
+        tokenizer=options.tokenizer or next(iter(paths.values())),
         window=options.window,
         bos=stories.bos,
         exclude_first_tokens=stories.exclude_first_tokens,

@@ -1,7 +1,7 @@
 """Token ids -> activations, batched by length so that little padding is computed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ def read_places(
             found[place] = x
         return x
 
-    model.apply({"params": params}, token_ids, tap, segments)
+    stream = cast(jax.Array, model.apply({"params": params}, token_ids, tap, segments))
+    found.setdefault(f"{model.layer}.resid_pre", stream)  # of a block that need not be there
     return found[places[0]] if len(places) == 1 else jnp.concatenate([found[place] for place in places], axis=-1)
 
 

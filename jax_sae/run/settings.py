@@ -21,7 +21,7 @@ FLAGS = "the command line"
 CALL = "the call"
 OF_MODEL = tuple(name for name in option_names() if name.startswith(("model.", "text.")))
 OF_FILES = ("activations.path", "activations.array", "activations.mask")
-OF_DATA = ("activations.path", "model.path", "text.path")
+OF_DATA = ("activations.path", "model.path", "model.models", "text.path")
 OF_PRODUCT = (
     "sweep.kinds",
     "sweep.features",
@@ -32,7 +32,8 @@ OF_PRODUCT = (
 )
 INSTEAD = {
     "activations.path": OF_MODEL,
-    "model.path": OF_FILES,
+    "model.path": ("model.models", *OF_FILES),
+    "model.models": ("model.path", *OF_FILES),
     "text.path": OF_FILES,
     "sweep.members": OF_PRODUCT,
     "sweep.target_l0": ("sweep.l0_coefficient",),
@@ -44,6 +45,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.log_every",
     "train.checkpoint_every",
     "model.path",
+    "model.models",  # their paths; names are parts of places' and inputs'
     "text.path",
     "text.config",
     "text.tokenizer",
@@ -92,8 +94,10 @@ def base(config: Path | None, flags: Mapping[str, Any]) -> tuple[str, Layer]:
     return "demo", Layer("demo", demo)
 
 
-def _is_another(name: str, demos: str) -> bool:
-    """Whether a name of a model, a text or activations means another than the demo's."""
+def _is_another(name: str | tuple[str, ...], demos: str) -> bool:
+    """Whether a name of a model, a text or activations means another than the demo's; several models always do."""
+    if isinstance(name, tuple):
+        return bool(name)
     here, there = find_local(name), find_local(demos)
     return name != demos and not (here and there and here.samefile(there))
 

@@ -49,7 +49,7 @@ def source_of(
     """All of these texts."""
     rows, config = Dataset.from_dict({"text": texts}), lm.model.architecture
     stories = Stories(rows, "text", lm.tokenizer, config.max_position_embeddings, config.vocab_size, exclude)
-    return StorySource(stories, 0, len(texts), lm if params is None else replace(lm, params=params))
+    return StorySource(stories, 0, len(texts), {"": lm if params is None else replace(lm, params=params)})
 
 
 def n_tokens(lm: LanguageModel, texts: list[str]) -> list[int]:
@@ -260,7 +260,7 @@ def test_paths_formats_and_chunks_change_no_digest(tmp_path: Path, monkeypatch: 
         tokenizer = load_language_model(str(MODEL), 0).tokenizer
         stories = Stories(open_split(str(tmp_path / text), "train", "text"), "text", tokenizer, 96, 2048)
         assert config.max_position_embeddings == 96
-        return StorySource(stories, 0, len(stories), lm).digests()
+        return StorySource(stories, 0, len(stories), {"": lm}).digests()
 
     assert digests(BIN, "x.parquet") == digests(tmp_path / "model", "x.jsonl")
 

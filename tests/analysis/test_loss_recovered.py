@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import REPOSITORY
@@ -166,8 +167,102 @@ def test_at_every_place_of_every_family(model: str, place: str, monkeypatch: pyt
     monkeypatch.setattr(module, "LOGITS_AT_A_TIME", 61 * 17)
     found = loss_recovered(lm, stories, {"half": batch_at_once(Scaled(0.5))}, mean, exclude_first_tokens=1)
     assert_close(found["half"], by_hand(lm, stories, 0.5, mean, 1, place=place))
-    with pytest.raises(BadInput, match="say at which place reconstructions are put in"):
-        loss_recovered(replace(lm, places=("embed", place)), stories, {}, mean)
+
+
+def by_tap(
+    lm: LanguageModel, stories: list[np.ndarray], inputs: list[np.ndarray], writes: list[str], dictionary: Any
+) -> float:
+    """The cross-entropy of `lm.run` with a tap that puts what a dictionary writes at each place, but for first tokens.
+
+    Of stories with the inputs [T, D] of each.
+    """
+    losses: list[float] = []
+    for ids, x in zip(stories, inputs, strict=True):
+        parts = dict(zip(writes, np.split(np.asarray(dictionary(x)), len(writes), -1), strict=True))
+        replaced = np.arange(len(ids))[:, None] >= 1
+
+        def put(place: str, y: jax.Array, parts: Any = parts, replaced: Any = replaced) -> jax.Array:
+            return jnp.where(replaced, parts[place], y) if place in parts else y
+
+        log_p = jax.nn.log_softmax(lm.run(ids, put))
+        losses += [-float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+    return float(np.mean(losses))
+
+
+WRITTEN = [
+    ("gemma2", ["1.mlp_in"], ["1.mlp_out"]),
+    ("gpt_neox", ["0.mlp_in", "2.z"], ["2.attn_out", "0.resid_post"]),
+    ("qwen2", ["1.resid_post"], ["final_norm", "0.mlp_out", "embed"]),
+    ("gpt2", ["2.resid_pre", "1.resid_post"], ["1.resid_post", "2.resid_pre", "2.resid_post"]),
+]
+
+
+@pytest.mark.parametrize(("model", "reads", "writes"), WRITTEN)
+def test_several_places_are_replaced_at_once(model: str, reads: list[str], writes: list[str]) -> None:
+    """As a run with a tap that replaces them all, by what is made of a clean run; in any order, at any blocks.
+
+    Where two names are one place in the stream, the one that the network comes to later counts.
+    """
+    lm = load_language_model(str(REPOSITORY / "tests" / "data" / "families" / model))
+    stories = stories_of(lm, (9, 3, 20))
+    found = [np.concatenate(each, -1) for each in zip(*lm.activations(stories, reads).values(), strict=True)]
+    of_written = lm.activations(stories, writes)
+    mean = np.concatenate([np.concatenate(its).mean(0) for its in of_written.values()])
+    matrix = np.random.default_rng(1).normal(size=(found[0].shape[-1], len(mean))).astype(np.float32) / 9
+    maps = {
+        "a": lambda x: np.maximum(x @ matrix, 0),
+        "mean": lambda x: np.broadcast_to(mean, (*x.shape[:-1], len(mean))),
+    }
+    dictionaries = {name: lambda x, lengths, f=f: f(x) for name, f in maps.items()}
+    got = loss_recovered(lm, stories, dictionaries, mean, 1, reads=reads, writes=writes)
+    for name, f in maps.items():
+        assert got[name].ce_loss_with_sae == pytest.approx(by_tap(lm, stories, found, writes, f), rel=1e-5)
+    assert got["mean"].ce_loss_with_sae == got["a"].ce_loss_with_mean_ablation
+    assert got["a"].ce_loss_score_zero_ablation != pytest.approx(1, abs=1e-3)
+
+
+def test_what_was_there_recovers_everything_and_so_does_the_mlp_itself() -> None:
+    """On the demo's model: a dictionary that copies two places, and one that is the MLP it stands in for."""
+    lm = load_language_model(str(DEMO))
+    texts = [SAMPLE, "The bear said: yes, we can play together. And they were happy.", "No."]
+    _, mlp = lm.whole[1], cast(Any, lm.params)["h_1"]["mlp"]
+
+    def itself(x: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        hidden = jax.nn.gelu(x @ mlp["c_fc"]["kernel"] + mlp["c_fc"]["bias"])
+        return hidden @ mlp["c_proj"]["kernel"] + mlp["c_proj"]["bias"]
+
+    for name, dictionary, reads, writes in (
+        ("the MLP", itself, ["1.mlp_in"], ["1.mlp_out"]),
+        ("a copy", lambda x, lengths: x, ["2.resid_post", "0.mlp_out"], None),
+    ):
+        D = 64 * len(writes or reads)
+        found = loss_recovered(lm, texts, {name: dictionary}, np.zeros(D), reads=reads, writes=writes)[name]
+        assert found.ce_loss_with_zero_ablation > found.ce_loss_without_sae + 0.05
+        assert found.ce_loss_score_zero_ablation == pytest.approx(1, abs=1e-4)
+        assert found.kl_div_score_zero_ablation == pytest.approx(1, abs=1e-4)
+        assert found.kl_div_with_sae == pytest.approx(0, abs=1e-6)
+
+
+def test_of_two_language_models_that_of_the_written_places_is_run() -> None:
+    """What is read of the other one is of its own clean run; in which order the models stand does not matter."""
+    base = load_language_model(str(DEMO))
+    rng = np.random.default_rng(0)
+    tuned = replace(base, params=jax.tree.map(lambda p: p * rng.uniform(0.9, 1.1, p.shape).astype("f"), base.params))
+    stories = stories_of(base, (9, 3, 20))
+    reads, writes = ["a:1.mlp_in", "b:3.resid_post", "b:1.mlp_in"], ["b:1.mlp_out", "b:2.resid_post"]
+    x, y = base.activations(stories, ["1.mlp_in"]), tuned.activations(stories, ["3.resid_post", "1.mlp_in"])
+    inputs = [np.concatenate(each, -1) for each in zip(*x.values(), *y.values(), strict=True)]
+    matrix = rng.normal(size=(192, 128)).astype(np.float32) / 9
+    expected = by_tap(tuned, stories, inputs, ["1.mlp_out", "2.resid_post"], lambda x: x @ matrix)
+    for models in ({"a": base, "b": tuned}, {"b": tuned, "a": base}):
+        found = loss_recovered(
+            models, stories, {"F8": lambda x, lengths: x @ matrix}, np.zeros(128), 1, reads=reads, writes=writes
+        )
+        assert found["F8"].ce_loss_with_sae == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(BadInput, match="different places of one language model were expected"):
+        loss_recovered(models, stories, {}, np.zeros(128), reads=reads, writes=["a:1.mlp_out", "b:1.mlp_out"])
+    with pytest.raises(BadInput, match=r"'1\.mlp_in' is of none of the language models b, a; write the name"):
+        loss_recovered(models, stories, {}, np.zeros(64), reads=["1.mlp_in"])
 
 
 @pytest.mark.parametrize(("exclude", "quantile"), [(3, 1.0), (0, 0.7), (2, 0.45)])
@@ -271,6 +366,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
         loss_recovered(lm, stories, half, mean, exclude_first_tokens=7)
     with pytest.raises(BadInput, match="the mean has the shape"):
         loss_recovered(lm, stories, half, mean[:-1])
+    with pytest.raises(BadInput, match="different places of one language model were expected"):
+        loss_recovered(lm, stories, half, np.zeros(2 * lm.width), reads=["0.z", "0.z"])
+    with pytest.raises(BadInput, match="norm_limit is 3, but there are several places"):
+        loss_recovered(lm, stories, half, mean, norm_limit=3, reads=["0.mlp_in"], writes=["0.mlp_out"])
     with pytest.raises(BadInput, match="F8 gives reconstructions of the shape"):
         loss_recovered(lm, stories, {"F8": lambda x, lengths: x[0]}, mean)
     with pytest.raises(BadInput, match="F8 gives a reconstruction that is not finite"):

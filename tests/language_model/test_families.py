@@ -253,6 +253,10 @@ def test_several_places_are_read_in_one_pass_and_no_further_than_needed(models: 
     with pytest.raises(BadInput, match=r"does not follow from .* alone; replace what stands there with lm.run"):
         lm.logits_from(found)
     np.testing.assert_allclose(lm.logits_of(ids), whole.logits_of(ids), rtol=0, atol=1e-5)  # reads what is missing
+    before = load_language_model(str(DATA / "qwen3"), places=["2.resid_pre"])  # block 2 need not be there
+    assert before.layer == 2 and np.array_equal(
+        before.activations([[1, 2, 3]])[0], lm.activations([[1, 2, 3]], ["1.resid_post"])["1.resid_post"][0]
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_neox"])

@@ -220,7 +220,7 @@ def test_packed_windows_have_the_activations_of_windows(tmp_path: Path) -> None:
     found, lengths = [], []
     for pack in (False, True):
         stories = Stories(rows, "text", tokenizer_with_bos(tmp_path), 512, 258, 1, window=64, pack=pack, bos=BOS)
-        source = StorySource(stories, 0, len(rows), lm)
+        source = StorySource(stories, 0, len(rows), {"": lm})
         items = [item for item, _ in in_order(source, Position(), 3)]
         each = dict(source.activations(cast(Any, items)))
         found.append(np.concatenate([each[i] for i in range(len(items))]))

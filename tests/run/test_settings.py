@@ -11,7 +11,7 @@ from refusals import SMALL, usual_signals
 
 from jax_sae.commands.flags import parse
 from jax_sae.commands.train import main
-from jax_sae.config import Config, Member
+from jax_sae.config import Config, Member, ModelConfig
 from jax_sae.config_tables import config_with, flatten, load_settings
 from jax_sae.errors import BadInput
 from jax_sae.run.settings import Layer, base, merge
@@ -170,6 +170,12 @@ BASES: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "activations": (["--activations.path", "x.npy"], "sweep", DEFAULTS),
     "activations and a kind": (["--activations.path", "x", "--sweep.kinds", "topk"], "sweep", DEFAULTS),
     "a model": (["--model.path", "other"], "sweep", DEFAULTS),
+    "two models": (
+        ["--model.models", "base=a", "tuned=b"],
+        "sweep",
+        {**DEFAULTS, "model.models": ("base=a", "tuned=b")},
+    ),
+    "two models over a file": (["--config", "demo", "--model.models", "a=b"], "demo", {"model.path": ModelConfig.path}),
     "a text": ([*MODEL, "--text.path", "mine.jsonl"], "sweep", {**DEFAULTS, "text.path": "mine.jsonl"}),
     "a file": (["--config", "demo", "--activations.path", "x.npy"], "demo", PLAIN),
 }
