@@ -60,7 +60,7 @@ def measure(source: Source, autoencoders: Mapping[str, TrainedAutoencoder], n_to
     scatters = {place: no_scatter(sae.width) for place, sae in of_place.items()}
     token_ids, tokens, over = [], 0, 0
     with progress_bar(total=n_tokens, unit=" tokens", desc="held out", leave=False) as bar:
-        for items in _pieces(source, n_tokens):
+        for items in pieces(source, n_tokens):
             stories: list[Any] = [None] * len(items)
             for i, story in finite_activations(source, items):
                 stories[i] = story.copy()  # it is a view of a larger array
@@ -96,7 +96,7 @@ def place_in(source: Source, sae: TrainedAutoencoder) -> str:
     return source.places[0].name if len(source.places) == 1 else sae.place
 
 
-def _pieces(source: Source, n_tokens: int) -> Iterator[list[Item]]:
+def pieces(source: Source, n_tokens: int) -> Iterator[list[Item]]:
     """The items that `first_activations` would read, about `PIECE_TOKENS` tokens at a time."""
     piece: list[Item] = []
     in_piece = total = 0

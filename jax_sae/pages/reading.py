@@ -1,0 +1,283 @@
+"""One pass over a text: each activation is read once, and every member's features are looked at as it goes by.
+
+The encoders are the jitted ones of `TrainedAutoencoder`; what follows them goes through the active entries alone.
+Memory holds a piece of the text, and of each member what `examples.py` and `tally.py` keep.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jax_sae.activations.batches import finite_activations
+from jax_sae.activations.norms import token_norms
+from jax_sae.activations.places import columns
+from jax_sae.activations.story_sources import StorySource
+from jax_sae.analysis.measure import pieces
+from jax_sae.errors import BadInput
+from jax_sae.pages.examples import LEFT, WINDOW, Chunk, ExampleKeeper, hashed
+from jax_sae.pages.tally import HALVES, Tally, Tokens, TokenTally, place_in_story
+from jax_sae.streams import progress_bar
+from jax_sae.trained import TrainedAutoencoder
+
+NUMBERS_AT_A_TIME = 2**21
+"""Of features, rows times F: they stay near the cores."""
+
+CONTEXT = 5
+"""Tokens before an example by which it is the same as another one."""
+
+SHOWN_STORIES = 24
+"""Stories of which it is shown what is active on each token."""
+
+SHOWN_FEATURES = 8
+"""How many of those active on a token are shown, the largest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoryFeatures:
+    """A story, and the features that are largest on each of its tokens."""
+
+    token_ids: np.ndarray
+    """[T] int32."""
+    feature: np.ndarray
+    """[T, SHOWN_FEATURES] int32, largest first."""
+    value: np.ndarray
+    """[T, SHOWN_FEATURES] float32; 0 where there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is known of a member's features."""
+
+    examples: ExampleKeeper
+    tally: Tally
+    stories: list[StoryFeatures]
+    """The first ones of the text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a pass over a text tells."""
+
+    members: dict[str, Seen]
+    tokens: TokenTally
+    n_tokens: int
+    """Those that were used."""
+    n_stories: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Story:
+    number: int
+    token_ids: np.ndarray
+    used: np.ndarray
+    """[T] bool."""
+    x: np.ndarray
+    """[T, D]; 0 where a token is not used."""
+
+
+def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_tokens: int) -> Reading:
+    """Read the first whole stories of a source, about `n_tokens` tokens, for all members in one pass.
+
+    Each reads its own place or places of the source. Tokens that the run leaves out count as not active, here as there.
+
+    Raises:
+        BadInput: if an activation is not finite, or a feature.
+    """
+    V = source.lm.model.architecture.vocab_size
+    seen = {name: Seen(ExampleKeeper(sae.features), Tally(sae.features, V), []) for name, sae in members.items()}
+    tokens = TokenTally(V)
+    names_of: dict[int, list[str]] = {}
+    for name, sae in members.items():
+        names_of.setdefault(rows_at_a_time(sae.features), []).append(name)
+    waiting: dict[int, list[_Story]] = {rows: [] for rows in names_of}
+    n_stories = 0
+
+    def look(rows: int, is_last: bool) -> None:
+        """Take chunks of about so many rows from the stories that wait."""
+        for some in _taken(waiting[rows], rows - WINDOW + 1, is_last):
+            chunk, its_tokens, used, x = _chunk(some)
+            for name in names_of[rows]:
+                _look(seen[name], name, members[name], source, chunk, its_tokens, used, x)
+
+    with progress_bar(total=n_tokens, unit=" tokens", desc="features", leave=False) as bar:
+        for items in pieces(source, n_tokens):
+            stories = list(_stories(source, items, n_stories, _norm_limit(members)))
+            n_stories += len(items)
+            for some in _taken(list(stories), 2**14, True):
+                _, its_tokens, used, _ = _chunk(some)
+                tokens.add(its_tokens, used)
+            for rows, its in waiting.items():
+                its += stories
+                look(rows, is_last=False)
+            bar.update(sum(int(story.used.sum()) for story in stories))
+        for rows in waiting:
+            look(rows, is_last=True)
+        bar.total = bar.n
+        bar.refresh()
+    for its in seen.values():
+        its.tally.finish()
+    return Reading(seen, tokens, int(tokens.tokens.sum()), n_stories)
+
+
+def rows_at_a_time(features: int) -> int:
+    """Tokens that are encoded at once: a power of two, so that few shapes are compiled."""
+    return int(2 ** np.clip(int(np.log2(NUMBERS_AT_A_TIME / features)), 8, 13))
+
+
+def story_features(
+    source: StorySource, members: Mapping[str, TrainedAutoencoder], texts: Sequence[str]
+) -> dict[str, list[StoryFeatures]]:
+    """What is active on each token of texts of one's own, for each member.
+
+    Raises:
+        BadInput: if the tokenizer makes nothing of a text, or more tokens than the language model has positions.
+    """
+    all_ids = source.lm.token_ids(texts)
+    for text, ids in zip(texts, all_ids, strict=True):
+        unknown = getattr(source.lm.tokenizer, "unk_token_id", None)
+        if not len(ids) or (unknown is not None and (ids == unknown).all()):
+            raise BadInput(f"the text {text!r} has no token that the language model knows; give another --text")
+    found: dict[str, list[StoryFeatures]] = {name: [] for name in members}
+    for ids, x in zip(all_ids, source.lm.activations(all_ids), strict=True):
+        used = np.arange(len(ids)) >= min(source.stories.exclude_first_tokens, len(ids) - 1)
+        chunk, _, used, x = _chunk([_Story(0, ids, used, np.where(used[:, None], x, 0))])
+        for name, sae in members.items():
+            dense = _encoded(name, sae, source, chunk, used, x)[LEFT : LEFT + len(ids)]
+            found[name].append(_largest(ids, dense))
+    return found
+
+
+def token_ids_of(source: StorySource, n_tokens: int, wanted: Iterable[int]) -> dict[int, np.ndarray]:
+    """The token ids of some stories of a pass, by their numbers; the text is read again, the language model is not."""
+    left, found, n = set(wanted), {}, 0
+    for items in pieces(source, n_tokens):
+        for item in items:
+            if n in left:
+                found[n] = item.token_ids
+            n += 1
+    return found
+
+
+def _norm_limit(members: Mapping[str, TrainedAutoencoder]) -> float:
+    return next(iter(members.values())).config.activations.norm_limit
+
+
+def _stories(source: StorySource, items: Sequence[Any], first: int, norm_limit: float) -> Iterator[_Story]:
+    found: list[np.ndarray] = [np.zeros((0, source.width), np.float32)] * len(items)
+    for i, x in finite_activations(source, items):
+        found[i] = x
+    for i, (item, x) in enumerate(zip(items, found, strict=True)):
+        T = len(item.token_ids)
+        used, whole = np.zeros(T, bool), np.zeros((T, source.width), np.float32)
+        whole[item.used] = x
+        used[item.used] = True if not norm_limit else token_norms(x) <= norm_limit
+        yield _Story(first + i, item.token_ids, used, whole)
+
+
+def _taken(stories: list[_Story], rows: int, is_last: bool) -> Iterator[list[_Story]]:
+    """Take whole stories of at most so many tokens together, or one that is longer; what makes no full chunk waits."""
+    while stories:
+        ends = np.cumsum([len(story.token_ids) for story in stories])
+        if ends[-1] <= rows and not is_last:
+            return
+        n = max(1, int(np.searchsorted(ends, rows, side="right")))
+        some, stories[:n] = stories[:n], []
+        yield some
+
+
+def _chunk(stories: Sequence[_Story]) -> tuple[Chunk, Tokens, np.ndarray, np.ndarray]:
+    """The chunk, its tokens, which of them are used, and their activations."""
+    lengths = np.array([len(story.token_ids) for story in stories])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    number = np.repeat(np.array([story.number for story in stories], np.int32), lengths)
+    position = np.arange(ends[-1], dtype=np.int32) - np.repeat(starts, lengths).astype(np.int32)
+    ids = np.concatenate([story.token_ids for story in stories])
+
+    def earlier(n: int) -> np.ndarray:
+        """The token n before, -1 where the story begins later."""
+        shifted = np.concatenate([np.full(min(n, len(ids)), -1, ids.dtype), ids[: max(0, len(ids) - n)]])
+        return np.where(position >= n, shifted, -1)
+
+    context = hashed(*(earlier(n) + 1 for n in range(CONTEXT + 1)))
+    begin, end = np.repeat(starts, lengths), np.repeat(ends, lengths)
+    chunk = Chunk(number, position, starts, begin, end, context, hashed(number, position))
+    tokens = Tokens(
+        ids, earlier(1).astype(np.int32), place_in_story(position, np.repeat(lengths, lengths)), number % HALVES
+    )
+    used, x = (np.concatenate([getattr(story, name) for story in stories]) for name in ("used", "x"))
+    return chunk, tokens, used, x
+
+
+def _look(
+    seen: Seen,
+    name: str,
+    sae: TrainedAutoencoder,
+    source: StorySource,
+    chunk: Chunk,
+    tokens: Tokens,
+    used: np.ndarray,
+    x: np.ndarray,
+) -> None:
+    padded = _encoded(name, sae, source, chunk, used, x)
+    dense = padded[LEFT : LEFT + len(x)]
+    at = np.flatnonzero((dense > 0).ravel())
+    rows = at // sae.features
+    columns, values = at - rows * sae.features, dense.ravel()[at]
+    seen.examples.add(chunk, padded, rows, columns, values)
+    seen.tally.add(tokens, rows, columns, values)
+    for begin, end in zip(chunk.starts, [*chunk.starts[1:], len(dense)], strict=True):
+        if chunk.story[begin] < SHOWN_STORIES:
+            seen.stories.append(_largest(tokens.ids[begin:end], dense[begin:end]))
+
+
+def _encoded(
+    name: str, sae: TrainedAutoencoder, source: StorySource, chunk: Chunk, used: np.ndarray, x: np.ndarray
+) -> np.ndarray:
+    """The features [LEFT + N + RIGHT, F] of a chunk, as `ExampleKeeper.add` takes them; 0 where a token is not used."""
+    x = x_of(source, sae, x)
+    rows = np.arange(LEFT, LEFT + len(x))
+    if sae.per_story:
+        its = replace(sae, exclude_first_tokens=0)  # those that are not used are taken out here
+        padded = np.zeros((len(x) + WINDOW - 1, sae.features), np.float32)
+        for begin, end in zip(chunk.starts, [*chunk.starts[1:], len(x)], strict=True):
+            if (its_rows := begin + np.flatnonzero(used[begin:end])).size:
+                padded[rows[its_rows]] = its.encode(x[its_rows])
+    else:
+        whole = np.zeros((max(len(x) + WINDOW - 1, rows_at_a_time(sae.features)), x.shape[1]), np.float32)
+        whole[rows] = x
+        padded = np.asarray(sae.encode(whole))
+    if not used.all():
+        padded = padded.copy()
+        padded[rows[~used]] = 0
+    if not np.isfinite(padded[rows[0] : rows[-1] + 1].max()):
+        raise BadInput(
+            f"{name} has features that are not finite; leave it out with --member, or take an earlier --step"
+        )
+    return padded
+
+
+def x_of(source: StorySource, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndarray:
+    """The columns of x[N, D] that a member reads."""
+    if len(source.places) == 1:
+        return x
+    its = columns(source.places)
+    return np.concatenate([x[:, slice(*its[place])] for place in reads(sae)], 1)
+
+
+def reads(sae: TrainedAutoencoder) -> tuple[str, ...]:
+    """The names of the places that a member reads."""
+    return tuple(getattr(sae, "reads", None) or (sae.place,))
+
+
+def writes(sae: TrainedAutoencoder) -> tuple[str, ...]:
+    """The names of the places that it writes."""
+    return tuple(getattr(sae, "writes", None) or (sae.place,))
+
+
+def _largest(token_ids: np.ndarray, dense: np.ndarray) -> StoryFeatures:
+    n = min(SHOWN_FEATURES, dense.shape[1])
+    feature = np.argsort(-dense, axis=1, kind="stable")[:, :n]
+    return StoryFeatures(token_ids, feature.astype(np.int32), np.take_along_axis(dense, feature, 1))
