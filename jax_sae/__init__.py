@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jax_sae.api.train import train
     from jax_sae.config import Config, Member
     from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+    from jax_sae.pages.make import feature_pages
     from jax_sae.run.load import load_autoencoder
     from jax_sae.trained import TrainedAutoencoder
 
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "RunFailed",
     "TrainedAutoencoder",
+    "feature_pages",
     "load_autoencoder",
     "load_language_model",
     "open_run",
@@ -42,6 +44,7 @@ _WHERE = {
     "Run": "jax_sae.api.run",
     "open_run": "jax_sae.api.run",
     "train": "jax_sae.api.train",
+    "feature_pages": "jax_sae.pages.make",
     "LanguageModel": "jax_sae.language_model.pretrained",
     "load_language_model": "jax_sae.language_model.pretrained",
     "TrainedAutoencoder": "jax_sae.trained",

@@ -1,14 +1,16 @@
-"""A real Chromium without a window, told what to do over a pipe by its DevTools protocol; nothing needs to be installed.
+"""A real Chromium without a window, told what to do over a pipe by its DevTools protocol.
 
 It is the first of `chromium`, `chromium-browser`, `google-chrome` and `chrome` on the path, or what CHROMIUM names.
 """
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,7 +59,8 @@ class Browser:
         while b"\0" not in self._read:
             ready, _, _ = select.select([self._receive], [], [], max(0, end - time.monotonic()))
             assert ready, "Chromium does not answer"
-            self._read += os.read(self._receive, 2**20)
+            self._read += (some := os.read(self._receive, 2**20))
+            assert some, "Chromium has ended"
         message, _, self._read = self._read.partition(b"\0")
         found = json.loads(message)
         event, told = found.get("method"), found.get("params", {})
@@ -67,7 +70,9 @@ class Browser:
             self.complaints.append(json.dumps(told["args"])[:500])
         elif event == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
             self.complaints.append(told["entry"]["text"])
-        elif event == "Network.requestWillBeSent" and not told["request"]["url"].startswith(("file:", "data:", "blob:")):
+        elif event == "Network.requestWillBeSent" and not told["request"]["url"].startswith(
+            ("file:", "data:", "blob:")
+        ):
             self.complaints.append(f"asked the network for {told['request']['url']}")
         return found
 
@@ -108,7 +113,9 @@ class Browser:
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """Be a screen of that size, which likes it dark or light."""
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.do(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.do("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -122,22 +129,22 @@ def browser() -> Iterator[Browser]:
     """A Chromium with a profile of its own, which ends with the block."""
     program = chromium()
     assert program, "there is no Chromium"
-    (its_input, send), (receive, its_output) = os.pipe(), os.pipe()
-
-    def as_3_and_4() -> None:  # where it reads and writes with --remote-debugging-pipe
-        first, second = os.dup(its_input), os.dup(its_output)
-        os.dup2(first, 3)
-        os.dup2(second, 4)
-
+    (reads, send), (receive, writes) = os.pipe(), os.pipe()
+    high = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (reads, writes)]
+    # It reads and writes at 3 and 4.
+    start = f"import os, sys; os.dup2({high[0]}, 3); os.dup2({high[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         arguments = ["--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"]
         arguments += ["--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--mute-audio"]
         arguments += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         process = subprocess.Popen(
-            [program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=as_3_and_4, close_fds=False
+            [sys.executable, "-S", "-c", start, program, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=high,
         )
-        os.close(its_input)
-        os.close(its_output)
+        for each in (reads, writes, *high):
+            os.close(each)
         try:
             yield Browser(send, receive)
         finally:

@@ -39,9 +39,10 @@ LAYERS = {
     "figures": 6,
     "run": 7,
     "analysis": 8,
-    "api": 9,
-    "commands": 10,
-    "__main__": 11,
+    "pages": 9,
+    "api": 10,
+    "commands": 11,
+    "__main__": 12,
 }
 
 
@@ -77,6 +78,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
         "language_model/generate.py",
         "language_model/harvest.py",
         "language_model/pretrained.py",
+        "pages/lens.py",
         "run/held_out.py",
         "run/report.py",
         "sweep/update.py",

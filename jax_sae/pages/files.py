@@ -84,7 +84,8 @@ def policy(style: str, script: str, loads_files: bool) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
     beside = " 'self' file:" if loads_files else ""
-    return f"default-src 'none'; script-src {sha256(script)}{beside}; style-src {sha256(style)}; img-src data:; base-uri 'none'"
+    runs = f"script-src {sha256(script)}{beside}; style-src {sha256(style)}"
+    return f"default-src 'none'; {runs}; img-src data:; base-uri 'none'"
 
 
 def prepared(directory: Path) -> Path:

@@ -6,6 +6,8 @@ found on the stories with even numbers, by the largest F1, and what is shown of 
 precision   of the tokens of which the rule says so, the part on which the feature fires
 recall      of the tokens on which it fires, the part of which the rule says so
 
+A rule that is true of nothing there is no rule.
+
 A rule with two good numbers says when the feature fires; what it is for may be another thing.
 """
 
