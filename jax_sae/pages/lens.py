@@ -6,13 +6,16 @@ their mean over the vocabulary is taken away, which changes no probability. Thei
 mean: random directions have one too, and most of what stands highest for a direction near that is chance. A high
 kurtosis, E z^4 of the logits z in units of that deviation, says that a few tokens stand out.
 
-That is the direct path alone. What later blocks make of the feature is not in it, so it tells most in late layers.
+For what an encoder reads the table of embeddings stands in place of the head, without a norm: which tokens, as they
+enter the network, a direction has most of.
+
+That is the direct path alone. What blocks between make of it is left out, so it tells most near the network's ends.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +28,10 @@ TOKENS = 10
 """Raised and lowered most, each."""
 
 RANDOM_DIRECTIONS = 64
-WRITES_TO_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+OF_STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Places of a block whose directions are directions of the residual stream."""
+
+Path = Literal["norm and head", "head", "embeddings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +55,20 @@ class Lens:
     random_kurtosis: float
 
 
-def lens_of(lm: LanguageModel, place: str, directions: np.ndarray) -> Lens | None:
-    """Of directions [F, D] at a place; None where they are none of the residual stream, or of what the head reads."""
-    if place not in ("embed", "final_norm") and place.rpartition(".")[2] not in WRITES_TO_STREAM:
+def lens_of(lm: LanguageModel, place: str, directions: np.ndarray, *, is_read: bool = False) -> Lens | None:
+    """Of directions [F, D] that are written at a place, or read; None where they are none of the residual stream."""
+    kind = place.rpartition(".")[2]
+    if kind not in ("embed", "final_norm", *OF_STREAM) and not (is_read and kind == "mlp_in"):
         return None
+    path: Path = "embeddings" if is_read else "head" if place == "final_norm" else "norm and head"
     rng = np.random.default_rng(0)
-    random = _looked(lm, place, rng.standard_normal((RANDOM_DIRECTIONS, directions.shape[1])).astype(np.float32))
-    return Lens(
-        *_looked(lm, place, directions), random_sd=float(random[4].mean()), random_kurtosis=float(random[5].mean())
-    )
+    random = rng.standard_normal((RANDOM_DIRECTIONS, directions.shape[1])).astype(np.float32)
+    *_, sds, kurtoses = _looked(lm, path, random)
+    raised, up, lowered, down, sd, kurtosis = _looked(lm, path, directions)
+    return Lens(raised, up, lowered, down, sd, kurtosis, float(sds.mean()), float(kurtoses.mean()))
 
 
-def _looked(lm: LanguageModel, place: str, directions: np.ndarray) -> list[np.ndarray]:
+def _looked(lm: LanguageModel, path: Path, directions: np.ndarray) -> list[np.ndarray]:
     model, params = lm.whole
     at_a_time = int(max(1, min(1024, LOGITS_AT_A_TIME // model.architecture.vocab_size, len(directions))))
     found = []
@@ -69,22 +76,22 @@ def _looked(lm: LanguageModel, place: str, directions: np.ndarray) -> list[np.nd
         rows = np.zeros((at_a_time, directions.shape[1]), np.float32)
         some = directions[first : first + at_a_time]
         rows[: len(some)] = some
-        found.append([np.asarray(each)[: len(some)] for each in _tokens(model, place == "final_norm", params, rows)])
+        found.append([np.asarray(each)[: len(some)] for each in _tokens(model, path, params, rows)])
     return [np.concatenate(each) for each in zip(*found, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _tokens(
-    model: Decoder, is_after_norm: bool, params: Mapping[str, Any], directions: jax.Array
-) -> tuple[jax.Array, ...]:
+def _tokens(model: Decoder, path: Path, params: Mapping[str, Any], directions: jax.Array) -> tuple[jax.Array, ...]:
     """The fields of `Lens`, of directions [B, D]."""
 
-    def logits(x: jax.Array) -> jax.Array:
-        if not is_after_norm:
+    def logits(x: Any) -> Any:
+        if path == "embeddings":
+            return x @ params["wte"]["embedding"].astype(jnp.float32).T
+        if path == "norm and head":
             x = model.apply({"params": params}, x, untouched, method="_normalised")
         return model.apply({"params": params}, x, method="head")
 
-    if not is_after_norm and model.architecture.norm == "layer":
+    if path == "norm and head" and model.architecture.norm == "layer":
         directions = directions - directions.mean(-1, keepdims=True)
     size = jnp.sqrt(jnp.mean(jnp.square(directions), -1, keepdims=True))
     found = logits(directions / jnp.where(size > 0, size, 1)) - logits(jnp.zeros_like(directions[:1]))

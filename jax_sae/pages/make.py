@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.activations.normalize import identity
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts
@@ -23,7 +22,7 @@ from jax_sae.pages.files import Pages, prepared
 from jax_sae.pages.lens import Lens, lens_of
 from jax_sae.pages.member import Looked, feature_blocks, search_blocks, story_block, table_block
 from jax_sae.pages.neighbours import NEAREST, Neighbours, fire_together, nearest, unit_rows
-from jax_sae.pages.reading import Reading, Seen, StoryFeatures, read, reads, story_features, token_ids_of, writes
+from jax_sae.pages.reading import Reading, Seen, StoryFeatures, read, story_features, token_ids_of
 from jax_sae.pages.rules import find_rules
 from jax_sae.pages.tally import bar_edges
 from jax_sae.streams import say
@@ -185,8 +184,8 @@ def _write(
                 "name": name,
                 "kind": sae.kind,
                 "features": sae.features,
-                "reads": reads(sae) if reads(sae) != writes(sae) else [],
-                "writes": writes(sae),
+                "reads": sae.reads if is_no_autoencoder(sae) else [],
+                "writes": sae.writes,
                 "dead": int((fired == 0).sum()),
                 "active": float(fired.sum() / reading.n_tokens),
                 **measured,
@@ -206,8 +205,8 @@ def _write(
                 ],
             }
         )
-    for its in own.values():
-        raised |= {int(v) for story in its for v in story.token_ids}
+    for texts in own.values():
+        raised |= {int(v) for story in texts for v in story.token_ids}
     for v in raised:
         words[v] = words[v] or word_of(source, int(v))
     said = [v for v, word in enumerate(words) if word]
@@ -241,24 +240,16 @@ def _look(
 ) -> Looked:
     sae, seen = every[name], reading.members[name]
     written = directions(sae)
-    alike = [other for other in every if other != name and writes(every[other]) == writes(sae)]
-    if sae.features == 1:
-        empty = np.zeros((1, 0))
-        near = together = Neighbours(empty.astype(np.int32), empty.astype(np.float32))
-    else:
-        near = nearest(units[name], units[name], NEAREST, is_itself=True)
-        together = _together(seen, reading.n_tokens)
+    alike = [other for other in every if other != name and every[other].writes == sae.writes]
     return Looked(
         name,
         seen,
         np.linalg.norm(written, axis=1),
-        _lenses(source, _names(source, writes(sae)), written),
-        _lenses(source, _names(source, reads(sae)), np.asarray(sae.params["W_enc"]).T)
-        if reads(sae) != writes(sae)
-        else {},
+        _lenses(source, sae.writes, written, is_read=False),
+        _lenses(source, sae.reads, np.asarray(sae.params["W_enc"]).T, is_read=True) if is_no_autoencoder(sae) else {},
         find_rules(seen.tally, reading.tokens, words),
-        near,
-        together,
+        nearest(units[name], units[name], NEAREST, is_itself=True),
+        _together(seen, reading.n_tokens),
         {other: nearest(units[name], units[other], 1) for other in alike},
         frozenset(other for other in alike if _but_seed(every[other]) == _but_seed(sae)),
         given,
@@ -275,30 +266,32 @@ def _but_seed(sae: TrainedAutoencoder) -> Any:
     return replace(sae.member, seed=0)
 
 
-def _names(source: StorySource, places: Sequence[str]) -> list[str]:
-    """The places' names; that of the source's one place where a member does not know."""
-    return [place or source.places[0].name for place in places]
+def is_no_autoencoder(sae: TrainedAutoencoder) -> bool:
+    """Whether it reads other places than it writes."""
+    return sae.reads != sae.writes
 
 
-def _lenses(source: StorySource, places: Sequence[str], of: np.ndarray) -> dict[str, Lens]:
+def _lenses(source: StorySource, places: Sequence[str], of: np.ndarray, is_read: bool) -> dict[str, Lens]:
     """Of each of these places, whose columns `of` has side by side, the lens of its directions, where it has one."""
-    found, first = {}, 0
-    width = of.shape[1] // len(places)
+    if len(source.places) == 1:  # which a member may not know by its name
+        places = [source.places[0].name]
     widths = {place.name: place.width for place in source.places}
+    found, first = {}, 0
     for place in places:
-        last = first + widths.get(place, width)
-        if (lens := lens_of(source.lm, place, of[:, first:last])) is not None:
+        last = first + widths[place]
+        if (lens := lens_of(source.lm, place, of[:, first:last], is_read=is_read)) is not None:
             found[place] = lens
         first = last
     return found
 
 
 def directions(sae: TrainedAutoencoder) -> np.ndarray:
-    """What one unit of each feature adds, [F, width written] float32, in the language model's own scale.
+    """What one unit of each feature adds, [F, D_written] float32, in the language model's own scale.
 
     Where each story was normalised by itself, in the scale of normalised activations.
     """
-    scale = np.asarray(identity(sae.width).scale if sae.per_story else sae.normalization.scale, np.float32)
+    written = sae.normalization if sae.of_written is None else sae.of_written
+    scale = 1 if sae.per_story else np.asarray(written.scale, np.float32)
     return np.asarray(sae.params["W_dec"], np.float32) / scale
 
 

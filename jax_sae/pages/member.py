@@ -9,7 +9,7 @@ from scipy import sparse
 
 from jax_sae.analysis.statistics import DENSE
 from jax_sae.pages.blocks import block, whole_numbers
-from jax_sae.pages.examples import INTERVALS, LEFT, RIGHT, SAMPLES, interval_edges
+from jax_sae.pages.examples import INTERVALS, LEFT, RIGHT, SAMPLES, Examples, interval_edges
 from jax_sae.pages.lens import Lens
 from jax_sae.pages.neighbours import NEAREST, Neighbours
 from jax_sae.pages.reading import CONTEXT, Reading, Seen, StoryFeatures
@@ -41,7 +41,7 @@ class Looked:
     lenses: Mapping[str, Lens]
     """Of each place that it writes and that has one."""
     sources: Mapping[str, Lens]
-    """Of a transcoder, of each place that it reads and that has one: the tokens of the encoder's directions."""
+    """Of a transcoder, of each place that it reads and that has one: the encoder's directions among the embeddings."""
     rules: Sequence[Sequence[Rule]]
     nearest: Neighbours
     together: Neighbours | None
@@ -153,17 +153,15 @@ class _Example:
     window: np.ndarray
 
 
-def _shown(looked: Looked, samples: Any, token_ids: Mapping[int, np.ndarray], f: int) -> list[_Example]:
+def _shown(looked: Looked, samples: Examples, token_ids: Mapping[int, np.ndarray], f: int) -> list[_Example]:
     """The examples of a feature, without those that are like one before: the same token after the same tokens."""
     seen: set[tuple[int, ...]] = set()
     found: list[_Example] = []
     largest = looked.seen.examples.largest
-    for table, groups in (
-        (largest, [0] * largest.story.shape[1]),
-        (samples, np.arange(INTERVALS * SAMPLES) // SAMPLES + 1),
-    ):
+    for table in (largest, samples):
         counts = [0] * (INTERVALS + 1)
-        for i, group in enumerate(groups):
+        for i in range(table.story.shape[1]):
+            group = 0 if table is largest else i // SAMPLES + 1
             story, at = int(table.story[f, i]), int(table.position[f, i])
             if story < 0 or (group and counts[group] == SHOWN_SAMPLES):
                 continue
@@ -171,7 +169,7 @@ def _shown(looked: Looked, samples: Any, token_ids: Mapping[int, np.ndarray], f:
             if context not in seen:
                 seen.add(context)
                 counts[group] += 1
-                found.append(_Example(int(group), story, at, float(table.value[f, i]), table.window[f, i]))
+                found.append(_Example(group, story, at, float(table.value[f, i]), table.window[f, i]))
     return found
 
 

@@ -484,7 +484,7 @@ async function showFeature(f) {
   } else {
     parts.push(make("p", { textContent: `It never fired on the ${facts.tokens.toLocaleString("en")} tokens that were read, so there are no examples. It may be dead, or wait for a text of another kind.` }));
   }
-  parts.push(...lensesOf("Tokens that it raises and lowers", "writes to", its.lens), ...lensesOf("Tokens for which its encoder looks", "reads", its.reads));
+  parts.push(...lensesOf("Tokens that it raises and lowers", "writes to", its.lens), ...lensesOf("Tokens that its encoder looks for", "reads", its.reads));
   parts.push(make("div", { className: "columns" }, ...likeIt(its)));
   $("feature").replaceChildren(...parts.filter(Boolean));
   document.title = `Feature ${f} of ${member.name}`;
@@ -578,9 +578,10 @@ function lensesOf(title, how, lenses) {
     const side = (name, pairs) => make("div", {}, make("h4", { textContent: name }), tableOf(["token", "logit", "in sd"], pairs.map(([v, x]) => [shown(v), number(x), number(x / sd, 2)])));
     const means = kurtosis > 2 * randomKurtosis ? "A few tokens stand out." : "No token stands out: most of these are chance.";
     return section(title, make("p", { className: "quiet", textContent:
-      `By its direction alone (it ${how} ${place}), through the final norm and the unembedding; what blocks after it do is not in this. ` +
+      (how === "reads" ? `Its direction at ${place} beside the tokens' embeddings; what blocks before it do is not in this. `
+        : `By its direction alone at ${place}, through the final norm and the unembedding; what blocks after it do is not in this. `) +
       `Standard deviation over the vocabulary ${number(sd)} (of random directions ${number(randomSd)}), kurtosis ${number(kurtosis)} (${number(randomKurtosis)}). ${means}` }),
-    make("div", { className: "columns" }, side("raised", up), side("lowered", down)));
+    make("div", { className: "columns" }, side(how === "reads" ? "most" : "raised", up), side(how === "reads" ? "least" : "lowered", down)));
   });
 }
 

@@ -16,6 +16,7 @@ from jax_sae.activations.places import columns
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.measure import pieces
 from jax_sae.errors import BadInput
+from jax_sae.language_model.windows import Story
 from jax_sae.pages.examples import LEFT, WINDOW, Chunk, ExampleKeeper, hashed
 from jax_sae.pages.tally import HALVES, Tally, Tokens, TokenTally, place_in_story
 from jax_sae.streams import progress_bar
@@ -116,8 +117,8 @@ def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_token
             look(rows, is_last=True)
         bar.total = bar.n
         bar.refresh()
-    for its in seen.values():
-        its.tally.finish()
+    for each in seen.values():
+        each.tally.finish()
     return Reading(seen, tokens, int(tokens.tokens.sum()), n_stories)
 
 
@@ -154,7 +155,7 @@ def token_ids_of(source: StorySource, n_tokens: int, wanted: Iterable[int]) -> d
     left, found, n = set(wanted), {}, 0
     for items in pieces(source, n_tokens):
         for item in items:
-            if n in left:
+            if n in left and isinstance(item, Story):
                 found[n] = item.token_ids
             n += 1
     return found
@@ -264,17 +265,7 @@ def x_of(source: StorySource, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndar
     if len(source.places) == 1:
         return x
     its = columns(source.places)
-    return np.concatenate([x[:, slice(*its[place])] for place in reads(sae)], 1)
-
-
-def reads(sae: TrainedAutoencoder) -> tuple[str, ...]:
-    """The names of the places that a member reads."""
-    return tuple(getattr(sae, "reads", None) or (sae.place,))
-
-
-def writes(sae: TrainedAutoencoder) -> tuple[str, ...]:
-    """The names of the places that it writes."""
-    return tuple(getattr(sae, "writes", None) or (sae.place,))
+    return np.concatenate([x[:, slice(*its[place])] for place in sae.reads], 1)
 
 
 def _largest(token_ids: np.ndarray, dense: np.ndarray) -> StoryFeatures:

@@ -13,6 +13,7 @@ A rule with two good numbers says when the feature fires; what it is for may be 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -101,7 +102,7 @@ def find_rules(tally: Tally, tokens: TokenTally, words: Sequence[str]) -> list[l
     return [[rule for _, rule in sorted(its, key=lambda each: -each[0])] for its in good]
 
 
-def _f1(hits: np.ndarray, named: np.ndarray, fired: np.ndarray) -> np.ndarray:
+def _f1(hits: Any, named: Any, fired: Any) -> Any:
     return 2 * hits / np.maximum(named + fired, 1)
 
 
