@@ -12,6 +12,7 @@ from jax_sae.commands import COMMANDS, main
 
 SCRIPTS = {
     "train_all": "train",
+    "feature_pages": "pages",
     "evaluate": "evaluate",
     "inspect_run": "inspect",
     "harvest_activations": "harvest",
