@@ -17,6 +17,7 @@ from jax_sae.activations.normalize import fold
 from jax_sae.commands.flags import parse_member
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
+from jax_sae.language_model import harvest
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.settings import CALL, Layer, merge
 from jax_sae.run.train import train
@@ -154,6 +155,29 @@ def test_a_program_trains_them_on_arrays_by_their_places(tmp_path: Path) -> None
     assert run["crosscoder-F96"].writes == CROSS
     again = jax_sae.train(**of, **{**small, "steps": 5}, out=tmp_path / "run", resume=True)
     assert again.is_finished and again.step == 5 and again.names == run.names
+
+
+def test_the_language_model_reads_a_text_once_for_all(demo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four layers an autoencoder, both transcoders and a crosscoder: as many passes as one autoencoder needs."""
+    passes: list[tuple[str, ...]] = []
+    read = harvest.read_places
+
+    def counted(model: Any, places: tuple[str, ...], *rest: Any) -> Any:
+        passes.append(places)
+        return read(model, places, *rest)
+
+    monkeypatch.setattr(harvest, "read_places", counted)
+    kinds = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
+    counts = []
+    for sweep in (SweepConfig(layers=(3,)), SweepConfig(dictionaries=kinds, layers=(0, 1, 2, 3))):  # type: ignore[arg-type]
+        passes.clear()
+        train_config = replace(demo_config.train, steps=2)
+        config = replace(demo_config, sweep=replace(sweep, kinds=("topk",), features=(8,), k=(2,)), train=train_config)
+        ended = train(config, None, resume=False, stop_requested=never)
+        counts.append(len(passes))
+        assert len(set(passes)) == 1 and len(ended.setup.names()) == (1 if sweep.layers == (3,) else 13)
+    assert counts[0] == counts[1]
+    assert len(passes[0]) == 12
 
 
 def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
