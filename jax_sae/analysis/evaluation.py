@@ -1,12 +1,13 @@
 """A run's checkpoint -> what its members are worth on held-out tokens: numbers, baselines, a table and figures.
 
     held-out stories ─► pieces of activations ─► every member, trained and untrained ─► sums ─► metrics, densities
-                                                                         │ mean, PCA
+                                                                         │ mean, PCA, linear maps
                                                                          ▼
-                 the same stories ─► the whole language model, with each reconstruction in turn ─► loss recovered
+               the same stories ─► the whole language model, with what each writes in turn ─► loss recovered
 
-Activations are read a piece at a time, so memory does not grow with their number. An autoencoder is known by its
-`encode` and `decode` alone, whatever its kind.
+Activations are read a piece at a time, so memory does not grow with their number. A dictionary is known by its `encode`
+and `decode` alone, whatever its kind. Those of one placement, which read and write the same places, share what they are
+held against.
 """
 
 import json
@@ -21,33 +22,41 @@ from typing import Any, get_args
 
 import numpy as np
 
+from jax_sae.activations.places import Columns, Place, columns, own_columns
 from jax_sae.activations.sources import Source, Sources, open_sources
 from jax_sae.activations.story_sources import StorySource
+from jax_sae.analysis.floors import Floors, baselines_record, floors_of, without_training
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
-from jax_sae.analysis.measure import Measured, measure, place_in, reconstruction
+from jax_sae.analysis.measure import Measured, Placement, measure, placement_in, reconstruction
+from jax_sae.analysis.relative_norms import relative_norms, summarized
 from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
-from jax_sae.autoencoder.baselines import baselines, pca_curve, principal_directions
+from jax_sae.autoencoder.baselines import pca_curve
+from jax_sae.autoencoder.regression import regression_fvu
 from jax_sae.config import Config, DecoderBias
 from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
-from jax_sae.language_model.several import Models
+from jax_sae.figures.relative_norms import relative_norms_figure
+from jax_sae.language_model.several import Models, split_place
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config, refuse_no_run
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_json
 from jax_sae.streams import say
-from jax_sae.sweep.members import member_names, sweep_members
+from jax_sae.sweep.members import member_names, placement_labels, sweep_members
 from jax_sae.sweep.update import init_member
 from jax_sae.trained import Origin, TrainedAutoencoder
 
 SEED_OF_NULL = 0
 """Of the random directions that stability is compared with."""
+
+OF_A_PLACE = ("explained_variance", "fvu", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias")
+"""Metrics that are said of each written place, where there are several."""
 
 
 def evaluate(
@@ -76,8 +85,8 @@ def evaluate(
     facts, suffix = read_facts(run, step)
     _refuse_read_only(run)
     config = config_of(run, facts)
-    record, eigenvalues = evaluate_members(str(run), load_members(run, config, facts), facts, config, n_tokens, sources)
-    _write(run, suffix, record, eigenvalues)
+    record, placed = evaluate_members(str(run), load_members(run, config, facts), facts, config, n_tokens, sources)
+    _write(run, suffix, record, placed)
     return record
 
 
@@ -88,7 +97,7 @@ def evaluate_members(
     config: Config,
     n_tokens: int | None = None,
     sources: Sources | None = None,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[str, tuple[list[str], Floors]]]:
     """Evaluate the members of a run, which may have no directory, and print tables; nothing is written.
 
     Args:
@@ -100,7 +109,8 @@ def evaluate_members(
         sources: as for `evaluate`.
 
     Returns:
-        The contents of `evaluation.json`; of each place, the eigenvalues [D] of the held-out tokens' scatter.
+        The contents of `evaluation.json`; of each placement by its label, '' where there is one place, the names of its
+        members and what they are held against.
 
     Raises:
         BadInput: as `evaluate`.
@@ -108,30 +118,31 @@ def evaluate_members(
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of held-out tokens is {n_tokens}; one above 0 was expected")
     source, models = open_inputs(run, config, facts, sources)
-    autoencoders = {**trained} | _before_training(trained, config)
+    dictionaries = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
-    measured = measure(source, autoencoders, asked)
+    measured = measure(source, dictionaries, asked)
     N = measured.tokens
     if n_tokens is not None and N + measured.over_norm_limit < n_tokens:
         say([f"note          {n_tokens:,} tokens were asked for; the whole stories up to that number have {N:,}"])
     if all(measured.sums[name] is None for name in trained):
         raise BadInput(f"{run}: not one member gives finite numbers at step {facts['step']}; take an earlier --step")
     several = len(source.places) > 1
-    eigenvalues: dict[str, np.ndarray] = {}
-    place_of = {name: place_in(source, sae) for name, sae in autoencoders.items()}
-    recovered: dict[str, LossRecovered] = {}
-    for place, scatter in measured.scatters.items():
-        eigenvalues[place], directions = principal_directions(scatter)
-        if not eigenvalues[place].sum() > 0:
-            at = f" at {place}" if several else ""
+    placement_of = {name: placement_in(source, sae) for name, sae in dictionaries.items()}
+    floors: dict[Placement, Floors] = {}
+    recovered: dict[Placement, Mapping[str, Losses]] = {}
+    for placement in measured.targets:
+        its = {name: sae for name, sae in dictionaries.items() if placement_of[name] == placement}
+        floors[placement] = floors_of(measured, placement, next(iter(its.values())))
+        if not floors[placement].eigenvalues.sum() > 0:
+            at = f" at {', '.join(placement[1])}" if several else ""
             raise BadInput(
                 f"{source.name}{at}: the {N:,} activations are all equal, so there is no variance to explain; evaluate "
                 "more --tokens"
             )
+        recovered[placement] = {}
         if models:
-            its = {name: sae for name, sae in autoencoders.items() if place_of[name] == place}
-            found = _recover(models, measured, its, directions, scatter.mean, config, place, several)
-            recovered |= {_at(place, name) if name not in its else name: loss for name, loss in found.items()}
+            at = f"{_described(placement)}, " if several else ""
+            recovered[placement] = _recover(models, measured, its, floors[placement], config, placement, at)
     record = {
         "step": facts["step"],
         "tokens": N,
@@ -140,8 +151,8 @@ def evaluate_members(
         "held_out": source.name,
         "left_out": None if models else "loss recovered: the run read activations, without a language model",
         "members": [
-            _member_record(name, facts, measured, eigenvalues[place_of[name]], recovered, place_of[name])
-            for name in trained
+            _member_record(name, sae, facts, measured, floors[placement_of[name]], recovered[placement_of[name]])
+            for name, sae in trained.items()
         ],
         "stability": _stabilities(trained, facts),
         "inputs": facts["inputs"],
@@ -150,7 +161,17 @@ def evaluate_members(
     }
     record = _finite(record)
     say(["", *tables(record), ""])
-    return record, eigenvalues
+    placed: dict[str, tuple[list[str], Floors]] = {}
+    for name, label in zip(trained, placement_labels([sae.member for sae in trained.values()]), strict=True):
+        names, _ = placed.setdefault(label if several else "", ([], floors[placement_of[name]]))
+        names.append(name)
+    return record, placed
+
+
+def _described(placement: Placement) -> str:
+    """Where something is written, on the screen."""
+    reads, writes = (", ".join(names) for names in placement)
+    return f"at {writes}" if reads == writes else f"from {reads} to {writes}"
 
 
 def read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
@@ -233,7 +254,7 @@ def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) 
     return {
         untrained(name): replace(
             sae,
-            params=init_member(sae.member, sae.width, config.train, no_centre).params,
+            params=init_member(sae.member, sae.width, config.train, no_centre, sae.written).params,
             origin=Origin(untrained(name), sae.step, sae.member, sae.config, place=sae.place),
         )
         for name, sae in trained.items()
@@ -245,56 +266,73 @@ def untrained(name: str) -> str:
     return f"{name} before training"
 
 
+Losses = Mapping[str, LossRecovered]
+"""Of each language model that a dictionary writes into, by its name; one alone has the name ''."""
+
+
 def _recover(
     models: Models,
     measured: Measured,
-    autoencoders: Mapping[str, TrainedAutoencoder],
-    directions: np.ndarray,
-    mean: np.ndarray,
+    dictionaries: Mapping[str, TrainedAutoencoder],
+    floors: Floors,
     config: Config,
-    place: str,
-    several: bool,
-) -> dict[str, LossRecovered]:
-    """Loss recovered of every autoencoder whose numbers are finite; of a trained one, PCA with F and L0 directions.
+    placement: Placement,
+    at: str,
+) -> Mapping[str, Losses]:
+    """Loss recovered of every dictionary of a placement whose numbers are finite, and of what needs no training.
 
-    The autoencoders are those of one place, which is said where the run has several.
+    Each language model is run by itself, with what is written at its own places.
     """
-
-    def pca(n: int) -> Reconstruct:
-        V = directions[:n]
-        return lambda x, lengths: (x - mean) @ V.T @ V + mean
-
-    reconstructions: dict[str, Reconstruct] = {}
-    for name, sae in autoencoders.items():
+    replacements: dict[str, Reconstruct] = {}
+    for name, sae in dictionaries.items():
         if (sums := measured.sums[name]) is not None:
-            reconstructions[name] = reconstruction(sae)
-            if untrained(name) in autoencoders:
-                reconstructions |= {pca_name(n, len(mean)): pca(n) for n in (sae.features, round(metrics(sums).l0))}
-    at = f"at {place}, " if several else ""
-    say([f"loss          {at}{len(measured.stories):,} stories, with {len(reconstructions)} reconstructions in turn"])
-    a, stories = config.activations, measured.stories
-    return loss_recovered(
-        models, stories, reconstructions, mean, a.exclude_first_tokens or 0, a.norm_limit, reads=[place]
-    )
+            replacements[name] = reconstruction(sae)
+            if untrained(name) in dictionaries:
+                replacements |= without_training(floors, sae.features, metrics(sums).l0)
+    some, (reads, writes) = next(iter(dictionaries.values())), placement
+    widths = some.written or (some.written_width,)
+    its_columns = columns([Place(name, width) for name, width in zip(writes, widths, strict=True)])
+    found: dict[str, dict[str, LossRecovered]] = {name: {} for name in replacements}
+    for model in dict.fromkeys(split_place(place, models)[0] for place in writes):
+        here = [place for place in writes if split_place(place, models)[0] == model]
+        spans = [its_columns[place] for place in here]
+        of_model = {name: _columns_of(replace_by, spans) for name, replace_by in replacements.items()}
+        run = f"{model}, " if len(here) < len(writes) else ""
+        say([f"loss          {at}{run}{len(measured.stories):,} stories, with {len(of_model)} reconstructions in turn"])
+        losses = loss_recovered(
+            models,
+            measured.stories,
+            of_model,
+            own_columns(floors.mean, spans),
+            config.activations.exclude_first_tokens or 0,
+            config.activations.norm_limit,
+            reads,
+            here,
+        )
+        for name, loss in losses.items():
+            found[name][model] = loss
+    return found
 
 
-def _at(place: str, name: str) -> str:
-    """What a baseline of a place is called among those of all places."""
-    return f"{name} at {place}"
+def _columns_of(replacement: Reconstruct, spans: Sequence[Columns]) -> Reconstruct:
+    """Those columns of what is written."""
+    return lambda x, lengths: own_columns(np.asarray(replacement(x, lengths)), spans)
 
 
-def pca_name(directions: int, width: int) -> str:
-    """What PCA with that many directions is called among reconstructions; all D is the most."""
-    return f"PCA with {min(directions, width)} directions"
+def _flat(losses: Losses) -> dict[str, Any]:
+    """Losses, ready for JSON: of several language models, those of each by its name."""
+    if len(losses) == 1:
+        return asdict(next(iter(losses.values())))
+    return {"models": {name: asdict(loss) for name, loss in losses.items()}} if losses else {}
 
 
 def _member_record(
     name: str,
+    sae: TrainedAutoencoder,
     facts: Tree,
     measured: Measured,
-    eigenvalues: np.ndarray,
-    recovered: Mapping[str, LossRecovered],
-    place: str,
+    floors: Floors,
+    recovered: Mapping[str, Losses],
 ) -> dict[str, Any]:
     """All that is known of a member, and its baselines; without numbers where they were not finite."""
     member = facts["members"][name]
@@ -305,35 +343,33 @@ def _member_record(
         "diverged_at_step": facts["diverged_at_step"].get(name),
         **_numbers(name, measured, recovered),
     }
-    sums, D = measured.sums[name], len(eigenvalues)
+    sums = measured.sums[name]
     if sums is None:
         return record | {"feature_density": None, "baselines": None}
     edges, counts = density_histogram(sums)
-    of = baselines(eigenvalues, sums.tokens, member["features"], record["l0"])
-    loss_of = {n: recovered.get(_at(place, pca_name(n, D))) for n in (member["features"], round(record["l0"]))}
-
-    def pca(directions: float, fvu: float, mse: float) -> dict[str, Any]:
-        loss = loss_of[round(directions)]
-        numbers = {"directions": directions, "fvu": fvu, "explained_variance": 1 - fvu, "mse": mse}
-        return numbers | (asdict(loss) if loss else {})
-
-    return record | {
+    losses = {each: _flat(its) for each, its in recovered.items()}
+    of = baselines_record(floors, sums.tokens, member["features"], record["l0"], sae.skip, losses)
+    record |= {
         "feature_density": {"log10_density_edges": edges.tolist(), "features": counts.tolist()},
-        "baselines": {
-            "mean": {"fvu": of.mean_fvu, "explained_variance": 1 - of.mean_fvu, "mse": of.mean_mse},
-            "pca_features": pca(member["features"], of.pca_features_fvu, of.pca_features_mse),
-            "pca_l0": pca(record["l0"], of.pca_l0_fvu, of.pca_l0_mse),
-            "untrained": _numbers(untrained(name), measured, recovered),
-        },
+        "baselines": of | {"untrained": _numbers(untrained(name), measured, recovered)},
     }
+    if at := measured.at.get(name):
+        found = {place: asdict(metrics(its)) for place, its in at.items()}
+        places = [Place(place, width) for place, width in zip(sae.writes, sae.written, strict=True)]
+        norms = summarized(*relative_norms(np.asarray(sae.params["W_dec"]), places), sums.fired > 0)
+        record |= {
+            "at": {place: {each: its[each] for each in OF_A_PLACE} for place, its in found.items()},
+            "relative_norms": asdict(norms),
+        }
+    return record
 
 
-def _numbers(name: str, measured: Measured, recovered: Mapping[str, LossRecovered]) -> dict[str, Any]:
-    """Metrics and loss recovered of an autoencoder; None in place of each metric if they were not finite."""
-    sums, loss = measured.sums[name], recovered.get(name)
+def _numbers(name: str, measured: Measured, recovered: Mapping[str, Losses]) -> dict[str, Any]:
+    """Metrics and loss recovered of a dictionary; None in place of each metric if they were not finite."""
+    sums = measured.sums[name]
     if sums is None:
         return {field.name: None for field in fields(Metrics) if field.name != "features"}
-    return asdict(metrics(sums)) | (asdict(loss) if loss else {})
+    return asdict(metrics(sums)) | _flat(recovered.get(name, {}))
 
 
 def _stabilities(trained: Mapping[str, TrainedAutoencoder], facts: Tree) -> list[dict[str, Any]]:
@@ -359,18 +395,19 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _write(run: Path, suffix: str, record: Mapping[str, Any], eigenvalues: Mapping[str, np.ndarray]) -> None:
-    """The JSON, then the figures, those of each place by itself; says what was written."""
+def _write(
+    run: Path, suffix: str, record: Mapping[str, Any], placed: Mapping[str, tuple[Sequence[str], Floors]]
+) -> None:
+    """The JSON, then the figures, those of each placement by itself; says what was written."""
     file = run / f"evaluation{suffix}.json"
     again = ", in place of those of before" if file.exists() else ""
     write_json(file, record)
     say([f"written       {file}{again}"])
     figures: Figures = {}
-    for place, its in eigenvalues.items():
-        members = [member for member in record["members"] if len(eigenvalues) == 1 or member["place"] == place]
-        good = [member for member in members if member["fvu"] is not None]
+    for label, (names, floors) in placed.items():
+        good = [member for member in record["members"] if member["name"] in names and member["fvu"] is not None]
         if good:
-            figures |= _figures(run, suffix, record, good, its, place if len(eigenvalues) > 1 else "")
+            figures |= _figures(run, suffix, record, good, floors, label)
     say(save_each(figures))
 
 
@@ -379,14 +416,16 @@ def _figures(
     suffix: str,
     record: Mapping[str, Any],
     good: Sequence[Mapping[str, Any]],
-    eigenvalues: np.ndarray,
-    place: str,
+    floors: Floors,
+    label: str,
 ) -> Figures:
-    """Those of the members at a place that give finite numbers; nothing is drawn yet."""
-    at = f" at {place}" if place else ""
+    """Those of the members of a placement that give finite numbers; nothing is drawn yet."""
+    at = f" at {label}" if label else ""
     where = f"{run.resolve().name}{at} at step {record['step']:,}, {record['tokens']:,} held-out tokens"
-    behind = f"-{place}{suffix}" if place else suffix
-    frontier, density = (run / "figures" / f"{name}{behind}.png" for name in ("frontier", "feature_density"))
+    behind = f"-{label}{suffix}" if label else suffix
+    frontier, density, norms = (
+        run / "figures" / f"{name}{behind}.png" for name in ("frontier", "feature_density", "relative_norms")
+    )
     points = [
         FrontierPoint(
             _named(member), member["kind"], member["l0"], member["fvu"], member.get("ce_loss_score_zero_ablation")
@@ -399,10 +438,13 @@ def _figures(
         for of in [member["feature_density"]]
     }
     dead = {_named(member): member["dead_features"] for member in good}
-    pca = pca_curve(eigenvalues)
+    pca = None if good[0].get("skip") else pca_curve(floors.eigenvalues)
+    linear = None if floors.linear is None else regression_fvu(floors.linear, len(floors.linear.explained))
+    of_places = {_named(member): member["relative_norms"] for member in good if member.get("relative_norms")}
     return {
-        frontier: lambda: frontier_figure(points, pca, where),
+        frontier: lambda: frontier_figure(points, pca, where, linear),
         density: lambda: density_figure(histograms, dead, record["tokens"], DENSE, where),
+        **({norms: lambda: relative_norms_figure(of_places, where)} if of_places else {}),
     }
 
 

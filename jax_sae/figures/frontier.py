@@ -34,7 +34,9 @@ def points_of(measured: Sequence[Mapping[str, Any]]) -> list[FrontierPoint]:
     ]
 
 
-def frontier_figure(points: Sequence[FrontierPoint], pca: PcaCurve | None, title: str) -> Any:
+def frontier_figure(
+    points: Sequence[FrontierPoint], pca: PcaCurve | None, title: str, linear: float | None = None
+) -> Any:
     """FVU against L0, and loss recovered against L0 where it is known; each kind is a line.
 
     Points have numbers, which a list beside the figure explains.
@@ -43,6 +45,7 @@ def frontier_figure(points: Sequence[FrontierPoint], pca: PcaCurve | None, title
         points: at least one.
         pca: of the same tokens, for the line of PCA with L0 directions; None: there is no such line.
         title: of the figure.
+        linear: FVU of linear regression on what is read, for a line; None: there is none.
 
     Returns:
         A matplotlib `Figure`.
@@ -58,6 +61,8 @@ def frontier_figure(points: Sequence[FrontierPoint], pca: PcaCurve | None, title
         most = pca[0][-1] - 0.5  # with all D directions nothing is lost, which no logarithm shows
         directions = np.geomspace(min(min(l0s, default=1) / 1.5, most / 1.5), min(max(l0s, default=1) * 1.5, most), 200)
         left.plot(directions, np.interp(directions, *pca), "--", color="grey", label="PCA, L0 directions")
+    if linear is not None:
+        left.axhline(linear, color="grey", linestyle=":", label="linear regression")
     _draw_lines(left, kinds, [(number, point, point.fvu) for number, point in enumerate(ordered, 1)])
     left.set_yscale("log")
     if (lowest := min(point.fvu for point in points)) > 0:
