@@ -209,7 +209,7 @@ def test_pieces_change_nothing_and_hold_few_tokens(run: Path, monkeypatch: pytes
     monkeypatch.setattr(measure, "PIECE_TOKENS", 150)
     monkeypatch.setattr(measure, "ROWS_AT_A_TIME", 37)
     source, _ = opened(run)
-    pieces = list(measure._pieces(source, 500))
+    pieces = list(measure.pieces(source, 500))
     lengths = [[len(item) for item in piece] for piece in pieces]
     assert len(pieces) > 1 and all(sum(piece) <= 150 or len(piece) == 1 for piece in lengths)
     assert [length for piece in lengths for length in piece] == [len(x) for x in first_activations(source, 500, None)]
