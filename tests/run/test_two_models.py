@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,13 @@ import jax_sae
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import open_store, read_manifest
 from jax_sae.analysis.evaluation import evaluate
+from jax_sae.analysis.loss_recovered import loss_recovered
+from jax_sae.analysis.tables import tables
 from jax_sae.commands.harvest import Options, harvest_to_store
 from jax_sae.config import Config, ModelConfig, SweepConfig
 from jax_sae.config_tables import config_with
 from jax_sae.errors import BadInput
+from jax_sae.language_model.dataset import open_split
 from jax_sae.run.train import train
 
 BASE = REPOSITORY / "jax_sae" / "demo" / "model"
@@ -40,7 +43,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(demo_config: Config, tuned: Path) -> Config:
     """A small sweep at places of both."""
     small = replace(demo_config, activations=replace(demo_config.activations, held_out_tokens=300))
-    sweep = SweepConfig(places=PLACES, kinds=("topk",), features=(32,), k=(4,))
+    dictionaries = ("autoencoder", "crosscoder")
+    sweep = SweepConfig(dictionaries=dictionaries, places=PLACES, kinds=("topk",), features=(32,), k=(4,))
     return replace(small, sweep=sweep, model=ModelConfig(models=(f"base={BASE}", f"tuned={tuned}")))
 
 
@@ -58,11 +62,14 @@ def test_members_are_those_of_a_run_with_one_model(
 ) -> None:
     """Bit for bit: at each place of a model, the other one beside it, and what is lost there."""
     both = jax_sae.open_run(run_of_both)
-    assert both.names == [f"{place}-F32" for place in ("base:1.resid_post", "tuned:2.mlp_out", "tuned:1.resid_post")]
+    names = ("base:1.resid_post", "tuned:2.mlp_out", "tuned:1.resid_post", "crosscoder")
+    assert both.names == [f"{name}-F32" for name in names]
     record = both.evaluate()
     assert {"language model base", "language model tuned", "text"} <= record["inputs"].keys()
     places = ("2.mlp_out", "1.resid_post")
-    alone = replace(config, model=ModelConfig(str(tuned)), sweep=replace(config.sweep, places=places))
+    alone = replace(
+        config, model=ModelConfig(str(tuned)), sweep=replace(config.sweep, dictionaries=("autoencoder",), places=places)
+    )
     assert train(alone, tmp_path / "tuned", resume=False, stop_requested=never)
     run = jax_sae.open_run(tmp_path / "tuned")
     for member in run.evaluate()["members"]:
@@ -75,6 +82,29 @@ def test_members_are_those_of_a_run_with_one_model(
         assert found == member | named
 
 
+def test_a_crosscoder_of_both_is_put_into_each(config: Config, tuned: Path, run_of_both: Path) -> None:
+    """Each model by itself, of what is read of both; and which features both share."""
+    file = run_of_both / "evaluation.json"
+    record = json.loads(file.read_text()) if file.exists() else evaluate(run_of_both)
+    [found] = [member for member in record["members"] if member["name"] == "crosscoder-F32"]
+    sae = jax_sae.load_autoencoder(run_of_both, name="crosscoder-F32")
+    assert list(found["at"]) == list(sae.writes) and found["relative_norms"]["sides"] == ["base", "tuned"]
+    assert "ce_loss_with_sae" not in found and list(found["models"]) == ["base", "tuned"]
+    models = {"base": jax_sae.load_language_model(str(BASE)), "tuned": jax_sae.load_language_model(str(tuned))}
+    texts = open_split(config.text.path, "validation", "text")["text"][: record["stories"]]
+    for name, lm in models.items():
+        its = [place for place in sae.writes if place.startswith(name)]
+        first, last = {"base": (0, 64), "tuned": (64, 192)}[name]
+        of_place = lm.activations(texts, [place.split(":")[1] for place in its])
+        mean = np.concatenate([np.concatenate(x).mean(0, dtype=np.float64) for x in of_place.values()])
+        written = {"it": lambda x, lengths, first=first, last=last: np.asarray(sae(x))[..., first:last]}
+        expected = loss_recovered(models, texts, written, mean, reads=sae.reads, writes=its)["it"]
+        for key, value in asdict(expected).items():
+            assert found["models"][name][key] == pytest.approx(value, rel=1e-3, abs=1e-3), (name, key)
+        assert found["baselines"]["pca_features"]["models"][name]["predictions"] == expected.predictions
+    assert any(line.startswith("crosscoder-F32 in tuned ") for line in tables(record))
+
+
 def test_a_path_may_change_and_a_model_may_not(tuned: Path, run_of_both: Path, tmp_path: Path) -> None:
     """By the digest of each model, whatever its path; another one under a known name is refused."""
     run = tmp_path / "run"
@@ -84,7 +114,7 @@ def test_a_path_may_change_and_a_model_may_not(tuned: Path, run_of_both: Path, t
         saved["model"]["models"][1] = f"tuned={other}"
         (run / "config.json").write_text(json.dumps(saved))
         if other != BASE:
-            assert len(evaluate(run)["members"]) == 3
+            assert len(evaluate(run)["members"]) == 4
             continue
         with pytest.raises(BadInput, match="another language model tuned"):
             evaluate(run)
