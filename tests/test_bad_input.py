@@ -643,13 +643,13 @@ BAD: dict[str, tuple[list[str], str, str, str]] = {
         ["--config", "no.toml"],
         "cannot read the config no.toml",
         "No such file or directory",
-        "give a TOML file, or the name of one that comes with the package: demo, demo_sparse, smollm2_135m, ",
+        "give a TOML file, or the name of one that comes with the package: demo, demo_dictionaries, demo_sparse, ",
     ),
     "config: a directory": (
         ["--config", "used"],
         "cannot read the config used",
         "Is a directory",
-        "give a TOML file, or the name of one that comes with the package: demo, demo_sparse, smollm2_135m, ",
+        "give a TOML file, or the name of one that comes with the package: demo, demo_dictionaries, demo_sparse, ",
     ),
     "config: wrong type": (["--config", "wrong_type.toml"], "wrong_type.toml: train.steps is '5'", WORD, ""),
     "config: unknown key": (
