@@ -5,7 +5,6 @@ import pytest
 
 from jax_sae.activations.places import Place
 from jax_sae.analysis.relative_norms import relative_norms, sides_of, summarized
-from jax_sae.figures.relative_norms import relative_norms_figure
 
 PLACES = [Place("0.resid_post", 3), Place("1.resid_post", 2), Place("2.resid_post", 4)]
 
@@ -33,7 +32,6 @@ def test_norms_are_those_of_the_definition() -> None:
     assert (its.compared, its.left_out) == (5, 1) and its.shared is None
     assert np.array(its.histograms).sum(1).tolist() == [5, 5, 5] and sum(its.largest) == 5
     np.testing.assert_allclose(its.mean, np.nanmean(found, 0))
-    relative_norms_figure({"crosscoder": vars(its)}, "a run")
 
 
 def test_of_two_models_each_is_a_side_and_their_features_are_told_apart() -> None:
@@ -52,4 +50,3 @@ def test_of_two_models_each_is_a_side_and_their_features_are_told_apart() -> Non
     assert (its.only_first, its.shared, its.only_second) == pytest.approx((2 / 9, 3 / 9, 2 / 9))
     none = summarized(sides, found, np.zeros(10, bool))
     assert (none.compared, none.mean, none.shared) == (0, None, None)
-    relative_norms_figure({"a": vars(its), "b": vars(none)}, "a run")
