@@ -53,6 +53,8 @@ class Lens:
     random_sd: float
     """Mean of `RANDOM_DIRECTIONS` isotropic directions."""
     random_kurtosis: float
+    random_top: float
+    """Their most raised token, in units of their standard deviation, on average."""
 
 
 def lens_of(lm: LanguageModel, place: str, directions: np.ndarray, *, is_read: bool = False) -> Lens | None:
@@ -63,9 +65,13 @@ def lens_of(lm: LanguageModel, place: str, directions: np.ndarray, *, is_read: b
     path: Path = "embeddings" if is_read else "head" if place == "final_norm" else "norm and head"
     rng = np.random.default_rng(0)
     random = rng.standard_normal((RANDOM_DIRECTIONS, directions.shape[1])).astype(np.float32)
-    *_, sds, kurtoses = _looked(lm, path, random)
+    _, tops, _, _, sds, kurtoses = _looked(lm, path, random)
     raised, up, lowered, down, sd, kurtosis = _looked(lm, path, directions)
-    return Lens(raised, up, lowered, down, sd, kurtosis, float(sds.mean()), float(kurtoses.mean()))
+    return Lens(raised, up, lowered, down, sd, kurtosis, *_means(sds, kurtoses, tops[:, 0] / sds))
+
+
+def _means(*arrays: np.ndarray) -> list[float]:
+    return [float(array.mean()) for array in arrays]
 
 
 def _looked(lm: LanguageModel, path: Path, directions: np.ndarray) -> list[np.ndarray]:

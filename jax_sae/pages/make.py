@@ -191,8 +191,10 @@ def _write(
                 **measured,
                 "seeds": sorted(looked.seeds),
                 "random": {
-                    place: [lens.random_sd, lens.random_kurtosis]
-                    for place, lens in (*looked.lenses.items(), *looked.sources.items())
+                    how: {
+                        place: [lens.random_sd, lens.random_kurtosis, lens.random_top] for place, lens in lenses.items()
+                    }
+                    for how, lenses in (("writes", looked.lenses), ("reads", looked.sources))
                 },
                 "table": pages.add(f"{number}-table", table_block(looked, reading.n_tokens)),
                 "stories": pages.add(f"{number}-stories", story_block(looked, own[name])),

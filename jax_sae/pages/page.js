@@ -484,7 +484,7 @@ async function showFeature(f) {
   } else {
     parts.push(make("p", { textContent: `It never fired on the ${facts.tokens.toLocaleString("en")} tokens that were read, so there are no examples. It may be dead, or wait for a text of another kind.` }));
   }
-  parts.push(...lensesOf("Tokens that it raises and lowers", "writes to", its.lens), ...lensesOf("Tokens that its encoder looks for", "reads", its.reads));
+  parts.push(...lensesOf("Tokens that it raises and lowers", "writes", its.lens), ...lensesOf("Tokens that its encoder looks for", "reads", its.reads));
   parts.push(make("div", { className: "columns" }, ...likeIt(its)));
   $("feature").replaceChildren(...parts.filter(Boolean));
   document.title = `Feature ${f} of ${member.name}`;
@@ -574,13 +574,14 @@ const tokensBefore = (its) => (its.after.length ? tableOf(["token", "of the time
 
 function lensesOf(title, how, lenses) {
   return Object.entries(lenses).map(([place, { up, down, sd, kurtosis }]) => {
-    const [randomSd, randomKurtosis] = state.member.random[place];
-    const side = (name, pairs) => make("div", {}, make("h4", { textContent: name }), tableOf(["token", "logit", "in sd"], pairs.map(([v, x]) => [shown(v), number(x), number(x / sd, 2)])));
-    const means = kurtosis > 2 * randomKurtosis ? "A few tokens stand out." : "No token stands out: most of these are chance.";
-    return section(title, make("p", { className: "quiet", textContent:
+    const [randomSd, randomKurtosis, randomTop] = state.member.random[how][place];
+    const side = (name, pairs) => make("div", {}, make("h4", { textContent: name }), tableOf(["token", how === "reads" ? "product" : "logit", "in sd"], pairs.map(([v, x]) => [shown(v), number(x), number(x / sd, 2)])));
+    const top = up[0][1] / sd;
+    const means = top > 1.5 * randomTop || kurtosis > 2 * randomKurtosis ? "A few tokens stand out." : "No token stands out: most of these are chance.";
+    return section(Object.keys(lenses).length > 1 ? `${title}, from ${place}` : title, make("p", { className: "quiet", textContent:
       (how === "reads" ? `Its direction at ${place} beside the tokens' embeddings; what blocks before it do is not in this. `
         : `By its direction alone at ${place}, through the final norm and the unembedding; what blocks after it do is not in this. `) +
-      `Standard deviation over the vocabulary ${number(sd)} (of random directions ${number(randomSd)}), kurtosis ${number(kurtosis)} (${number(randomKurtosis)}). ${means}` }),
+      `Standard deviation over the vocabulary ${number(sd)} (of random directions ${number(randomSd)}), kurtosis ${number(kurtosis)} (${number(randomKurtosis)}), the highest at ${number(top, 2)} standard deviations (${number(randomTop, 2)}). ${means}` }),
     make("div", { className: "columns" }, side(how === "reads" ? "most" : "raised", up), side(how === "reads" ? "least" : "lowered", down)));
   });
 }
