@@ -144,7 +144,7 @@ const COLUMNS = [
 
 const state = {
   member: null, table: null, hay: null, // of the member that is shown
-  sort: "index", down: false, order: new Uint32Array(0), chosen: -1, // where in the order
+  sort: "index", down: false, found: new Uint32Array(0), order: new Uint32Array(0), chosen: -1, // where in the order
   feature: -1, view: "overview", wanted: 0,
 };
 const range = { density: [0, Infinity], maximum: [0, Infinity] };
@@ -179,7 +179,11 @@ async function useMember(member) {
 
 function columnOf(key) { // numbers, by which the table is sorted
   const { table, member } = state;
-  if (key === "index") return Float32Array.from({ length: member.features }, (_, f) => f);
+  if (key === "index") {
+    const column = new Float32Array(member.features);
+    for (let f = 0; f < column.length; f++) column[f] = f;
+    return column;
+  }
   if (key !== "label") return table[key];
   if (!table.rank) {
     const all = Array.from({ length: member.features }, (_, f) => labelOf(f).toLowerCase());
@@ -203,7 +207,9 @@ function sorted(indices, column, down) {
     packed[i] = key * 2097152 + f;
   }
   packed.sort();
-  return Uint32Array.from(packed, (each) => each % 2097152);
+  const order = new Uint32Array(packed.length);
+  for (let i = 0; i < order.length; i++) order[i] = packed[i] % 2097152;
+  return order;
 }
 
 async function haystacks() { // of each feature, in small letters, all by which it can be found
@@ -256,6 +262,13 @@ async function refresh() {
   const asked = ++state.wanted;
   const indices = await filtered();
   if (asked !== state.wanted || !indices) return;
+  state.found = indices;
+  arrange();
+  drawScatter();
+}
+
+function arrange() { // what was found, in the order that is asked for
+  const indices = state.found;
   const before = state.order[state.chosen];
   state.order = sorted(indices, columnOf(state.sort), state.down);
   state.chosen = before === undefined ? -1 : state.order.indexOf(before);
@@ -269,13 +282,12 @@ async function refresh() {
   $("table").setAttribute("aria-rowcount", indices.length + 1);
   $("rows").scrollTop = 0;
   drawRows(true);
-  drawScatter();
 }
 
 function sortBy(key) {
   if (state.sort === key) state.down = !state.down;
   else Object.assign(state, { sort: key, down: COLUMNS.find((column) => column.key === key).down ?? true });
-  return refresh();
+  if (state.table) arrange();
 }
 
 // ---- the table: as many rows as can be seen ----------------------------------------------------------------------------
