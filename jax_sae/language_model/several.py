@@ -135,7 +135,10 @@ def harvest_each_on_device(
         yield from each[0]
         return
     for found in zip(*each, strict=True):
-        yield found[0][0], jnp.concatenate([x for _, x in found], axis=-1)
+        batch, x = found[0][0], jnp.concatenate([x for _, x in found], axis=-1)
+        del found
+        yield batch, x
+        del x  # a batch is gone before the next one is computed
 
 
 def stories_for(

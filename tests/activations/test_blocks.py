@@ -45,7 +45,7 @@ def source_of(lm: Any, exclude: int = 0, **windows: Any) -> StorySource:
         Dataset.from_dict({"text": TEXTS}), "text", lm.tokenizer, a.max_position_embeddings, a.vocab_size, exclude,
         **windows,
     )  # fmt: skip
-    return StorySource(stories, 0, len(TEXTS), lm)
+    return StorySource(stories, 0, len(TEXTS), {"": lm})
 
 
 def stay_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
