@@ -21,7 +21,7 @@ from jax_sae.pages.examples import (
 from jax_sae.pages.reading import _chunk, _Story
 from jax_sae.pages.tally import BARS, PLACES_IN_STORY, Tally, Tokens, TokenTally, bar_edges
 
-V, F = 7, 6
+V, F = 2, 7
 rng = np.random.default_rng(0)
 LENGTHS = rng.integers(1, 60, 90)
 IDS = [rng.integers(0, V, length).astype(np.int32) for length in LENGTHS]
@@ -29,13 +29,15 @@ USED = [np.arange(length) >= (length > 3) for length in LENGTHS]
 GROWTH = np.exp(np.linspace(0, 5, len(LENGTHS)))
 """Maxima grow while stories go by, so that what was a high value becomes a low one."""
 X = [
-    (growth * np.exp(rng.normal(size=(length, F))) * (rng.random((length, F)) < [0.9, 0.5, 0.2, 0.05, 0.003, 0]))
+    (growth * np.exp(rng.normal(size=(length, F))) * (rng.random((length, F)) < [0.9, 0.5, 0.2, 0.05, 0.003, 0, 0]))
     .round(2)
     .astype(np.float32)
     * used[:, None]
     for length, growth, used in zip(LENGTHS, GROWTH, USED, strict=True)
 ]
-"""Rounded, so that some are equal. The last feature never fires."""
+"""Rounded, so that some are equal. The last feature never fires, the one before it grows at once to a thousandfold."""
+for number, (x, used) in enumerate(zip(X, USED, strict=True)):
+    x[:, F - 2] = used * (rng.random(len(x)) < 0.1) * np.float32(1 if number < 60 else 1024)
 
 
 def chunks(stories_at_once: int) -> Iterator[tuple[Chunk, Tokens, np.ndarray, np.ndarray]]:

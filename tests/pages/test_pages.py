@@ -72,6 +72,11 @@ def test_a_lens_is_the_final_norm_and_the_unembedding() -> None:
         np.testing.assert_allclose(lens.lowered_by[f], np.sort(logits[f])[:10], rtol=1e-3)
     kurtosis = (logits[:2] ** 4).mean(1) / logits[:2].var(1) ** 2
     np.testing.assert_allclose(lens.kurtosis[:2], kurtosis, rtol=1e-3)
+    read_there = lens_of(lm, "1.mlp_in", d, is_read=True)
+    assert read_there is not None and lens_of(lm, "1.mlp_in", d) is None
+    products = d[:2] @ np.asarray(params["wte"]["embedding"]).T
+    products -= products.mean(1, keepdims=True)
+    np.testing.assert_array_equal(read_there.raised[:2, 0], products.argmax(1))
 
 
 def test_neighbours_are_those_with_the_largest_cosine_and_correlation() -> None:
