@@ -420,7 +420,7 @@ def _figures(
     label: str,
 ) -> Figures:
     """Those of the members of a placement that give finite numbers; nothing is drawn yet."""
-    at = f" at {label}" if label else ""
+    at = f", {label}" if label else ""
     where = f"{run.resolve().name}{at} at step {record['step']:,}, {record['tokens']:,} held-out tokens"
     behind = f"-{label}{suffix}" if label else suffix
     frontier, density, norms = (

@@ -197,7 +197,7 @@ class Run:
         if pca and "fvu" not in pca:
             pca = pca[place or next(iter(pca))]
         curve = (pca["directions"], pca["fvu"]) if pca else None
-        title = f"{self._name}{f' at {place}' if place else ''}: {summary['held_out_tokens']:,} held-out tokens"
+        title = f"{self._name}{f', {place}' if place else ''}: {summary['held_out_tokens']:,} held-out tokens"
         return frontier_figure(points, curve, title)
 
     def plot_training(self, step: int | None = None, place: str | None = None) -> Any:
@@ -216,7 +216,7 @@ class Run:
         stacked = np.stack([np.stack([metrics[name][metric] for metric in METRICS], -1) for name in names], 1)
         colours = member_colours(members, self[names[0]].width)
         features = [member.features for member in members]
-        title = f"{self._name}{f' at {place}' if place else ''}: training"
+        title = f"{self._name}{f', {place}' if place else ''}: training"
         return training_figure(names, colours, stacked, features, title)
 
     def _names_at(self, place: str | None) -> list[str]:

@@ -252,7 +252,7 @@ def _figures_at_a_place(
 ) -> Figures:
     names, members = [setup.names()[i] for i in in_order], [setup.members()[i] for i in in_order]
     width, folder = held_out.x.shape[1], out / "figures"
-    behind, run = f"-{place}" if place else "", f"{out.name} at {place}" if place else out.name
+    behind, run = f"-{place}" if place else "", f"{out.name}, {place}" if place else out.name
     losses, metrics = progress.losses[:, in_order], progress.metrics[:, in_order]
     features = [member.features for member in members]
     floors = [0.0 if member.skip else held_out.loss_floor(member.features) for member in members]
