@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jax_sae.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
+    from jax_sae.analysis.steering import steer
     from jax_sae.api.run import Run, open_run
     from jax_sae.api.train import train
     from jax_sae.config import Config, Member
@@ -35,6 +36,7 @@ __all__ = [
     "load_autoencoder",
     "load_language_model",
     "open_run",
+    "steer",
     "train",
 ]
 
@@ -43,6 +45,7 @@ _WHERE = {
     "Member": "jax_sae.config",
     "Run": "jax_sae.api.run",
     "open_run": "jax_sae.api.run",
+    "steer": "jax_sae.analysis.steering",
     "train": "jax_sae.api.train",
     "feature_pages": "jax_sae.pages.make",
     "LanguageModel": "jax_sae.language_model.pretrained",

@@ -277,6 +277,26 @@ class TrainedAutoencoder:
             y = by_rows(lambda *rows: _decode_compiled(model, self.params, normalization, written, *rows), features, *x)
         return y if place is None else y[..., slice(*self._columns_of(place))]
 
+    def direction(self, feature: int, place: str | None = None) -> jax.Array:
+        """What one more of a feature adds to what is written, W_dec[feature] in the model's own scale, [D_written].
+
+        With `place`, the columns of one of the places in `writes` alone.
+
+        Raises:
+            BadInput: if there is no such feature, it does not write that place, or the run normalised each story by
+                itself, so that the scale of what is written changes from story to story.
+        """
+        if not is_traced(feature) and not 0 <= feature < self.features:
+            raise BadInput(f"{self.name} has no feature {feature}; its features are 0 to {self.features - 1}")
+        if self.per_story:
+            raise BadInput(
+                "this run normalised each story by itself, so what a feature adds depends on the story; train with "
+                "activations.normalization 'dataset' or 'none'"
+            )
+        written = self.normalization if self.of_written is None else self.of_written
+        row, scale = widened((self.params["W_dec"][feature], written.scale))
+        return (row / scale)[slice(*self._columns_of(place)) if place is not None else slice(None)]
+
     def __call__(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
         """x[..., D] -> what it writes, decode(encode(x)): of an autoencoder, the reconstruction of x."""
         x = self._checked(x)

@@ -1,7 +1,7 @@
 """A run that was trained, or is being trained, and what a program can ask of it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jax_sae.activations.sources import Sources
-from jax_sae.analysis.evaluation import evaluate, evaluate_members
+from jax_sae.analysis.evaluation import config_of, evaluate, evaluate_members
+from jax_sae.analysis.steered import How, Writing, steer_member
 from jax_sae.config import Config, Member
 from jax_sae.errors import BadInput
 from jax_sae.figures.curves import member_colours, training_figure
@@ -178,6 +179,46 @@ class Run:
             return evaluate(self.directory, step, tokens, self.sources)
         members = {name: self.autoencoder(name, step) for name in self.names}
         return evaluate_members("the run", members, self._facts(step), self.config, tokens, self.sources)[0]
+
+    def steer(
+        self,
+        name: str,
+        feature: int,
+        prompt: str,
+        strengths: Sequence[float] = (),
+        *,
+        how: How = "add",
+        max_new_tokens: int = 60,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seeds: Sequence[int] = (0, 1),
+        step: int | None = None,
+    ) -> dict[str, Any]:
+        """Let the language model write with a feature raised, set or taken away, as `jax-sae steer` does.
+
+        Args:
+            name: the member that the feature is of.
+            feature: its number.
+            prompt: what the texts begin with.
+            strengths: in units of the feature; without any, some multiples of its largest value on held-out tokens.
+            how: 'add' a strength to the feature of every token, 'clamp' it to that, or 'ablate' it: set it to 0.
+            max_new_tokens: the most that are written after the prompt.
+            temperature: of the draws, as of `LanguageModel.generate`.
+            top_p: as of `LanguageModel.generate`.
+            seeds: a text is written for each.
+            step: of a checkpoint; the last one if left out.
+
+        Returns:
+            What `jax_sae.analysis.steered.steer_member` says: texts, losses, divergences, next tokens.
+
+        Raises:
+            BadInput: as that does; and if there is no such member or step.
+        """
+        writing = Writing(max_new_tokens, temperature, top_p, tuple(seeds))
+        sae, facts = self.autoencoder(name, step), self._facts(step)
+        config = self.config if self.directory is None else config_of(self.directory, facts)
+        where = str(self.directory or self._name)
+        return steer_member(where, sae, feature, prompt, strengths, how, writing, facts, config, self.sources)
 
     def plot_frontier(self, place: str | None = None) -> Any:
         """A matplotlib `Figure` of FVU against L0 on held-out tokens, with the line of PCA.

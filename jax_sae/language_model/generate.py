@@ -1,16 +1,37 @@
 """A text goes on: one token after the other, with the keys and values of those before kept."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jax_sae.errors import BadInput
 from jax_sae.language_model.decoder import Decoder, Tap, empty_caches
 
 
-@partial(jax.jit, static_argnames=("model", "room", "tap"))
+def refuse_generation(tokens: int, max_new_tokens: int, positions: int, temperature: float, top_p: float) -> None:
+    """Raise BadInput unless a prompt of so many tokens can go on by so many, and the settings are in range."""
+    if not tokens:
+        raise BadInput("the prompt has no tokens; give at least one")
+    if max_new_tokens < 1 or tokens + max_new_tokens > positions:
+        raise BadInput(
+            f"max_new_tokens is {max_new_tokens}; 1 to {positions - tokens} was expected: the prompt has "
+            f"{tokens} tokens, the model {positions} positions"
+        )
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise BadInput(
+            f"temperature is {temperature:g} and top_p {top_p:g}; 0 or more, and above 0 up to 1, were expected"
+        )
+
+
+def text_of(tokenizer: Any, prompt: str, ids: np.ndarray, tokens: np.ndarray) -> str:
+    """The prompt as it was given, with token ids `ids`, and what follows it in `tokens`, which begin with those."""
+    before, text = (tokenizer.decode(each, skip_special_tokens=True) for each in (ids, tokens))
+    return prompt + str(text).removeprefix(str(before))  # decoded by themselves, the new ones may lose a space
+
+
 def continued(
     model: Decoder,
     params: Mapping[str, Any],
@@ -27,7 +48,8 @@ def continued(
 ) -> tuple[jax.Array, jax.Array]:
     """The prompt and what follows it, [room] int32, and how many of these are tokens.
 
-    Token n is drawn with the n-th key folded from `key`, so it does not matter how many are asked for.
+    Token n is drawn with the n-th key folded from `key`, so it does not matter how many are asked for. `continued_text`
+    is the same, compiled.
 
     Args:
         model: with all blocks.
@@ -66,6 +88,9 @@ def continued(
     ids = jnp.zeros(room, jnp.int32).at[: len(prompt)].set(prompt)
     ids, n, _, _ = jax.lax.while_loop(goes_on, one_more, (ids, jnp.asarray(tokens), x[0, tokens - 1], caches))
     return ids, n
+
+
+continued_text = jax.jit(continued, static_argnames=("model", "room", "tap"))
 
 
 def _nucleus(logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:

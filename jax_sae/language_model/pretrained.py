@@ -17,7 +17,7 @@ from jax_sae.config import Precision, WeightsDtype
 from jax_sae.errors import BadInput
 from jax_sae.language_model.decoder import Decoder, Tap, untouched
 from jax_sae.language_model.files import open_model
-from jax_sae.language_model.generate import continued
+from jax_sae.language_model.generate import continued_text, refuse_generation, text_of
 from jax_sae.language_model.gguf_file import read_gguf_tokenizer
 from jax_sae.language_model.harvest import harvest, padded_length, read_places
 from jax_sae.language_model.hub import has_tokenizer
@@ -290,24 +290,14 @@ class LanguageModel:
         """
         [ids] = self.token_ids([prompt])
         positions = self.model.architecture.max_position_embeddings
-        if not len(ids):
-            raise BadInput("the prompt has no tokens; give at least one")
-        if max_new_tokens < 1 or len(ids) + max_new_tokens > positions:
-            raise BadInput(
-                f"max_new_tokens is {max_new_tokens}; 1 to {positions - len(ids)} was expected: the prompt has "
-                f"{len(ids)} tokens, the model {positions} positions"
-            )
-        if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-            raise BadInput(
-                f"temperature is {temperature:g} and top_p {top_p:g}; 0 or more, and above 0 up to 1, were expected"
-            )
+        refuse_generation(len(ids), max_new_tokens, positions, temperature, top_p)
         if until is None and isinstance(prompt, str):
             until = self.tokenizer.eos_token_id
         model, params = self.whole
         most = len(ids) + max_new_tokens
         room = min(positions, padded_length(most))
         given = padded(ids, (min(room, padded_length(len(ids))),)) if tap is None else ids
-        found, n = continued(
+        found, n = continued_text(
             model,
             params,
             given,
@@ -321,10 +311,7 @@ class LanguageModel:
             tap=tap or untouched,
         )
         tokens = np.asarray(found)[: int(n)]
-        if not isinstance(prompt, str):
-            return tokens
-        before, text = (self.tokenizer.decode(each, skip_special_tokens=True) for each in (ids, tokens))
-        return prompt + text.removeprefix(before)  # decoded by themselves, the new ones may lose a space
+        return text_of(self.tokenizer, prompt, ids, tokens) if isinstance(prompt, str) else tokens
 
     @cached_property
     def whole(self) -> tuple[Decoder, Mapping[str, Any]]:

@@ -14,6 +14,8 @@ SCRIPTS = {
     "train_all": "train",
     "feature_pages": "pages",
     "evaluate": "evaluate",
+    "steer": "steer",
+    "probe": "probe",
     "inspect_run": "inspect",
     "harvest_activations": "harvest",
     "export_torch_activations": "export-activations",
