@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax_sae.activations.batches import first_activations
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.places import columns, own_columns
 from jax_sae.activations.sources import Source, Sources
-from jax_sae.analysis.evaluation import config_of, open_inputs, read_facts
+from jax_sae.analysis.evaluation import open_inputs
 from jax_sae.analysis.steering import (
     Intervention,
     intervention,
@@ -29,7 +28,6 @@ from jax_sae.language_model.harvest import padded_length
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.rows import padded
 from jax_sae.run.checkpoints import Tree
-from jax_sae.run.load import load_autoencoder
 from jax_sae.run.report import finite_or_none, table
 from jax_sae.streams import say
 from jax_sae.trained import TrainedAutoencoder
@@ -56,43 +54,6 @@ class Writing:
     seeds: tuple[int, ...] = (0, 1)
 
 
-def steer_run(
-    run: Path,
-    member: str,
-    feature: int,
-    prompt: str,
-    strengths: Sequence[float] = (),
-    how: How = "add",
-    writing: Writing = Writing(),
-    step: int | None = None,
-) -> dict[str, Any]:
-    """Let the language model of a run write with a feature of a member raised, held or taken away; print what it does.
-
-    Args:
-        run: the run's directory; training may be going on in it.
-        member: its name; '' where the run has one.
-        feature: its number.
-        prompt: what the texts begin with.
-        strengths: in units of the feature; without any, some multiples of its largest value on held-out tokens.
-        how: whether a strength is added to the feature, the feature is set to it, or it is set to 0 (no strength).
-        writing: how texts are written.
-        step: of the checkpoint; the newest if None.
-
-    Returns:
-        As `steer_member`.
-
-    Raises:
-        BadInput: as `steer_member`; and if there is no such run, step or member.
-    """
-    facts, _ = read_facts(run, step)
-    names = list(facts["members"])
-    if member not in names and (member or len(names) > 1):
-        found = f"has no member {member!r}" if member else "has several members, and none is named"
-        raise BadInput(f"{run} {found}; its members are {', '.join(names)}")
-    sae = load_autoencoder(run, step=facts["step"], name=member or names[0])
-    return steer_member(str(run), sae, feature, prompt, strengths, how, writing, facts, config_of(run, facts))
-
-
 def steer_member(
     run: str,
     sae: TrainedAutoencoder,
@@ -105,7 +66,19 @@ def steer_member(
     config: Config,
     sources: Sources | None = None,
 ) -> dict[str, Any]:
-    """`steer_run` of a member of a run, which may have no directory.
+    """Let the language model of a run write with a feature of a member raised, set or taken away; print what it does.
+
+    Args:
+        run: its name, or directory.
+        sae: the member.
+        feature: its number.
+        prompt: what the texts begin with.
+        strengths: in units of the feature; without any, some multiples of its largest value on held-out tokens.
+        how: whether a strength is added to the feature, the feature is set to it, or it is set to 0 (no strength).
+        writing: how texts are written.
+        facts: the JSON of the member's checkpoint.
+        config: the run's settings.
+        sources: those that the run was trained on, where a program gave them.
 
     Returns:
         A record, ready for JSON: what was asked; `largest`, the feature's largest value on held-out tokens, `active`,

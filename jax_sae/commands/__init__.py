@@ -11,10 +11,10 @@ from jax_sae.errors import BadInput
 COMMANDS = {
     "train": "train every autoencoder of a sweep at once",
     "evaluate": "say what the members of a run are worth on held-out stories",
-    "steer": "let a language model write with a feature raised, set or taken away",
-    "probe": "say what features tell of labelled texts, beside raw activations and PCA",
     "inspect": "say what a run holds; --verify checks every digest",
     "pages": "write pages on the features of a run, to be opened with a browser",
+    "steer": "let a language model write with a feature raised, set or taken away",
+    "probe": "say what features tell of labelled texts, beside raw activations and PCA",
     "harvest": "write a GPT-Neo's activations to disk, to train on them often",
     "export-activations": "the same for any Hugging Face causal language model, with torch",
 }

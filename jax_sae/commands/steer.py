@@ -20,12 +20,12 @@ class Options:
 
     run: tyro.conf.Positional[Path]
     """Directory of a run; it may be training."""
+    member: str
+    """Name of the member that the feature is of."""
     feature: int
     """Number of the feature, from 0."""
     prompt: str
     """What the texts begin with."""
-    member: str = ""
-    """The member that the feature is of; may be left out where the run has one."""
     strength: tuple[float, ...] = ()
     """What is added to the feature at every token, in its own units, one after the other; without any, 0.25, 0.5, 1
     and 2 times its largest value on held-out tokens."""
@@ -55,12 +55,19 @@ def main(argv: Sequence[str]) -> int:
         if options.clamp and options.ablate:
             raise BadInput("--clamp and --ablate are both given; --ablate is --clamp --strength 0: give one of them")
         refuse_missing_platform()
-        from jax_sae.analysis.steered import Writing, steer_run
+        from jax_sae.api.run import open_run
 
-        how = "ablate" if options.ablate else "clamp" if options.clamp else "add"
-        writing = Writing(options.tokens, options.temperature, options.top_p, options.seeds)
-        steer_run(
-            options.run, options.member, options.feature, options.prompt, options.strength, how, writing, options.step
+        open_run(options.run).steer(
+            options.member,
+            options.feature,
+            options.prompt,
+            options.strength,
+            how="ablate" if options.ablate else "clamp" if options.clamp else "add",
+            max_new_tokens=options.tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seeds=options.seeds,
+            step=options.step,
         )
         return 0
 
