@@ -46,9 +46,11 @@ def text_sets(path: Path | None) -> tuple[list[TextSet], list[str]]:
         BadInput: if there is no such file, it cannot be read, or not one set can be used.
     """
     where = _package() if path is None else path
+    if not where.exists():
+        raise BadInput(f"{where} is not there; a file of {', '.join(ENDINGS)} or a folder of them was expected")
     files = sorted(file for file in where.iterdir() if _is_named(file)) if where.is_dir() else [where]
-    if not where.exists() or not files:
-        raise BadInput(f"{where} {'holds' if where.exists() else 'is not there:'} no file of {', '.join(ENDINGS)}")
+    if not files:
+        raise BadInput(f"{where} holds no file of {', '.join(ENDINGS)}")
     sets, problems = [], []
     for file in files:
         found = _read(file)
@@ -107,7 +109,7 @@ def _read(file: Path) -> TextSet | str:
     if len(names) != 2:
         return f"has {len(names)} labels; two were expected"
     if counts.min() < FEWEST:
-        return f"has {counts.min()} texts of the label {names[counts.argmin()]!r}; {FEWEST} were expected"
+        return f"has {counts.min()} texts of the label {str(names[counts.argmin()])!r}; {FEWEST} were expected"
     name = file.name
     for ending in sorted(ENDINGS, key=len, reverse=True):
         name = name.removesuffix(ending)

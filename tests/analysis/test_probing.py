@@ -137,7 +137,7 @@ def test_texts_that_cannot_be_used(
         ("columns.csv", "has no column text or prompt; it has"),
         ("hole.jsonl", "has '' for text in row 2; a text was expected"),
         ("read.me", "is no file of .csv, .jsonl"),
-        ("none.csv", "cannot be read"),
+        ("none.csv", "is not there; a file of .csv"),
     ):
         with pytest.raises(BadInput, match=message):
             text_sets(texts / name)
