@@ -20,6 +20,7 @@ from jax_sae.activations.places import Place, columns
 from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts
 from jax_sae.analysis.labelled_texts import TextSet, text_sets
 from jax_sae.analysis.probes import chosen, probed, split, stacked_sets
+from jax_sae.analysis.steered import only_model
 from jax_sae.autoencoder.baselines import add_rows, no_scatter, principal_directions
 from jax_sae.errors import BadInput
 from jax_sae.figures.drawing import save_each
@@ -72,9 +73,8 @@ def probe_run(
     if some := next((sae for sae in members.values() if sae.per_story), None):
         raise BadInput(f"{run} normalised each story by itself, so the last token of a text alone has no {some.name}")
     sets, lines = text_sets(texts)
-    _, lm = open_inputs(str(run), config, facts, None)
-    if lm is None:
-        raise BadInput(f"{run} read activations, without a language model, so it cannot read labelled texts")
+    _, models = open_inputs(str(run), config, facts, None)
+    lm = only_model(str(run), models, "labelled texts are read by the run's own; probe a run of one")
     say(lines)
     places = tuple(dict.fromkeys(name or lm.places[0] for sae in members.values() for name in sae.reads))
     rows = [split(each.labels, MOST_TEXTS) for each in sets]

@@ -26,6 +26,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.generate import refuse_generation, text_of
 from jax_sae.language_model.harvest import padded_length
 from jax_sae.language_model.pretrained import LanguageModel
+from jax_sae.language_model.several import Models
 from jax_sae.rows import padded
 from jax_sae.run.checkpoints import Tree
 from jax_sae.run.report import finite_or_none, table
@@ -96,12 +97,8 @@ def steer_member(
     if how == "ablate" and len(strengths):
         raise BadInput(f"strength is {strengths[0]:g}, but ablation sets the feature to 0: leave one of them out")
     sae.direction(feature)  # refuses a feature that is not there, before the language model is read
-    source, lm = open_inputs(run, config, facts, sources)
-    if lm is None:
-        raise BadInput(
-            f"{run} read activations, without a language model, so there is none to steer; load one, and use "
-            "lm.generate(prompt, tap=jax_sae.steer(sae, feature, strength))"
-        )
+    source, models = open_inputs(run, config, facts, sources)
+    lm = only_model(run, models, "load one, and use lm.generate(prompt, tap=jax_sae.steer(sae, feature, strength))")
     place = lm.places[0] if len(lm.places) == 1 else None
     what = intervention(sae, how != "add", place)
     [ids] = lm.token_ids([prompt])
@@ -138,6 +135,14 @@ def steer_member(
     }
     say(["", *lines_of(record)])
     return record
+
+
+def only_model(run: str, models: Models, advice: str) -> LanguageModel:
+    """The language model of a run; BadInput if it has none, or several."""
+    if len(models) == 1:
+        return next(iter(models.values()))
+    found = f"several language models, {', '.join(models)}" if models else "activations, without a language model"
+    raise BadInput(f"{run} read {found}; one was expected: {advice}")
 
 
 def _usual(source: Source, sae: TrainedAutoencoder, feature: int, what: Intervention, config: Config) -> dict[str, Any]:
