@@ -14,10 +14,13 @@ from running import REPOSITORY, never, stop_at
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
 from jax_sae.activations.normalize import fold
+from jax_sae.activations.places import Place
+from jax_sae.activations.store import write_store
 from jax_sae.commands.flags import parse_member
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model import harvest
+from jax_sae.run.inspection import inspect_run
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.settings import CALL, Layer, merge
 from jax_sae.run.train import train
@@ -87,6 +90,30 @@ def test_a_dictionary_equals_its_solo_run(label: str, together: Path, tmp_path: 
         assert alone["pca_floor_fvu"] <= alone["fvu"] and alone["pca_floor_fvu"] <= alone.get("linear_fvu", 1)
     for figure in ("loss", "training", "frontier"):
         assert (together / "figures" / f"{figure}-{label}.png").exists()
+
+
+def test_one_that_diverges_changes_no_bit_of_the_others(together: Path, tmp_path: Path) -> None:
+    """A transcoder stacked with another one; every array of the run is what its digests say."""
+    bad = replace(MEMBERS["0.skip_transcoder"], seed=1, learning_rate=1e30)
+    run = run_of((*MEMBERS.values(), bad), tmp_path / "run")
+    its = {row["name"]: row["diverged_at_step"] for row in jax_sae.open_run(run).summary["members"]}  # type: ignore[index]
+    assert its.pop("0.skip_transcoder-F16-seed1-lr1e+30") and not any(its.values()) and len(its) == len(MEMBERS)
+    for label in MEMBERS:
+        [name] = [name for name in its if name.startswith(f"{label}-F16")]
+        assert outcome(load_autoencoder(run, name=name)) == outcome(load_autoencoder(together, name=f"{label}-F16"))
+    lines, good = inspect_run(run, verify=True)
+    assert good, lines
+
+
+def test_a_store_of_named_columns_trains_them_as_its_arrays_do(tmp_path: Path) -> None:
+    """Rows on disk, of which a transcoder needs two places of four, in the order of the arrays."""
+    places = [Place(place, x.shape[1]) for place, x in X.items()]
+    beside = np.concatenate(list(X.values()), axis=1)
+    write_store(tmp_path / "store", [beside], model="a model", layer=None, places=places)
+    small: dict[str, Any] = {"steps": 3, "batch_tokens": 32, "held_out_tokens": 60, "block_tokens": 128, "quiet": True}
+    of = {"members": [{**COMMON, "reads": ["0.mlp_in"], "writes": ["0.mlp_out"], "skip": True}]}
+    stored, given = (jax_sae.train(activations=each, **of, **small)["F16"] for each in (tmp_path / "store", X))
+    assert outcome(stored) == outcome(given)
 
 
 @pytest.mark.parametrize("label", MEMBERS)
