@@ -128,6 +128,7 @@ def test_every_config_file_is_valid() -> None:
     paths = sorted((REPOSITORY / "configs").glob("*.toml"))
     assert [path.stem for path in paths] == [
         "demo",
+        "demo_dictionaries",
         "demo_sparse",
         "smollm2_135m",
         "tinystories_33m",
