@@ -57,17 +57,13 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2` gives a file to one worker: else both compile its programs and train its runs.
+    """`pytest -n 2` gives each worker one run of files: else both compile their programs and train their runs.
 
-    Those of reliability/ have nothing in common, and a few are long, so each of them goes to whichever is free.
+    Whoever is done first takes some of those that the other one has not begun.
     """
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import WorkStealingScheduling
 
-    class ByFile(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return nodeid if "reliability/" in nodeid else super()._split_scope(nodeid)
-
-    return ByFile(config, log)
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Autoencoders, transcoders and crosscoders in one run: each is what it is alone, and is used as it was trained."""
 
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from running import REPOSITORY, never, stop_at
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
-from jax_sae.activations.normalize import fold
+from jax_sae.activations.batches import batch_runs
+from jax_sae.activations.normalize import fold, identity
 from jax_sae.activations.places import Place
+from jax_sae.activations.position import Position
+from jax_sae.activations.sources import open_sources
 from jax_sae.activations.store import write_store
 from jax_sae.commands.flags import parse_member
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig, TrainConfig
@@ -24,6 +28,7 @@ from jax_sae.run.inspection import inspect_run
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.settings import CALL, Layer, merge
 from jax_sae.run.train import train
+from jax_sae.sweep.groups import inputs_and_targets, make_groups
 from jax_sae.sweep.members import member_names, sweep_members
 
 WIDTHS = {"0.mlp_in": 12, "0.mlp_out": 7, "1.resid_post": 12, "3.resid_post": 9}
@@ -60,8 +65,16 @@ def run_of(members: tuple[Member, ...], out: Path, stop: int = 99, **changes: An
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of all of them."""
-    return run_of(tuple(MEMBERS.values()), tmp_path_factory.mktemp("dictionaries") / "run")
+    """A run of all of them, and of one that diverges, stacked with one of its kind."""
+    bad = replace(MEMBERS["0.skip_transcoder"], seed=1, learning_rate=1e30)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*0.skip_transcoder-F16-seed1")  # it diverges, as it should
+        return run_of((*MEMBERS.values(), bad), tmp_path_factory.mktemp("dictionaries") / "run")
+
+
+def name_of(label: str) -> str:
+    """What a member of that run is called."""
+    return f"{label}-F16" + "-seed0-lr0.025" * (label == "0.skip_transcoder")
 
 
 def outcome(sae: jax_sae.TrainedAutoencoder) -> dict[str, bytes]:
@@ -77,12 +90,13 @@ def test_a_dictionary_equals_its_solo_run(label: str, together: Path, tmp_path: 
     Without the others, the source has the same places, which nobody reads.
     """
     solo = run_of((MEMBERS[label],), tmp_path / "solo", stop=5)
-    here, there = load_autoencoder(together, name=f"{label}-F16"), load_autoencoder(solo)
+    here, there = load_autoencoder(together, name=name_of(label)), load_autoencoder(solo)
     assert there.name == "F16" and outcome(here) == outcome(there)
     runs = [jax_sae.open_run(run).summary for run in (solo, together)]
     [alone] = runs[0]["members"]  # type: ignore[index]
     [measured] = [row for row in runs[1]["members"] if row["name"] == here.name]  # type: ignore[index]
-    assert measured == {**alone, "name": here.name}
+    assert measured.pop("fvu") == pytest.approx(alone["fvu"], rel=1e-6)  # one of two that are stacked is rounded anew
+    assert {**measured, "fvu": alone["fvu"]} == {**alone, "name": here.name}
     writes_others = "-to-" in label or "transcoder" in label
     assert ("linear_fvu" in alone, "fvu_at" in alone) == (writes_others, len(here.writes) > 1)
     assert (alone["pca_floor_fvu"] is None) == here.skip
@@ -92,16 +106,12 @@ def test_a_dictionary_equals_its_solo_run(label: str, together: Path, tmp_path: 
         assert (together / "figures" / f"{figure}-{label}.png").exists()
 
 
-def test_one_that_diverges_changes_no_bit_of_the_others(together: Path, tmp_path: Path) -> None:
-    """A transcoder stacked with another one; every array of the run is what its digests say."""
-    bad = replace(MEMBERS["0.skip_transcoder"], seed=1, learning_rate=1e30)
-    run = run_of((*MEMBERS.values(), bad), tmp_path / "run")
-    its = {row["name"]: row["diverged_at_step"] for row in jax_sae.open_run(run).summary["members"]}  # type: ignore[index]
-    assert its.pop("0.skip_transcoder-F16-seed1-lr1e+30") and not any(its.values()) and len(its) == len(MEMBERS)
-    for label in MEMBERS:
-        [name] = [name for name in its if name.startswith(f"{label}-F16")]
-        assert outcome(load_autoencoder(run, name=name)) == outcome(load_autoencoder(together, name=f"{label}-F16"))
-    lines, good = inspect_run(run, verify=True)
+def test_one_that_diverges_is_named_and_every_array_is_what_its_digest_says(together: Path) -> None:
+    """That it changes no bit of the others, the test above shows: none of their solo runs has it."""
+    its = {row["name"]: row["diverged_at_step"] for row in jax_sae.open_run(together).summary["members"]}  # type: ignore[index]
+    assert its.pop("0.skip_transcoder-F16-seed1-lr1e+30") and not any(its.values())
+    assert set(its) == set(map(name_of, MEMBERS))
+    lines, good = inspect_run(together, verify=True)
     assert good, lines
 
 
@@ -119,7 +129,7 @@ def test_a_store_of_named_columns_trains_them_as_its_arrays_do(tmp_path: Path) -
 @pytest.mark.parametrize("label", MEMBERS)
 def test_it_reads_and_writes_in_the_models_own_scale(label: str, together: Path) -> None:
     """Features of what it reads; what it writes is near what stands there, by its place too, and differentiable."""
-    sae = load_autoencoder(together, name=f"{label}-F16")
+    sae = load_autoencoder(together, name=name_of(label))
     reads, writes = MEMBERS[label].reads or (label,), MEMBERS[label].writes or MEMBERS[label].reads or (label,)
     assert (sae.reads, sae.writes) == (reads, writes)
     x, y = (np.concatenate([X[name][-60:] for name in names], axis=1) for names in (reads, writes))
@@ -185,7 +195,7 @@ def test_a_program_trains_them_on_arrays_by_their_places(tmp_path: Path) -> None
 
 
 def test_the_language_model_reads_a_text_once_for_all(demo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four layers an autoencoder, both transcoders and a crosscoder: as many passes as one autoencoder needs."""
+    """Of four layers an autoencoder, both transcoders and a crosscoder: a block takes as many passes as one's."""
     passes: list[tuple[str, ...]] = []
     read = harvest.read_places
 
@@ -198,13 +208,15 @@ def test_the_language_model_reads_a_text_once_for_all(demo_config: Config, monke
     counts = []
     for sweep in (SweepConfig(layers=(3,)), SweepConfig(dictionaries=kinds, layers=(0, 1, 2, 3))):  # type: ignore[arg-type]
         passes.clear()
-        train_config = replace(demo_config.train, steps=2)
-        config = replace(demo_config, sweep=replace(sweep, kinds=("topk",), features=(8,), k=(2,)), train=train_config)
-        ended = train(config, None, resume=False, stop_requested=never)
+        config = replace(demo_config, sweep=replace(sweep, kinds=("topk",), features=(8,), k=(2,)))
+        source, _, _ = open_sources(config)
+        groups = make_groups(sweep_members(config.sweep), source.places)
+        no_fit = identity(source.width)
+        x = next(batch_runs(source, no_fit, Position(), config.activations, config.train)).x
         counts.append(len(passes))
-        assert len(set(passes)) == 1 and len(ended.setup.names()) == (1 if sweep.layers == (3,) else 13)
-    assert counts[0] == counts[1]
-    assert len(passes[0]) == 12
+        widths = [inputs_and_targets(x, group)[0].shape[-1] for group in groups]
+        assert len(set(passes)) == 1 and len(widths) == (1 if sweep.layers == (3,) else 13)
+    assert counts[0] == counts[1] > 0 and len(passes[0]) == 12
 
 
 def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +256,7 @@ def test_what_does_not_fit_the_activations_is_refused(tmp_path: Path, together: 
     """Story normalisation, a transposed encoder of other widths, a missing place or input."""
     transcoder = MEMBERS["0.transcoder"]
     story = replace(CONFIG.activations, normalization="story")
-    sae = load_autoencoder(together, name="0.skip_transcoder-F16")
+    sae = load_autoencoder(together, name=name_of("0.skip_transcoder"))
     for act, message in [
         (lambda: run_of((transcoder,), tmp_path / "a", activations=story), "is 'story', but a member reads 0.mlp_in"),
         (
