@@ -57,21 +57,27 @@ class HeldOut:
         return pca_floor(self.normalized_eigenvalues, features) / self.x.size
 
 
+def joined(parts: Sequence[HeldOut]) -> tuple[np.ndarray, Normalization]:
+    """Activations x[N, D1 + D2 + ...] of the same tokens at several places, side by side, and their normalisation."""
+    if len(parts) == 1:
+        return parts[0].x, parts[0].normalization
+    widths = [part.x.shape[1] for part in parts]
+    means, scales = (
+        np.concatenate([np.broadcast_to(part.normalization[i], D) for part, D in zip(parts, widths, strict=True)])
+        for i in (0, 1)
+    )
+    return np.concatenate([part.x for part in parts], axis=1), Normalization(means, scales)
+
+
 def side_by_side(parts: Sequence[HeldOut]) -> HeldOut:
-    """The same tokens at several places, as those who read or write all of them see them; of one, that itself.
+    """The same tokens at several places, as those who write all of them see them; of one, that itself.
 
     Places of different scales are measured in units of each one's normalisation, so that none drowns the others: the
     eigenvalues are those of the normalised activations side by side.
     """
     if len(parts) == 1:
         return parts[0]
-    widths = [part.x.shape[1] for part in parts]
-    means, scales = (
-        np.concatenate([np.broadcast_to(part.normalization[i], D) for part, D in zip(parts, widths, strict=True)])
-        for i in (0, 1)
-    )
-    fitted = Normalization(means, scales)
-    x = np.concatenate([part.x for part in parts], axis=1)
+    x, fitted = joined(parts)
     eigenvalues = covariance_eigenvalues(normalize(fitted, x))
     return HeldOut(parts[0].kind, x, fitted, eigenvalues, eigenvalues, parts[0].tokens_over_norm_limit)
 
@@ -125,12 +131,11 @@ def _at_one_place(
 
 def linear_regression(reads: Sequence[HeldOut], writes: Sequence[HeldOut]) -> Regression:
     """Of what is written on what is read, on these tokens, as a dictionary sees both: normalised, side by side."""
-    inputs, targets = side_by_side(reads), side_by_side(writes)
-    pairs = no_pairs(inputs.x.shape[1], targets.x.shape[1])
-    for start in range(0, len(inputs.x), ROWS_AT_A_TIME):
+    (inputs, of_inputs), (targets, of_targets) = joined(reads), joined(writes)
+    pairs = no_pairs(inputs.shape[1], targets.shape[1])
+    for start in range(0, len(inputs), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        x, y = (normalize(part.normalization, part.x[rows]) for part in (inputs, targets))
-        pairs = add_pairs(pairs, x, y)
+        pairs = add_pairs(pairs, normalize(of_inputs, inputs[rows]), normalize(of_targets, targets[rows]))
     return regression(pairs)
 
 
@@ -180,18 +185,18 @@ def measure_held_out(
 
     `reads` and `writes` are the tokens at the places that its members read and write.
     """
-    inputs, targets = side_by_side(reads), side_by_side(writes)
-    model = form.model(inputs.x.shape[1], "float32")
+    (inputs, of_inputs), (targets, of_targets) = joined(reads), joined(writes)
+    model = form.model(inputs.shape[1], "float32")
     is_same = reads == writes
     errors, active = [], []
     fired = np.zeros((len(group.diverged), form.features), np.int64)
-    for start in range(0, len(inputs.x), ROWS_AT_A_TIME):
+    for start in range(0, len(inputs), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
-        normalization = inputs.normalization
-        if inputs.kind == "story":
+        normalization = of_inputs
+        if reads[0].kind == "story":
             normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
-        others = (None, None) if is_same else (targets.x[rows], targets.normalization)
-        error, on, of_feature = _errors_and_active(model, group, inputs.x[rows], normalization, *others)
+        others = (None, None) if is_same else (targets[rows], of_targets)
+        error, on, of_feature = _errors_and_active(model, group, inputs[rows], normalization, *others)
         errors.append(np.asarray(error, np.float64))
         active.append(np.asarray(on))
         fired += np.asarray(of_feature)

@@ -9,6 +9,7 @@ import numpy as np
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode, row_norms, unit_rows
 
 OF_NO_FEATURE = ("b_dec", "W_skip")
+"""Parameters that belong to no feature, which stay as they are."""
 ENCODER_NORM = 0.2
 """Of a resampled feature's encoder, as a part of the mean norm of the others."""
 
