@@ -13,7 +13,6 @@ held against.
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import combinations
@@ -23,8 +22,7 @@ from typing import Any, get_args
 import numpy as np
 
 from jax_sae.activations.places import Columns, Place, columns, own_columns
-from jax_sae.activations.sources import Source, Sources, open_sources
-from jax_sae.activations.story_sources import StorySource
+from jax_sae.activations.sources import Sources
 from jax_sae.analysis.floors import Floors, baselines_record, floors_of, without_training
 from jax_sae.analysis.loss_recovered import LossRecovered, Reconstruct, loss_recovered
 from jax_sae.analysis.measure import Measured, Placement, measure, placement_in, reconstruction
@@ -35,20 +33,18 @@ from jax_sae.analysis.tables import tables
 from jax_sae.autoencoder.baselines import pca_curve
 from jax_sae.autoencoder.regression import regression_fvu
 from jax_sae.config import Config, DecoderBias
-from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import FrontierPoint, frontier_figure
 from jax_sae.figures.relative_norms import relative_norms_figure
 from jax_sae.language_model.several import Models, split_place
-from jax_sae.run.checkpoints import Checkpoints, Tree
-from jax_sae.run.directory import read_config, refuse_no_run
-from jax_sae.run.load import load_autoencoder
+from jax_sae.run.checkpoints import Tree
+from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_json
 from jax_sae.streams import say
-from jax_sae.sweep.members import member_names, placement_labels, sweep_members
+from jax_sae.sweep.members import placement_labels
 from jax_sae.sweep.update import init_member
 from jax_sae.trained import Origin, TrainedAutoencoder
 
@@ -174,14 +170,6 @@ def _described(placement: Placement) -> str:
     return f"at {writes}" if reads == writes else f"from {reads} to {writes}"
 
 
-def read_facts(run: Path, step: int | None) -> tuple[Tree, str]:
-    """The JSON of a checkpoint, and what names of files end in: nothing for the newest one."""
-    refuse_no_run(run)
-    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        newest, step = checkpoints.step_or_newest(None), checkpoints.step_or_newest(step)
-        return checkpoints.read_run(step), "" if step == newest else f"-step{step}"
-
-
 def _refuse_read_only(run: Path) -> None:
     """Raise BadInput if results cannot be written into a run's directory, before they are computed."""
     for folder in (run, run / "figures"):
@@ -189,59 +177,9 @@ def _refuse_read_only(run: Path) -> None:
             raise BadInput(f"{folder} is read-only, and results are written there; copy the run, and evaluate the copy")
 
 
-def config_of(run: Path, facts: Tree) -> Config:
-    """The checkpoint's settings, with the paths of the run's `config.json`: they may change when a run is resumed."""
-    now = read_config(run)
-    config = config_from_dict(facts["config"], f"the checkpoint of {run} at step {facts['step']}")
-    return replace(
-        config,
-        model=replace(config.model, path=now.model.path, models=now.model.models),
-        text=replace(config.text, path=now.text.path, config=now.text.config, tokenizer=now.text.tokenizer),
-        activations=replace(config.activations, path=now.activations.path, mask=now.activations.mask),
-    )
-
-
-def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, Models]:
-    """The held-out source of a run, and the language models with all their blocks; none where the run has none.
-
-    Raises:
-        BadInput: if one is not there, or its sha256 is not the one that the run began with.
-    """
-    try:
-        _, source, lines = sources or open_sources(config)
-    except BadInput as error:
-        raise BadInput(f"{error} ({run} was trained on it: its paths stand in its config.json)") from error
-    say([f"run           {run} at step {facts['step']:,}", *lines])
-    before: dict[str, str] = facts["inputs"]
-    now = source.digests()
-    changed = [name for name in now if now[name] != before.get(f"held-out {name}", before.get(name))]
-    if "text" in changed and "tokenizer" in changed:
-        changed.remove("tokenizer")  # it is known by what it makes of the text
-    if changed:
-        raise BadInput(
-            f"{run} began with another {' and '.join(changed)}: the sha256 of what is read now differs from the one in "
-            "its checkpoint; a file was changed or damaged, or a path in its config.json names something else"
-        )
-    if not isinstance(source, StorySource):
-        return source, {}
-    for lm in source.models.values():
-        _ = lm.whole  # what is wrong with the other blocks is said now
-    return source, source.models
-
-
 def kind_of(member: Mapping[str, Any]) -> str:
     """The kind of a member, from its settings in a checkpoint; those without one are ReLU autoencoders."""
     return member.get("kind", "relu")
-
-
-def load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAutoencoder]:
-    """Every member by its name, in the order of the sweep."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* diverged at step ")  # it is said in the table
-        return {
-            name: load_autoencoder(run, step=facts["step"], name=name)
-            for name in member_names(sweep_members(config.sweep))
-        }
 
 
 def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) -> dict[str, TrainedAutoencoder]:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.places import Place, columns
-from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts
 from jax_sae.analysis.labelled_texts import TextSet, text_sets
 from jax_sae.analysis.probes import chosen, probed, split, stacked_sets
 from jax_sae.analysis.steered import only_model
@@ -29,6 +28,7 @@ from jax_sae.language_model.harvest import harvest
 from jax_sae.language_model.places import read_place, width_of
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.text import beginning, tokenize
+from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import table, write_json
 from jax_sae.streams import progress_bar, say

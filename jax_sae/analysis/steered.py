@@ -12,7 +12,6 @@ from jax_sae.activations.batches import first_activations
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.places import columns, own_columns
 from jax_sae.activations.sources import Source, Sources
-from jax_sae.analysis.evaluation import open_inputs
 from jax_sae.analysis.steering import (
     Intervention,
     intervention,
@@ -29,6 +28,7 @@ from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.several import Models
 from jax_sae.rows import padded
 from jax_sae.run.checkpoints import Tree
+from jax_sae.run.opened import open_inputs
 from jax_sae.run.report import finite_or_none, table
 from jax_sae.streams import say
 from jax_sae.trained import TrainedAutoencoder

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jax_sae.activations.sources import Sources
-from jax_sae.analysis.evaluation import config_of, evaluate, evaluate_members
+from jax_sae.analysis.evaluation import evaluate, evaluate_members
 from jax_sae.analysis.steered import How, Writing, steer_member
 from jax_sae.config import Config, Member
 from jax_sae.errors import BadInput
@@ -22,6 +22,7 @@ from jax_sae.language_model.hub import read_json
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config
 from jax_sae.run.load import load_autoencoder, make_autoencoder
+from jax_sae.run.opened import config_of
 from jax_sae.run.progress import content
 from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
 from jax_sae.run.train import Ended

@@ -13,7 +13,6 @@ import numpy as np
 
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.story_sources import StorySource
-from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
@@ -25,6 +24,7 @@ from jax_sae.pages.neighbours import NEAREST, Neighbours, fire_together, nearest
 from jax_sae.pages.reading import Reading, Seen, StoryFeatures, read, story_features, token_ids_of
 from jax_sae.pages.rules import find_rules
 from jax_sae.pages.tally import bar_edges
+from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.streams import say
 from jax_sae.trained import TrainedAutoencoder
 
