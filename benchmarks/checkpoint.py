@@ -24,7 +24,8 @@ from jax_sae.activations.normalize import identity
 from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
 from jax_sae.config import Config, SweepConfig, TrainConfig
-from jax_sae.run.checkpoints import Checkpoints, array_digest, named_leaves
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.digests import array_digest, named_leaves
 from jax_sae.run.progress import Progress, Setup, save
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members

@@ -18,21 +18,12 @@ disk, and one that is not what was saved ends the run.
 """
 
 import errno
-import gc
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
-import sys
-import tempfile
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,20 +34,14 @@ import orbax.checkpoint as ocp
 
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line
+from jax_sae.run.digests import array_digest, json_digest, named_leaves
+from jax_sae.run.orbax_calls import orbax, plain_path, wait_for_echoes
 from jax_sae.streams import say
 
 Tree = dict[str, Any]
 
 SPACE_TO_SPARE = 1_000_000
 """Bytes that a checkpoint may need beyond its arrays: JSON, Orbax's index, block sizes of the file system."""
-
-
-PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)(/|$))(/[\w.,+=@ -]+)+")
-"""Absolute paths in which Orbax and TensorStore see nothing but names.
-
-Elsewhere they take `[`, `*` and `?` for patterns, a backslash for a slash, `/gs/` and `gs:/` for addresses of a cloud,
-and cannot take bytes that are not UTF-8.
-"""
 
 
 class Damaged(BadInput):
@@ -83,8 +68,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            self._plain = stack.enter_context(_plain_path(self.directory))
-            with _orbax.called():
+            self._plain = stack.enter_context(plain_path(self.directory))
+            with orbax.called():
                 self._manager = ocp.CheckpointManager(
                     self._plain,
                     item_handlers={
@@ -110,7 +95,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     ) -> None:
         """Wait for a save under way, and raise what went wrong in it unless something else is being raised."""
         self._thread.shutdown(wait=True)
-        with self._opened, _orbax.called():
+        with self._opened, orbax.called():
             self._manager.close()
         if error is None:
             self.raise_failure()
@@ -158,7 +143,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         state = jax.tree.map(np.asarray, state)
         needed = sum(array.nbytes for array in jax.tree.leaves(state)) + SPACE_TO_SPARE
         problem = None
-        with _orbax.called() as heard:
+        with orbax.called() as heard:
             try:
                 if needed > shutil.disk_usage(self.directory).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -173,7 +158,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 full = os.strerror(errno.ENOSPC)
                 problem = full if full in str(error) else self._one_line(error)
             if problem is not None:
-                _wait_for_echoes()
+                wait_for_echoes()
         self._say(step, heard if problem is None else [it for it in heard if it.levelno < logging.ERROR])
         if problem is None:
             return digests
@@ -299,14 +284,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
     def _try(self, step: int, what: str, read: Callable[[], Any]) -> Any:
         """What `read` returns; damage makes Orbax raise an error of any kind, which becomes Damaged."""
-        with _orbax.called():
+        with orbax.called():
             try:
                 return read()
             except MemoryError:
                 raise
             except Exception as error:
                 problem = self._one_line(error)
-            _wait_for_echoes()
+            wait_for_echoes()
         raise self._damaged(step, f"{what} cannot be read ({problem})")
 
     def _damaged(self, step: int, what: str) -> Damaged:
@@ -316,127 +301,3 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             + (f"the others are at {others}" if others else "there is no other"),
             what,
         )
-
-
-@contextmanager
-def _plain_path(directory: Path) -> Iterator[Path]:
-    """The path by which Orbax knows a directory: its own, or while the context lasts a link to it with a plain one."""
-    if PLAIN_PATH.fullmatch(str(directory)):
-        yield directory
-        return
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="jax_sae-")
-    except OSError as error:
-        raise _no_link(directory, error.strerror or str(error)) from error
-    with folder as name:
-        link = Path(name).absolute() / "checkpoints"
-        if not PLAIN_PATH.fullmatch(str(link)):
-            raise _no_link(directory, f"{name} has such characters too")
-        link.symlink_to(directory, target_is_directory=True)
-        yield link
-
-
-def _no_link(directory: Path, why: str) -> BadInput:
-    return BadInput(
-        f"{directory} has characters that Orbax cannot write to, and a link to it cannot be made in the folder for "
-        f"temporary files ({why}); give the run another name, or set TMPDIR to a folder with a plain name"
-    )
-
-
-class _Orbax(logging.Filter):
-    """What is changed in this process while any of its threads calls Orbax; all of it is undone after the last call.
-
-    Orbax's log is kept from everyone else: below warnings it narrates, and errors come with an exception. And it reads
-    and writes arrays side by side; when one fails, the others print that their event loop is gone.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._calls: list[tuple[int, list[logging.LogRecord]]] = []
-        self._undo = ExitStack()
-
-    @contextmanager
-    def called(self) -> Iterator[list[logging.LogRecord]]:
-        """For the time of calls to Orbax from this thread; yields a list that grows by what it logs as a warning."""
-        call: tuple[int, list[logging.LogRecord]] = threading.get_ident(), []
-        with self._lock:
-            if not self._calls:
-                self._change()
-            self._calls.append(call)
-        try:
-            yield call[1]
-        finally:
-            with self._lock:
-                self._calls = [other for other in self._calls if other is not call]
-                if not self._calls:
-                    self._undo.close()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether others see a record; one of a thread that Orbax itself began may belong to any of the calls."""
-        if "orbax" not in Path(record.pathname).parts:
-            return True
-        if record.levelno >= logging.WARNING:
-            calls = list(self._calls)
-            for heard in [of for thread, of in calls if thread == record.thread] or [of for _, of in calls]:
-                heard.append(record)
-        return False
-
-    def _change(self) -> None:
-        hook, asyncio_logger, absl_logger = sys.unraisablehook, logging.getLogger("asyncio"), logging.getLogger("absl")
-
-        def quieter(unraisable: Any) -> None:
-            if "Event loop is closed" not in str(unraisable.exc_value):
-                hook(unraisable)
-
-        self._undo.callback(setattr, sys, "unraisablehook", hook)
-        sys.unraisablehook = quieter
-        self._undo.callback(setattr, asyncio_logger, "disabled", asyncio_logger.disabled)
-        asyncio_logger.disabled = True
-        self._undo.callback(absl_logger.removeFilter, self)
-        absl_logger.addFilter(self)
-        self._undo.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-
-
-_orbax = _Orbax()
-
-
-def _wait_for_echoes() -> None:
-    """Let the others fail, and drop the exceptions that nobody asked for."""
-    time.sleep(0.1)
-    gc.collect()
-
-
-def array_digest(array: np.ndarray) -> str:
-    """The sha256 of an array's dtype, shape and bytes in C order, in hexadecimal."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def json_digest(content: Any) -> str:
-    """The sha256 of what JSON makes of `content`, its keys sorted, in hexadecimal."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each leaf of nested dictionaries with its path, such as `members/F64/params/W_enc`."""
-    for name, value in tree.items():
-        yield from named_leaves(value, f"{prefix}{name}/") if isinstance(value, dict) else [(prefix + name, value)]
-
-
-def flat_names(tree: Any) -> list[str]:
-    """The path of each leaf of a pytree, such as `0.mu.W_enc` for an Optax state, in the order of its leaves."""
-    paths, _ = jax.tree.flatten_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-
-
-def to_flat(tree: Any) -> dict[str, Any]:
-    """A pytree as {path of leaf: leaf}: what an Optax state is on disk."""
-    return dict(zip(flat_names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def from_flat(like: Any, flat: Mapping[str, Any]) -> Any:
-    """The inverse of `to_flat`, in the structure of `like`."""
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flat_names(like)])

@@ -15,7 +15,8 @@ from jax_sae.activations.position import Position
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
-from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree, from_flat, to_flat
+from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.digests import from_flat, to_flat
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import member_names, recorded_member, settings_of
 from jax_sae.sweep.optimizer import traced_settings

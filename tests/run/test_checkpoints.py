@@ -22,8 +22,10 @@ import jax_sae
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.config import Config
 from jax_sae.errors import BadInput, RunFailed
-from jax_sae.run.checkpoints import Checkpoints, _orbax, named_leaves
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.digests import named_leaves
 from jax_sae.run.inspection import inspect_run
+from jax_sae.run.orbax_calls import orbax
 from jax_sae.run.train import train
 
 PLAIN_ORBAX = """
@@ -254,7 +256,7 @@ def test_a_warning_of_orbax_is_said_once(
     before = absl.level, absl.disabled, list(absl.filters), list(absl.handlers), list(warnings.filters)
     hook = sys.unraisablehook
     monkeypatch.setattr(absl, "level", logging.INFO)
-    monkeypatch.setattr("jax_sae.run.checkpoints._plain_path", contextlib.nullcontext)
+    monkeypatch.setattr("jax_sae.run.checkpoints.plain_path", contextlib.nullcontext)
     with Checkpoints(tmp_path / "lr[1e-3]") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, lambda: CONTENT)
@@ -274,8 +276,8 @@ def test_what_is_changed_while_orbax_works_is_changed_back_after_the_last_thread
     """In whatever order their calls begin and end; another library's log is not touched meanwhile."""
     absl, hook, filters = logging.getLogger("absl"), sys.unraisablehook, list(warnings.filters)
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
-        first.enter_context(_orbax.called())
-        second.enter_context(_orbax.called())
+        first.enter_context(orbax.called())
+        second.enter_context(orbax.called())
         record = absl.makeRecord("absl", logging.WARNING, "/elsewhere/file.py", 1, "text", (), None)
         assert all(each.filter(record) for each in absl.filters)
         first.close()

@@ -15,7 +15,8 @@ from jax_sae.activations.places import Place
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder.kinds import kind_names
 from jax_sae.config import Config, SweepConfig
-from jax_sae.run.checkpoints import Checkpoints, named_leaves
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.digests import named_leaves
 from jax_sae.run.progress import Setup, restore
 from jax_sae.run.train import train
 from jax_sae.sweep import members

@@ -13,7 +13,8 @@ from running import never, stop_at
 from jax_sae.activations.blocks import filled
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
-from jax_sae.run.checkpoints import Checkpoints, named_leaves
+from jax_sae.run.checkpoints import Checkpoints
+from jax_sae.run.digests import named_leaves
 from jax_sae.run.train import train
 
 
