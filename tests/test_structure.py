@@ -34,7 +34,7 @@ LAYERS = {
     "language_model": 3,
     "autoencoder": 3,
     "activations": 4,
-    "formats": 4,
+    "formats": 5,
     "sweep": 5,
     "trained": 6,
     "figures": 6,

@@ -76,7 +76,7 @@ def open_arrays(path: Path, array: str, mask: str, places: Sequence[str] = ()) -
         BadInput: if it is damaged, it is not clear which array is meant, or it is not [N, D] or [N, T, D] of floats.
     """
     notes: list[str] = []
-    there = _arrays_in(path)
+    there = arrays_in(path)
     mask_name = _mask_name(path, there, mask)
     if places and array:
         raise BadInput(
@@ -150,13 +150,13 @@ def _mask_in_file(path: Path) -> list[np.ndarray]:
             f"activations.mask is {str(path)!r}, but there is neither an array nor a file of that name; give an .npy "
             "file [N, T], 1 for a token and 0 for padding"
         )
-    there = _arrays_in(path)
+    there = arrays_in(path)
     if len(there) != 1:
         raise BadInput(f"{path} holds {len(there)} arrays; one, the mask [N, T], was expected")
     return next(iter(there.values())).open()
 
 
-def _arrays_in(path: Path) -> dict[str, Stored]:
+def arrays_in(path: Path) -> dict[str, Stored]:
     """What a file holds, by name; a file of one array without a name has the name ''."""
     if path.is_dir():
         return _in_saved_folder(path)

@@ -58,6 +58,8 @@ class Dictionary:
 
     layer_norm: (x - mean) / (std + 1e-5), the unbiased std of the token's D numbers. norm: x sqrt(D) / |x|.
     """
+    before_norm_weights: bool = False
+    """Whether the N.mlp_in that it reads is without the weights of the norm that makes it: mlp_in / weights."""
     reads: tuple[str, ...] = ()
     """Places that it reads, side by side, such as 9.resid_post (language_model/places.py); empty where not known."""
     writes: tuple[str, ...] = ()

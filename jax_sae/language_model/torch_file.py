@@ -108,6 +108,22 @@ def open_torch_arrays(path: Path) -> dict[str, TensorReference | list[TensorRefe
     return _tensors_in(path, root if isinstance(root, dict) else {"": root}, lists=True)
 
 
+def open_torch_notes(path: Path) -> dict[str, Any]:
+    """The plain values in a file that holds a dictionary, and those of dictionaries in it; no tensors.
+
+    Raises:
+        BadInput: as `open_torch_file`.
+    """
+
+    def plain(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in entries.items() if type(value) in (str, int, float, bool)}
+
+    root = _open_root(path)
+    if not isinstance(root, dict):
+        return {}
+    return plain(root) | {name: plain(value) for name, value in root.items() if isinstance(value, dict)}
+
+
 def map_tensors(tensors: Sequence[TensorReference]) -> list[np.ndarray]:
     """Values of tensors of one file where they lie on disk, mapped into memory, read-only.
 
