@@ -5,6 +5,7 @@ threshold[F], a skip transcoder W_skip[D_written, D]. b_dec is subtracted where 
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
     D = cfg.size("d_in") or (None if is_transcoder else len(b_dec))
     W_enc = tensors.encoder("W_enc", features=F, width=D, stated="as it is")
     W_dec = tensors.decoder("W_dec", features=F, width=len(b_dec), stated="as it is")
-    W_skip, more = None, {}
+    W_skip, more = None, dict[str, Any]()
     if "skip" in architecture:
         W_skip = as_float32(tensors.array("W_skip").T)
     if kind == "gated":

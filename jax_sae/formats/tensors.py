@@ -24,6 +24,9 @@ Stated = Literal["as it is", "transposed", "open"]
 MOST_TENSORS = 1000
 COLUMNS_AT_A_TIME = 512
 YAML_BYTES = 1 << 20
+PLAIN_LINE = re.compile(
+    r"""([A-Za-z_]\w*):[ \t]+(?:'([^']*)'|"([^"\\]*)"|([^\s'"#&*!|>{\[][^#]*?))\s*(?:\#.*)?"""  # key: value  # note
+)
 
 
 @dataclass
@@ -254,12 +257,8 @@ def read_plain_yaml(path: Path) -> Facts:
         raise BadInput(f"{path}: is larger than {YAML_BYTES >> 20} MiB; no config of a dictionary is")
     found: dict[str, Any] = {}
     for line in lines:
-        match = re.fullmatch(
-            r"([A-Za-z_]\w*):[ \t]+(?:'([^']*)'|\"([^\"\\]*)\"|([^\s'\"#&*!|>{\[][^#]*?))\s*(?:#.*)?", line
-        )
-        if match:
+        if match := PLAIN_LINE.fullmatch(line):
             key, *values = match.groups()
-            found[key] = next(value for value in values if value is not None)
-    return Facts(
-        {key: int(value) if re.fullmatch(r"\d{1,9}", value) else value for key, value in found.items()}, str(path)
-    )
+            value = next(value for value in values if value is not None)
+            found[key] = int(value) if re.fullmatch(r"\d{1,9}", value) else value
+    return Facts(found, str(path))
