@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from jax_sae.pages.active import Active
+
 LARGEST = 20
 SAMPLES = 6
 """One more than a page shows of an interval: some may be shown among the largest already."""
@@ -62,7 +64,10 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """A table of examples of F features, n of each; those that there are not have the story -1."""
+    """A table of examples of F features, n of each; those that there are not have the story -1.
+
+    Where an example moves in the table, its window, which is long, stays: it is found by its place.
+    """
 
     story: np.ndarray
     """[F, n] int32."""
@@ -70,8 +75,14 @@ class Examples:
     """[F, n] int32."""
     value: np.ndarray
     """[F, n] float32, largest first, or in the order of their random numbers."""
-    window: np.ndarray
-    """[F, n, WINDOW] bfloat16, the feature's values around it; 0 beyond the story."""
+    place: np.ndarray
+    """[F, n] int32, of its window; of each feature all from 0 to n - 1."""
+    windows: np.ndarray
+    """[F, n, WINDOW] bfloat16, a feature's values around an example; 0 beyond the story."""
+
+    def window(self, f: int, i: int) -> np.ndarray:
+        """The values of feature f around its example i, [WINDOW] bfloat16."""
+        return self.windows[f, self.place[f, i]]
 
 
 def part_of(values: np.ndarray) -> np.ndarray:
@@ -114,36 +125,34 @@ class ExampleKeeper:
         self._random = np.full((F, PARTS, SAMPLES), NONE)
         self._samples = _none(F, PARTS * SAMPLES)
 
-    def add(self, chunk: Chunk, padded: np.ndarray, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
-        """Look at a chunk's features.
-
-        Args:
-            chunk: whose.
-            padded: [LEFT + N + RIGHT, F] float32, none below 0; what the first LEFT and the last RIGHT rows hold does
-                not matter.
-            rows: [n], of its entries above 0, one row after the other.
-            columns: [n].
-            values: [n].
-        """
-        dense = padded[LEFT : LEFT + len(chunk.story)]
-        of_story = np.stack([dense[a:b].max(0) for a, b in _bounds(chunk)])  # ten times as fast as reduceat
-        self._add_largest(chunk, padded, of_story)
-        self._raise(of_story.max(0))
-        self._add_samples(chunk, padded, rows, columns, values)
-
-    def _add_largest(self, chunk: Chunk, padded: np.ndarray, of_story: np.ndarray) -> None:
-        kept, dense = self.largest, padded[LEFT:]
-        is_candidate = of_story > np.maximum(kept.value[:, -1], 0)
-        found = np.flatnonzero(is_candidate.any(0))
-        if not len(found):
+    def add(self, chunk: Chunk, active: Active) -> None:
+        """Look at a chunk's features that are above 0."""
+        if not len(active.value):
             return
-        at = np.zeros((len(found), len(chunk.starts)), np.int64)
-        value = np.where(is_candidate, of_story, 0).T[found]
-        for s, (a, b) in enumerate(_bounds(chunk)):
-            its = is_candidate[s, found]
-            at[its, s] = a + dense[a:b, found[its]].argmax(0)
-        values = np.concatenate([kept.value[found], value], 1)
-        contexts = np.concatenate([self._contexts[found], chunk.context[at]], 1)
+        self._add_largest(chunk, active)
+        fires = np.flatnonzero(np.diff(active.first))
+        maximum = np.zeros_like(self.maximum)
+        maximum[fires] = np.maximum.reduceat(active.value, active.first[fires])
+        self._raise(maximum)
+        self._add_samples(chunk, active)
+
+    def _add_largest(self, chunk: Chunk, active: Active) -> None:
+        at = np.flatnonzero(active.value > self.largest.value[active.column, -1])
+        if not len(at):
+            return
+        column, begin, value = active.column[at], chunk.begin[active.row[at]], active.value[at]
+        first = np.flatnonzero(np.append(True, (column[1:] != column[:-1]) | (begin[1:] != begin[:-1])))
+        at = at[_where_largest(value, first)]  # of each feature, one story after the other
+        column = column[first]
+        is_first = np.append(True, column[1:] != column[:-1])
+        found, line = column[is_first], np.cumsum(is_first) - 1
+        rank = np.arange(len(line)) - np.flatnonzero(is_first)[line]
+        entry = np.zeros((len(found), rank.max() + 1), np.int64)
+        entry[line, rank] = at
+        value = np.zeros(entry.shape, np.float32)
+        value[line, rank] = active.value[at]
+        values = np.concatenate([self.largest.value[found], value], 1)
+        contexts = np.concatenate([self._contexts[found], chunk.context[active.row[entry]]], 1)
         order = np.argsort(-values, axis=1, kind="stable")  # what came first stays before what is as large
         values, contexts = np.take_along_axis(values, order, 1), np.take_along_axis(contexts, order, 1)
         seen_before = np.zeros(values.shape, bool)
@@ -153,7 +162,7 @@ class ExampleKeeper:
         order = np.take_along_axis(order, keep, 1)
         is_one = ~np.take_along_axis(seen_before | (values <= 0), keep, 1)
         self._contexts[found] = np.where(is_one, np.take_along_axis(contexts, keep, 1), 0)
-        _replace(kept, found, order, is_one, chunk, padded, at)
+        _replace(self.largest, found, order, is_one, chunk, active, entry, found)
 
     def _raise(self, maximum: np.ndarray) -> None:
         """Take a larger maximum into account: parts move down, and those that are now far below it become one."""
@@ -180,30 +189,29 @@ class ExampleKeeper:
         self._random[moved] = new
         _reorder(self._samples, moved, _flat(source), new.reshape(len(moved), -1) != NONE)
 
-    def _add_samples(
-        self, chunk: Chunk, padded: np.ndarray, rows: np.ndarray, columns: np.ndarray, values: np.ndarray
-    ) -> None:
-        part = np.minimum(self._part[columns] - part_of(values), PARTS - 1)
-        group = columns * PARTS + part
-        random = chunk.random[rows]
-        is_small = np.flatnonzero(random < self._random.reshape(-1, SAMPLES)[:, -1][group])
-        if not len(is_small):
+    def _add_samples(self, chunk: Chunk, active: Active) -> None:
+        part = np.minimum(self._part[active.column] - part_of(active.value), PARTS - 1)
+        group = active.column * PARTS + part
+        random = chunk.random[active.row]
+        at = np.flatnonzero(random < np.ascontiguousarray(self._random[:, :, -1]).ravel()[group])
+        if not len(at):
             return
-        group, random, rows = group[is_small], random[is_small], rows[is_small]
+        group, random = group[at], random[at]
         order = np.lexsort((random, group))
-        group, random, rows = group[order], random[order], rows[order]
+        group, random, at = group[order], random[order], at[order]
         is_first = np.append(True, group[1:] != group[:-1])
         number = np.cumsum(is_first) - 1
         rank = np.arange(len(group)) - np.flatnonzero(is_first)[number]
         is_small = rank < SAMPLES
         groups, number, rank = group[is_first], number[is_small], rank[is_small]
-        new, at = np.full((len(groups), SAMPLES), NONE), np.zeros((len(groups), SAMPLES), np.int64)
-        new[number, rank], at[number, rank] = random[is_small], rows[is_small]
+        new, source = np.full((len(groups), SAMPLES), NONE), np.zeros((len(groups), SAMPLES), np.int64)
+        new[number, rank], source[number, rank] = random[is_small], at[is_small]
         both = np.concatenate([self._random.reshape(-1, SAMPLES)[groups], new], 1)
         order = np.argsort(both, axis=1, kind="stable")[:, :SAMPLES]
         smallest = np.take_along_axis(both, order, 1)
         self._random.reshape(-1, SAMPLES)[groups] = smallest
-        _replace(_by(self._samples, SAMPLES), groups, order, smallest != NONE, chunk, padded, at, groups // PARTS)
+        its = _by(self._samples, SAMPLES)
+        _replace(its, groups, order, smallest != NONE, chunk, active, source, groups // PARTS)
 
     def samples(self) -> Examples:
         """Of each feature INTERVALS x SAMPLES examples: those of its highest interval first."""
@@ -223,15 +231,20 @@ class ExampleKeeper:
             there[:, i] = np.take_along_axis(random, chosen[:, i], 1) != NONE
         found = _none(F, INTERVALS * SAMPLES)
         flat, is_one = chosen.reshape(F, -1), there.reshape(F, -1)
-        for name in ("story", "position", "value", "window"):
-            its = getattr(self._samples, name)
-            getattr(found, name)[is_one] = its[np.nonzero(is_one)[0], flat[is_one]]
+        line, example = np.nonzero(is_one)[0], flat[is_one]
+        for name in ("story", "position", "value"):
+            getattr(found, name)[is_one] = getattr(self._samples, name)[line, example]
+        found.windows[is_one] = self._samples.windows[line, self._samples.place[line, example]]
         return found
 
 
-def _bounds(chunk: Chunk) -> list[tuple[int, int]]:
-    """The first row of each story, and the one after its last."""
-    return [(a, chunk.end[a]) for a in chunk.starts]
+def _where_largest(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Of each group of values, which begins at first[g], the first index at which it has its largest."""
+    number = np.repeat(np.arange(len(first)), np.diff(np.append(first, len(values))))
+    at = np.flatnonzero(values == np.maximum.reduceat(values, first)[number])
+    found = np.zeros(len(first), np.int64)
+    found[number[at[::-1]]] = at[::-1]
+    return found
 
 
 def _none(features: int, n: int) -> Examples:
@@ -239,17 +252,8 @@ def _none(features: int, n: int) -> Examples:
         np.full((features, n), -1, np.int32),
         np.zeros((features, n), np.int32),
         np.zeros((features, n), np.float32),
+        np.tile(np.arange(n, dtype=np.int32), (features, 1)),
         np.zeros((features, n, WINDOW), ml_dtypes.bfloat16),
-    )
-
-
-def _by(examples: Examples, n: int) -> Examples:
-    """A view of the same with n in each row."""
-    return Examples(
-        examples.story.reshape(-1, n),
-        examples.position.reshape(-1, n),
-        examples.value.reshape(-1, n),
-        examples.window.reshape(-1, n, WINDOW),
     )
 
 
@@ -257,13 +261,28 @@ def _flat(indices: np.ndarray) -> np.ndarray:
     return np.maximum(indices, 0).reshape(len(indices), -1)
 
 
+def _by(examples: Examples, n: int) -> Examples:
+    """A view of the same with n in each row; windows stay those of a feature."""
+    return Examples(
+        examples.story.reshape(-1, n),
+        examples.position.reshape(-1, n),
+        examples.value.reshape(-1, n),
+        examples.place.reshape(-1, n),
+        examples.windows,
+    )
+
+
 def _reorder(examples: Examples, lines: np.ndarray, source: np.ndarray, there: np.ndarray) -> None:
-    """In those lines, take what stood at `source`, as far as it is there."""
-    line = lines[:, None]
-    examples.value[lines] = np.where(there, examples.value[line, source], 0)
-    examples.position[lines] = np.where(there, examples.position[line, source], 0)
-    examples.window[lines] = np.where(there[:, :, None], examples.window[line, source], 0)
-    examples.story[lines] = np.where(there, examples.story[line, source], -1)
+    """In those lines, take what stood at `source`, as far as it is there; the others have the places that are left."""
+    for name, empty in (("value", 0), ("position", 0), ("story", -1)):
+        table = getattr(examples, name)
+        table[lines] = np.where(there, np.take_along_axis(table[lines], source, 1), empty)
+    is_taken = np.zeros(source.shape, bool)
+    is_taken[np.nonzero(there)[0], source[there]] = True
+    left = np.argsort(is_taken, axis=1, kind="stable")
+    number = np.maximum(np.cumsum(~there, 1) - 1, 0)
+    source = np.where(there, source, np.take_along_axis(left, number, 1))
+    examples.place[lines] = np.take_along_axis(examples.place[lines], source, 1)
 
 
 def _replace(
@@ -272,32 +291,35 @@ def _replace(
     source: np.ndarray,
     there: np.ndarray,
     chunk: Chunk,
-    padded: np.ndarray,
+    active: Active,
     at: np.ndarray,
-    features: np.ndarray | None = None,
+    features: np.ndarray,
 ) -> None:
-    """In those lines, take what stood at `source`; beyond the line's end, what is at rows `at` of the chunk.
+    """In those lines, take what stood at `source`; beyond the line's end, what is at `at` of the active entries.
 
     Args:
         examples: [lines, n].
         lines: [l], which of them.
-        source: [l, n], where each comes from: n + i is the token in row at[l, i].
+        source: [l, n], where each comes from: n + i is the entry at[l, i].
         there: [l, n], whether there is one.
         chunk: the tokens.
-        padded: their features, as `ExampleKeeper.add` takes them.
-        at: [l, m].
-        features: [l], whose examples the lines are; the lines' own numbers if None.
+        active: their features.
+        at: [l, m], indices of entries in the order of features.
+        features: [l], whose examples the lines are.
     """
     n = source.shape[1]
-    old, feature = np.minimum(source, n - 1), lines if features is None else features
-    _reorder(examples, lines, old, there & (source < n))
-    line, place = np.nonzero(there & (source >= n))
-    row = at[line, source[line, place] - n]
-    into = lines[line], place
+    _reorder(examples, lines, np.minimum(source, n - 1), there & (source < n))
+    line, i = np.nonzero(there & (source >= n))
+    entry = at[line, source[line, i] - n]
+    row, into, feature = active.row[entry], (lines[line], i), features[line]
     examples.story[into], examples.position[into] = chunk.story[row], chunk.position[row]
-    examples.value[into] = padded[row + LEFT, feature[line]]
-    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=0)[row, feature[line]]
-    token = np.arange(-LEFT, RIGHT + 1)
-    windows *= token >= (chunk.begin[row] - row)[:, None]
-    windows *= token < (chunk.end[row] - row)[:, None]
-    examples.window[into] = windows.astype(ml_dtypes.bfloat16)
+    examples.value[into] = active.value[entry]
+    # An example's window has few entries above 0: those of its feature between two rows, which are neighbours.
+    begin, end = np.maximum(row - LEFT, chunk.begin[row]), np.minimum(row + RIGHT + 1, chunk.end[row])
+    first, last = np.searchsorted(active.key, [feature * active.tokens + begin, feature * active.tokens + end])
+    length = last - first
+    its = np.repeat(first - np.cumsum(length) + length, length) + np.arange(length.sum())
+    place = feature, examples.place[into]
+    examples.windows[place] = 0
+    where = [np.repeat(each, length) for each in place]
+    examples.windows[*where, active.row[its] - np.repeat(row - LEFT, length)] = active.value[its]

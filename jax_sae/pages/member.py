@@ -169,7 +169,7 @@ def _shown(looked: Looked, samples: Examples, token_ids: Mapping[int, np.ndarray
             if context not in seen:
                 seen.add(context)
                 counts[group] += 1
-                found.append(_Example(group, story, at, float(table.value[f, i]), table.window[f, i]))
+                found.append(_Example(group, story, at, float(table.value[f, i]), table.window(f, i)))
     return found
 
 
@@ -214,7 +214,7 @@ def _records(looked: Looked, reading: Reading) -> Iterator[dict[str, Any]]:
         for its in (tally.fired_on, tally.fired_after)
     )
     after, after_count = _most(sparse.csc_matrix(fired_after), TOKENS)
-    seen, at = reading.tokens.ids.sum(0), np.asarray(tally.fired_at.todense()).reshape(HALVES, -1, len(on)).sum(0)
+    seen, at = reading.tokens.ids.sum(0), tally.fired_at.sum(0)
     fired_on = sparse.csc_matrix(fired_on)
     edges = interval_edges(np.where(looked.maximum > 0, looked.maximum, 1))
     for f, rules in enumerate(looked.rules):

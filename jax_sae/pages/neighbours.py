@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_sae.pages.tally import Together
+
 NEAREST = 5
 NUMBERS_AT_A_TIME = 2**24
 
@@ -37,13 +39,13 @@ def nearest(of: np.ndarray, among: np.ndarray, n: int, is_itself: bool = False) 
     return _joined(parts)
 
 
-def fire_together(together: np.ndarray, fired: np.ndarray, tokens: int, n: int) -> Neighbours:
+def fire_together(together: Together, fired: np.ndarray, tokens: int, n: int) -> Neighbours:
     """Of each feature the n others with the largest phi coefficient: the correlation of firing with firing.
 
     phi = (N n_ab - n_a n_b) / sqrt(n_a (N - n_a) n_b (N - n_b)); none where that is not above 0.
 
     Args:
-        together: [F, F], the tokens on which two fire.
+        together: the tokens on which two fire.
         fired: [F], the tokens on which each fires.
         tokens: N, all of them.
         n: how many.
@@ -55,7 +57,7 @@ def fire_together(together: np.ndarray, fired: np.ndarray, tokens: int, n: int) 
     for first in range(0, len(fired), at_a_time):
         its = slice(first, first + at_a_time)
         both = spread[its, None] * spread
-        phi = (float(tokens) * together[its] - fired[its, None] * fired.astype(np.float64)) / np.where(
+        phi = (float(tokens) * together.of(its, slice(None)) - fired[its, None] * fired.astype(np.float64)) / np.where(
             both > 0, both, 1
         )
         phi[np.arange(len(phi)), first + np.arange(len(phi))] = 0

@@ -4,9 +4,9 @@ The encoders are the jitted ones of `TrainedAutoencoder`; what follows them goes
 Memory holds a piece of the text, and of each member what `examples.py` and `tally.py` keep.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.measure import pieces
 from jax_sae.errors import BadInput
 from jax_sae.language_model.windows import Story
-from jax_sae.pages.examples import LEFT, WINDOW, Chunk, ExampleKeeper, hashed
+from jax_sae.pages.active import Active, active
+from jax_sae.pages.examples import Chunk, ExampleKeeper, hashed
 from jax_sae.pages.tally import HALVES, Tally, Tokens, TokenTally, place_in_story
 from jax_sae.streams import progress_bar
 from jax_sae.trained import TrainedAutoencoder
@@ -97,10 +98,11 @@ def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_token
 
     def look(rows: int, is_last: bool) -> None:
         """Take chunks of about so many rows from the stories that wait."""
-        for some in _taken(waiting[rows], rows - WINDOW + 1, is_last):
+        for some in _taken(waiting[rows], rows, is_last):
             chunk, its_tokens, used, x = _chunk(some)
-            for name in names_of[rows]:
-                _look(seen[name], name, members[name], source, chunk, its_tokens, used, x)
+            begun = (_encoded(name, members[name], source, chunk, used, x) for name in names_of[rows])
+            for name, features in zip(names_of[rows], _one_ahead(begun), strict=True):
+                _look(seen[name], features(), chunk, its_tokens)
 
     with progress_bar(total=n_tokens, unit=" tokens", desc="features", leave=False) as bar:
         for items in pieces(source, n_tokens):
@@ -145,8 +147,7 @@ def story_features(
         used = np.arange(len(ids)) >= min(source.stories.exclude_first_tokens, len(ids) - 1)
         chunk, _, used, x = _chunk([_Story(0, ids, used, np.where(used[:, None], x, 0))])
         for name, sae in members.items():
-            dense = _encoded(name, sae, source, chunk, used, x)[LEFT : LEFT + len(ids)]
-            found[name].append(_largest(ids, dense))
+            found[name].append(_largest(ids, _encoded(name, sae, source, chunk, used, x)()))
     return found
 
 
@@ -159,6 +160,18 @@ def token_ids_of(source: StorySource, n_tokens: int, wanted: Iterable[int]) -> d
                 found[n] = item.token_ids
             n += 1
     return found
+
+
+T = TypeVar("T")
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same; each is made before the one before it is used, so that encoding goes on meanwhile."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def _norm_limit(members: Mapping[str, TrainedAutoencoder]) -> float:
@@ -212,52 +225,45 @@ def _chunk(stories: Sequence[_Story]) -> tuple[Chunk, Tokens, np.ndarray, np.nda
     return chunk, tokens, used, x
 
 
-def _look(
-    seen: Seen,
-    name: str,
-    sae: TrainedAutoencoder,
-    source: StorySource,
-    chunk: Chunk,
-    tokens: Tokens,
-    used: np.ndarray,
-    x: np.ndarray,
-) -> None:
-    padded = _encoded(name, sae, source, chunk, used, x)
-    dense = padded[LEFT : LEFT + len(x)]
-    at = np.flatnonzero((dense > 0).ravel())
-    rows = at // sae.features
-    columns, values = at - rows * sae.features, dense.ravel()[at]
-    seen.examples.add(chunk, padded, rows, columns, values)
-    seen.tally.add(tokens, rows, columns, values)
-    for begin, end in zip(chunk.starts, [*chunk.starts[1:], len(dense)], strict=True):
+def _look(seen: Seen, dense: np.ndarray, chunk: Chunk, tokens: Tokens) -> Active:
+    """Take the features [N, F] of a chunk into account."""
+    its = active(dense)
+    seen.examples.add(chunk, its)
+    seen.tally.add(tokens, its)
+    for begin in chunk.starts:
         if chunk.story[begin] < SHOWN_STORIES:
-            seen.stories.append(_largest(tokens.ids[begin:end], dense[begin:end]))
+            story = slice(begin, chunk.end[begin])
+            seen.stories.append(_largest(tokens.ids[story], dense[story]))
+    return its
 
 
 def _encoded(
     name: str, sae: TrainedAutoencoder, source: StorySource, chunk: Chunk, used: np.ndarray, x: np.ndarray
-) -> np.ndarray:
-    """The features [LEFT + N + RIGHT, F] of a chunk, as `ExampleKeeper.add` takes them; 0 where a token is not used."""
+) -> Callable[[], np.ndarray]:
+    """Begin to encode a chunk; what is returned waits for its features [N, F], 0 where a token is not used."""
     x = x_of(source, sae, x)
-    rows = np.arange(LEFT, LEFT + len(x))
     if sae.per_story:
         its = replace(sae, exclude_first_tokens=0)  # those that are not used are taken out here
-        padded = np.zeros((len(x) + WINDOW - 1, sae.features), np.float32)
-        for begin, end in zip(chunk.starts, [*chunk.starts[1:], len(x)], strict=True):
-            if (its_rows := begin + np.flatnonzero(used[begin:end])).size:
-                padded[rows[its_rows]] = its.encode(x[its_rows])
+        encoded: Any = np.zeros((len(x), sae.features), np.float32)
+        for begin in chunk.starts:
+            if (rows := begin + np.flatnonzero(used[begin : chunk.end[begin]])).size:
+                encoded[rows] = its.encode(x[rows])
     else:
-        whole = np.zeros((max(len(x) + WINDOW - 1, rows_at_a_time(sae.features)), x.shape[1]), np.float32)
-        whole[rows] = x
-        padded = np.asarray(sae.encode(whole))
-    if not used.all():
-        padded = padded.copy()
-        padded[rows[~used]] = 0
-    if not np.isfinite(padded[rows[0] : rows[-1] + 1].max()):
-        raise BadInput(
-            f"{name} has features that are not finite; leave it out with --member, or take an earlier --step"
-        )
-    return padded
+        whole = np.zeros((max(len(x), rows_at_a_time(sae.features)), x.shape[1]), np.float32)
+        whole[: len(x)] = x
+        encoded = sae.encode(whole)
+
+    def features() -> np.ndarray:
+        dense = np.asarray(encoded)[: len(x)]
+        if not used.all():
+            dense = np.where(used[:, None], dense, 0)
+        if not np.isfinite(dense.max()):
+            raise BadInput(
+                f"{name} has features that are not finite; leave it out with --member, or take an earlier --step"
+            )
+        return dense
+
+    return features
 
 
 def x_of(source: StorySource, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndarray:

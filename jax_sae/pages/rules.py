@@ -62,10 +62,7 @@ def find_rules(tally: Tally, tokens: TokenTally, words: Sequence[str]) -> list[l
     V = len(words)
     find, check = slice(0, V), slice(V, 2 * V)
     names, has = properties(words)
-    of_places = [
-        sparse.csr_matrix(tally.fired_at[half * PLACES_IN_STORY : (half + 1) * PLACES_IN_STORY]) for half in (0, 1)
-    ]
-    fired = [np.asarray(its.sum(0)).ravel() for its in of_places]
+    fired = tally.fired_at.sum(1)
     good: list[list[tuple[float, Rule]]] = [[] for _ in fired[0]]
 
     def add(feature: int, text: str, found: tuple[float, float], checked: tuple[float, float], cost: float = 0) -> None:
@@ -88,7 +85,7 @@ def find_rules(tally: Tally, tokens: TokenTally, words: Sequence[str]) -> list[l
     about_places, place_has = _places()
     shared = [
         (names, has, [sparse.csc_matrix(tally.fired_on[half]) for half in (find, check)], tokens.ids),
-        (about_places, place_has, [sparse.csc_matrix(its) for its in of_places], tokens.places),
+        (about_places, place_has, [sparse.csc_matrix(its) for its in tally.fired_at], tokens.places),
     ]
     enough = np.flatnonzero(fired[0] >= LEAST_FIRED)
     for texts, matrix, on_halves, seen in shared:

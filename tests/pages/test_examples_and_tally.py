@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jax_sae.pages.active import active
 from jax_sae.pages.examples import (
     INTERVALS,
     LARGEST,
@@ -49,19 +50,30 @@ def chunks(stories_at_once: int) -> Iterator[tuple[Chunk, Tokens, np.ndarray, np
             chunk,
             tokens,
             used,
-            np.concatenate([np.full((LEFT, F), 9e9), x, np.full((RIGHT, F), 9e9)]).astype(np.float32),
+            x,
         )
 
 
 @pytest.fixture(scope="module", params=[1, 8, 90])
-def kept(request: pytest.FixtureRequest) -> tuple[ExampleKeeper, Tally, TokenTally]:
-    """With different numbers of stories at once."""
+def kept(request: pytest.FixtureRequest) -> Iterator[tuple[ExampleKeeper, Tally, TokenTally]]:
+    """With different numbers of stories at once, and all ways to count: that of a few dense features and the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param > 1:
+            patch.setattr("jax_sae.pages.tally.PAIRS_AS_DEAR_AS", 0)
+        if request.param > 8:
+            patch.setattr("jax_sae.pages.tally.FEW_FEATURES", 0)
+            patch.setattr("jax_sae.pages.tally.KEYS_BESIDE_A_FLOAT", 0)
+            patch.setattr("jax_sae.pages.tally.PAIRS_AT_A_TIME", 100)
+        yield looked_at(request.param)
+
+
+def looked_at(stories_at_once: int) -> tuple[ExampleKeeper, Tally, TokenTally]:
+    """Of so many stories at once."""
     keeper, tally, all_tokens = ExampleKeeper(F), Tally(F, V), TokenTally(V)
-    for n, (chunk, tokens, used, padded) in enumerate(chunks(request.param)):
-        dense = padded[LEFT:-RIGHT]
-        rows, columns = np.nonzero(dense)
-        keeper.add(chunk, padded, rows, columns, dense[rows, columns])
-        tally.add(tokens, rows, columns, dense[rows, columns])
+    for n, (chunk, tokens, used, x) in enumerate(chunks(stories_at_once)):
+        its = active(x)
+        keeper.add(chunk, its)
+        tally.add(tokens, its)
         all_tokens.add(tokens, used)
         if n % 3 == 0:
             tally.finish()
@@ -95,7 +107,7 @@ def test_the_largest_are_those_of_all_stories_without_repetitions(
         found = list(zip(its.value[f].tolist(), its.story[f].tolist(), its.position[f].tolist(), strict=True))
         assert [each for each in found if each[1] >= 0] == expected[:LARGEST]
         for i, (_, story, at) in enumerate(expected[:LARGEST]):
-            np.testing.assert_array_equal(its.window[f, i], window(story, at, f))
+            np.testing.assert_array_equal(its.window(f, i), window(story, at, f))
     assert keeper.maximum.tolist() == np.concatenate(X).max(0).tolist()
 
 
@@ -129,9 +141,9 @@ def test_samples_are_the_smallest_random_numbers_of_each_interval(
                 strict=True,
             )
             assert [each for each in found if each[0] >= 0] == [each[1:] for each in sorted(within)[:SAMPLES]]
-        for story, at, around in zip(samples.story[f], samples.position[f], samples.window[f], strict=True):
+        for i, (story, at) in enumerate(zip(samples.story[f], samples.position[f], strict=True)):
             if story >= 0:
-                np.testing.assert_array_equal(around, window(story, at, f))
+                np.testing.assert_array_equal(samples.window(f, i), window(story, at, f))
     assert (samples.story[F - 1] == -1).all()
 
 
@@ -155,13 +167,14 @@ def test_counts_are_those_of_all_tokens(kept: tuple[ExampleKeeper, Tally, TokenT
             after[half[t], before[t]] += fires[t]
     np.testing.assert_array_equal(tally.fired_on.toarray(), on.reshape(-1, F))
     np.testing.assert_array_equal(tally.fired_after.toarray(), after.reshape(-1, F))
-    np.testing.assert_array_equal(tally.fired_at.toarray(), at.reshape(-1, F))
+    np.testing.assert_array_equal(tally.fired_at, at)
     np.testing.assert_array_equal(tokens.ids, seen)
     np.testing.assert_allclose(tally.mass_on.toarray(), mass)
     np.testing.assert_array_equal(tally.fired, fires.sum(0))
     np.testing.assert_allclose(tally.sum, x.sum(0, dtype=np.float64))
     assert tally.together is not None
-    np.testing.assert_array_equal(tally.together, fires.T.astype(int) @ fires.astype(int))
+    together = fires.T.astype(int) @ fires.astype(int)
+    np.testing.assert_array_equal(tally.together.of(slice(None), slice(None)), together - np.diag(together.diagonal()))
     for f in range(F):
         expected, _ = np.histogram(x[fires[:, f], f], bar_edges())
         np.testing.assert_array_equal(tally.histogram[f], expected)

@@ -14,12 +14,13 @@ from running import REPOSITORY
 import jax_sae
 from jax_sae.activations.sources import open_sources
 from jax_sae.commands.pages import main
+from jax_sae.pages.active import active
 from jax_sae.pages.blocks import block
 from jax_sae.pages.lens import lens_of
 from jax_sae.pages.neighbours import fire_together, nearest, unit_rows
 from jax_sae.pages.reading import read
 from jax_sae.pages.rules import find_rules
-from jax_sae.pages.tally import Tally, Tokens, TokenTally
+from jax_sae.pages.tally import Tally, Together, Tokens, TokenTally
 
 TOKENS = 6000
 TEXT = 'Tom said, "I <b>see</b> &amp; a <script>window.hacked = true</script> dog."'
@@ -90,7 +91,9 @@ def test_neighbours_are_those_with_the_largest_cosine_and_correlation() -> None:
     np.testing.assert_allclose(near.likeness, -np.sort(-cosines, 1)[:, :3], rtol=1e-5)
     fires = (rng.random((300, 6)) < [0.5, 0.5, 0.1, 0.1, 0.1, 0]).astype(int)
     fires[:, 3] |= fires[:, 2]
-    found = fire_together(fires.T @ fires, fires.sum(0), 300, 5)
+    together = Together(6)
+    together.add(np.nonzero(fires)[1], fires.sum(1))
+    found = fire_together(together, fires.sum(0), 300, 5)
     assert found.feature[2, 0] == 3 and (found.feature[5] == -1).all()
     assert found.likeness[2, 0] == pytest.approx(np.corrcoef(fires[:, 2], fires[:, 3])[0, 1])
 
@@ -109,8 +112,7 @@ def test_rules_are_found_on_one_half_and_tried_on_the_other() -> None:
     )
     fires[2000:, 0] &= rng.random(2000) < 0.5  # half as often on the other half
     tally, seen = Tally(6, len(words)), TokenTally(len(words))
-    rows, columns = np.nonzero(fires)
-    tally.add(tokens, rows, columns, np.ones(len(rows), np.float32))
+    tally.add(tokens, active(fires.astype(np.float32)))
     tally.finish()
     seen.add(tokens, np.ones(n, bool))
     rules = find_rules(tally, seen, words)

@@ -1,0 +1,48 @@
+"""What is above 0 among a chunk's features: all that is looked at, so that time grows with L0 and not with F."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import sparse
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """The n entries above 0 of features [N, F], in two orders."""
+
+    tokens: int
+    """N."""
+    columns: np.ndarray
+    """[n] int32, one token after the other: the features."""
+    values: np.ndarray
+    """[n] float32."""
+    first_of_token: np.ndarray
+    """[N + 1], where each token begins among these."""
+    row: np.ndarray
+    """[n] int32, one feature after the other: the tokens, in their order."""
+    value: np.ndarray
+    """[n] float32."""
+    first: np.ndarray
+    """[F + 1], where each feature begins among these."""
+
+    @cached_property
+    def column(self) -> np.ndarray:
+        """[n] int64, of the entries one feature after the other: the features."""
+        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+
+    @cached_property
+    def key(self) -> np.ndarray:
+        """[n] int64, ascending: the feature times N, and the token."""
+        return self.column * self.tokens + self.row
+
+
+def active(dense: np.ndarray) -> Active:
+    """The entries above 0 of features [N, F] float32."""
+    N, F = dense.shape
+    at = np.flatnonzero(dense > 0)
+    rows = at // F
+    columns, values = (at - rows * F).astype(np.int32), dense.ravel()[at]
+    first_of_token = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=N))])
+    by_feature = sparse.csr_matrix((values, columns, first_of_token), (N, F)).tocsc()
+    return Active(N, columns, values, first_of_token, by_feature.indices, by_feature.data, by_feature.indptr)
