@@ -34,7 +34,7 @@ SORT = """(async () => {
   state.member = { ...facts.members[0], name: "many", features: F, seeds: [] };
   state.table = { density: random(), maximum: random(), mean: random(), norm: random(), match: random(), f1: random(),
     labels: Array.from({ length: F }, (_, f) => `label ${f % 977}`), given: {},
-    outputs: Array.from({ length: F }, () => []) };
+    rank: Float32Array.from({ length: F }, (_, f) => f % 977), outputs: Array.from({ length: F }, () => []) };
   await refresh();
   const times = [];
   for (const key of ["density", "maximum", "label", "index", "f1", "mean"]) {

@@ -172,11 +172,11 @@ def _write(
     token_ids = token_ids_of(source, n_tokens, wanted - {-1})
     pages = Pages(directory, sum(sae.features for sae in chosen.values()) <= MOST_IN_ONE_FILE)
     described = []
-    raised: set[int] = set()
     for number, (name, sae) in enumerate(chosen.items()):
         looked = _look(name, every, units, reading, source, words, given.get(name, {}))
         for lens in (*looked.lenses.values(), *looked.sources.values()):
-            raised |= set(np.unique(lens.raised)) | set(np.unique(lens.lowered))
+            for v in np.unique([lens.raised, lens.lowered]):
+                words[v] = words[v] or word_of(source, int(v))
         fired = looked.seen.tally.fired
         measured = {key: getattr(sae.origin, key, None) for key in ("l0", "fvu")}
         described.append(
@@ -196,7 +196,7 @@ def _write(
                     }
                     for how, lenses in (("writes", looked.lenses), ("reads", looked.sources))
                 },
-                "table": pages.add(f"{number}-table", table_block(looked, reading.n_tokens)),
+                "table": pages.add(f"{number}-table", table_block(looked, reading.n_tokens, words)),
                 "stories": pages.add(f"{number}-stories", story_block(looked, own[name])),
                 "search": [
                     [first, pages.add(f"{number}-search-{first}", made)] for first, made in search_blocks(looked)
@@ -207,10 +207,8 @@ def _write(
                 ],
             }
         )
-    for texts in own.values():
-        raised |= {int(v) for story in texts for v in story.token_ids}
-    for v in raised:
-        words[v] = words[v] or word_of(source, int(v))
+    for v in {int(v) for texts in own.values() for story in texts for v in story.token_ids}:
+        words[v] = words[v] or word_of(source, v)
     said = [v for v, word in enumerate(words) if word]
     word_block = block({"words": [words[v] for v in said]}, ids=np.array(said, np.uint32))
     return pages.finish(

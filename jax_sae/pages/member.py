@@ -1,6 +1,6 @@
 """What a page tells of a member: the blocks of its overview, of its features and of its stories."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +67,22 @@ class Looked:
         return np.max(others, 0) if others else np.full(len(self.norms), np.nan, np.float32)
 
 
-def table_block(looked: Looked, tokens: int) -> str:
-    """The overview: a column each."""
+def table_block(looked: Looked, tokens: int, words: Sequence[str]) -> str:
+    """The overview: a column each.
+
+    Of labels there is the order too, so that a browser need not compare a hundred thousand of them.
+    """
     tally = looked.seen.tally
     labels = [rules[0] if rules else Rule("", 0.0, 0.0) for rules in looked.rules]
+    outputs = _output_labels(looked)
+    shown = [
+        looked.given.get(f, rule.text or _raises(words[v] for v in raised)).lower()
+        for f, (rule, raised) in enumerate(zip(labels, outputs, strict=True))
+    ]
+    _, rank = np.unique(np.array(shown, object), return_inverse=True)
     return block(
-        {
-            "labels": [rule.text for rule in labels],
-            "outputs": _output_labels(looked),
-            "given": looked.given,
-        },
+        {"labels": [rule.text for rule in labels], "outputs": outputs, "given": looked.given},
+        rank=np.where([bool(label) for label in shown], rank, np.nan).astype(np.float32),
         density=(tally.fired / tokens).astype(np.float32),
         maximum=looked.maximum,
         mean=(tally.sum / np.maximum(tally.fired, 1)).astype(np.float32),
@@ -95,6 +101,12 @@ def _output_labels(looked: Looked) -> list[list[int]]:
             z = lens.raised_by[f] / lens.sd[f]
             found[f] = found[f] or [int(v) for v in lens.raised[f][z > 5][:3]]
     return found
+
+
+def _raises(words: Iterable[str]) -> str:
+    """An output label, as the page words it."""
+    quoted = " ".join(f"“{word}”" for word in words).replace("\n", "⏎").replace("\t", "⇥")
+    return f"raises {quoted}" if quoted else ""
 
 
 def search_blocks(looked: Looked) -> Iterator[tuple[int, str]]:

@@ -184,13 +184,7 @@ function columnOf(key) { // numbers, by which the table is sorted
     for (let f = 0; f < column.length; f++) column[f] = f;
     return column;
   }
-  if (key !== "label") return table[key];
-  if (!table.rank) {
-    const all = Array.from({ length: member.features }, (_, f) => labelOf(f).toLowerCase());
-    const places = new Map([...new Set(all)].sort().map((text, i) => [text, i]));
-    table.rank = Float32Array.from(all, (text) => (text ? places.get(text) : NaN)); // without a label: last
-  }
-  return table.rank;
+  return table[key === "label" ? "rank" : key];
 }
 
 function sorted(indices, column, down) {

@@ -64,6 +64,11 @@ def test_it_opens_and_sorts(page: Browser) -> None:
     assert values == sorted(values)
     page.press("s")
     page.wait("state.sort === 'f1'")
+    page.run("sortBy('label')")
+    labels = page.run("Array.from(state.order, (f) => labelOf(f))")
+    named = [label.lower() for label in labels if label]
+    assert 1 < len(named) < 96 and labels[len(named) :] == [""] * (96 - len(named))
+    assert named == sorted(named)
 
 
 def test_it_filters_and_searches(page: Browser) -> None:
@@ -195,7 +200,8 @@ def test_a_hundred_thousand_rows_are_sorted_and_shown_without_a_pause(page: Brow
           state.member = member;
           state.table = { density: random(), maximum: random(), mean: random(), norm: random(), match: random(),
             f1: random(),
-            labels: Array.from({ length: F }, (_, f) => `label ${f % 977}`), outputs: empty, given: {} };
+            labels: Array.from({ length: F }, (_, f) => `label ${f % 977}`), outputs: empty, given: {},
+            rank: Float32Array.from({ length: F }, (_, f) => f % 977) };
         })()"""
     )
     page.run("refresh()")
