@@ -3,9 +3,11 @@
 Or a transcoder or crosscoder, which reads and writes other places, each of them normalised by itself.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +29,9 @@ from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encod
 from jax_sae.card import card
 from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import BadInput
+from jax_sae.formats.dictionary import Format
+from jax_sae.formats.export import export
+from jax_sae.formats.of_trained import dictionary_of
 from jax_sae.rows import as_float32, by_rows, is_traced, widened
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.update import SweepState, member_shapes, unstack
@@ -296,6 +301,29 @@ class TrainedAutoencoder:
         written = self.normalization if self.of_written is None else self.of_written
         row, scale = widened((self.params["W_dec"][feature], written.scale))
         return (row / scale)[slice(*self._columns_of(place)) if place is not None else slice(None)]
+
+    def export(self, format: Format, to: str | Path) -> Path:
+        """Write it in the layout of another tool, or of this one, with a model card: `sae.export("saelens", "folder")`.
+
+        What scales activations is folded into its arrays, so that they work on activations as the language model gives
+        them. `Run.export` does the same, and its model card knows the other members; docs/import_export.md says what
+        each format holds.
+
+        Args:
+            format: 'safetensors' (this project's own), 'saelens', 'dictionary_learning', 'sparsify' or
+                'circuit_tracer'.
+            to: a folder that is empty, or not there yet; it is written as a whole or not at all.
+
+        Returns:
+            The folder.
+
+        Raises:
+            BadInput: if the format cannot hold it, or the folder cannot be written.
+            RunFailed: if a file cannot be written.
+        """
+        folder = Path(os.path.expanduser(to))
+        export({self.name: dictionary_of(self)}, format, folder)
+        return folder
 
     def __call__(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
         """x[..., D] -> what it writes, decode(encode(x)): of an autoencoder, the reconstruction of x."""

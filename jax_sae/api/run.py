@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from importlib.util import find_spec
@@ -18,7 +18,12 @@ from jax_sae.config import Config, Member
 from jax_sae.errors import BadInput
 from jax_sae.figures.curves import member_colours, training_figure
 from jax_sae.figures.frontier import frontier_figure, points_of
-from jax_sae.language_model.hub import read_json
+from jax_sae.formats.dictionary import Format
+from jax_sae.formats.export import export
+from jax_sae.formats.folder import check_new_folder
+from jax_sae.formats.of_trained import dictionary_of
+from jax_sae.formats.worth import measured
+from jax_sae.language_model.hub import check_repository, push_folder, read_json
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config
 from jax_sae.run.load import load_autoencoder, make_autoencoder
@@ -221,6 +226,53 @@ class Run:
         where = str(self.directory or self._name)
         return steer_member(where, sae, feature, prompt, strengths, how, writing, facts, config, self.sources)
 
+    def export(
+        self,
+        names: str | Sequence[str],
+        format: Format,
+        to: str | Path,
+        *,
+        step: int | None = None,
+        push: str | None = None,
+    ) -> Path:
+        """Write a member in the layout of another tool, or of this one, with a model card, as `jax-sae export` does.
+
+        Its normalisation is folded into its arrays, so that they work on activations as the language model gives them.
+        docs/import_export.md says what each format holds.
+
+        Args:
+            names: the member; of circuit_tracer several, one a layer from 0 on.
+            format: 'safetensors' (this project's own), 'saelens', 'dictionary_learning', 'sparsify' or
+                'circuit_tracer'.
+            to: a folder that is empty, or not there yet; it is written as a whole or not at all.
+            step: of a checkpoint; the last one if left out.
+            push: a repository on the hub, user/repo, to which the folder is uploaded afterwards; it is made if it is
+                not there.
+
+        Returns:
+            The folder.
+
+        Raises:
+            BadInput: if there is no such member or step, the format cannot hold it, or the folder or repository cannot
+                be written to.
+            RunFailed: if a file cannot be written, or the hub does not answer.
+        """
+        folder, facts = Path(os.path.expanduser(to)), self._facts(step)
+        if push is not None:
+            check_repository(push)
+        check_new_folder(folder)
+        rows = measured(self._evaluation(facts["step"]), self.summary, facts["step"])
+        found = {}
+        for name in [names] if isinstance(names, str) else names:
+            its = dictionary_of(self.autoencoder(name, step))
+            known = {key: value for key, value in rows.get(name, {}).items() if key not in ("kind", "features")}
+            more = {"run": self._name, "inputs": facts["inputs"], **({"evaluation": known} if known else {})}
+            found[name] = replace(its, metadata={**its.metadata, **more})
+        export(found, format, folder, [{"name": name, **row} for name, row in rows.items()])
+        if push is not None:
+            push_folder(folder, push)
+        return folder
+
     def plot_frontier(self, place: str | None = None) -> Any:
         """A matplotlib `Figure` of FVU against L0 on held-out tokens, with the line of PCA.
 
@@ -316,6 +368,15 @@ class Run:
             }
             for name in self.names
         ]
+
+    def _evaluation(self, step: int) -> dict[str, Any] | None:
+        """The contents of the `evaluation.json` of a step, where there is one."""
+        for file in ("evaluation.json", f"evaluation-step{step}.json"):
+            if self.directory and (self.directory / file).exists():
+                record = read_json(self.directory / file)
+                if record.get("step") == step:
+                    return record
+        return None
 
     def _summary(self, what: str) -> dict[str, Any]:
         if (summary := self.summary) is None:

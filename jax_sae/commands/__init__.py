@@ -15,6 +15,7 @@ COMMANDS = {
     "pages": "write pages on the features of a run, to be opened with a browser",
     "steer": "let a language model write with a feature raised, set or taken away",
     "probe": "say what features tell of labelled texts, beside raw activations and PCA",
+    "export": "write a member for another tool, such as SAELens, with a model card",
     "harvest": "write a GPT-Neo's activations to disk, to train on them often",
     "export-activations": "the same for any Hugging Face causal language model, with torch",
 }

@@ -5,12 +5,18 @@ jumprelu where there is `activation_function.threshold`[F], topk where the confi
 kept so too, with `wandb-config.yaml`. A cross-layer transcoder is refused.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked, Hook
+from jax_sae.formats.conventions import hook_name, one_place, with_b_dec
 from jax_sae.formats.dictionary import Dictionary, Kind
 from jax_sae.formats.tensors import as_float32, open_tensors, read_plain_yaml
 
@@ -77,3 +83,79 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
         **asked.belongs_to(read, written or Hook(""), model),
         metadata={"format": "circuit_tracer"},
     )
+
+
+def write(dictionaries: Sequence[Dictionary], folder: Path) -> Dictionary:
+    """Write a set of transcoders, one for each layer from 0 on, into a folder that is there.
+
+    Returns:
+        That of layer 0, as it is held there.
+
+    Raises:
+        BadInput: if one is no transcoder within a block, is of kind topk or gated, normalises each token, or writes
+            another number of numbers than it reads; if a layer is lacking, or they differ in what they read and write,
+            in F, in their model, or in having a skip.
+    """
+    layers: dict[int, Dictionary] = {}
+    hooks: set[tuple[str, str]] = set()
+    for dictionary in dictionaries:
+        layer, its_hooks = _layer_and_hooks(dictionary)
+        if layer in layers:
+            raise BadInput(f"two of them are transcoders of layer {layer}; circuit-tracer takes one a layer")
+        layers[layer] = dictionary
+        hooks.add(its_hooks)
+    if sorted(layers) != list(range(len(layers))):
+        has = ", ".join(map(str, sorted(layers)))
+        raise BadInput(f"there are transcoders of layer {has}; circuit-tracer needs one of each from 0 on")
+    forms = {(its.features, its.width, its.W_skip is not None, its.model) for its in layers.values()}
+    if len(hooks) > 1 or len(forms) > 1:
+        raise BadInput(
+            "they differ in what they read and write, F, D, their model or in having a skip; circuit-tracer has one of "
+            "each for a set"
+        )
+    hook_in, hook_out = hooks.pop()
+    its = layers[0]
+    # JSON is YAML, and a name such as "no" stays a text
+    config = {
+        "model_name": its.model,
+        "model_kind": "transcoder_set",
+        "feature_input_hook": hook_in,
+        "feature_output_hook": hook_out,
+        "scan": its.metadata.get("run") or "jax_sae",
+    }
+    (folder / CONFIG).write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in config.items()))
+    layers = {layer: with_b_dec(dictionary, subtracted=False) for layer, dictionary in layers.items()}
+    for layer, held in layers.items():
+        tensors: dict[str, Any] = {
+            "W_enc": np.ascontiguousarray(held.W_enc.T),
+            "b_enc": held.b_enc,
+            "W_dec": held.W_dec,
+            "b_dec": held.b_dec,
+        }
+        if held.threshold is not None:
+            tensors["activation_function.threshold"] = np.maximum(held.threshold, 0)  # there is no relu beside it
+        if held.W_skip is not None:
+            tensors["W_skip"] = np.ascontiguousarray(held.W_skip.T)
+        save_file(tensors, folder / f"layer_{layer}.safetensors", {"jax_sae": json.dumps(dict(held.metadata))})
+    return layers[0]
+
+
+def _layer_and_hooks(dictionary: Dictionary) -> tuple[int, tuple[str, str]]:
+    """The layer of a transcoder that a set may have, and what it reads and writes there."""
+    one_place(dictionary, "circuit-tracer")
+    if dictionary.kind not in ("relu", "jumprelu", "batchtopk", "matryoshka"):
+        raise BadInput(f"circuit-tracer loads relu and jumprelu transcoders, and this is {dictionary.kind}")
+    if dictionary.normaliser:
+        raise BadInput(f"circuit-tracer has no {dictionary.normaliser} of each token")
+    names = [(hook_name(places) or "").split(".", 2) for places in (dictionary.reads, dictionary.writes)]
+    if any(len(name) != 3 or name[0] != "blocks" for name in names) or names[0][1] != names[1][1]:
+        reads, writes = (", ".join(places) or "an unknown place" for places in (dictionary.reads, dictionary.writes))
+        raise BadInput(
+            f"it reads {reads} and writes {writes}; circuit-tracer has transcoders within one block, such as from "
+            "0.mlp_in to 0.mlp_out"
+        )
+    if dictionary.width != len(dictionary.b_dec):
+        raise BadInput(
+            f"{dictionary.width} numbers are read and {len(dictionary.b_dec)} written, but circuit-tracer has one width"
+        )
+    return int(names[0][1]), (names[0][2], names[1][2])

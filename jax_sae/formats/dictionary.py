@@ -16,6 +16,9 @@ from jax_sae.errors import BadInput
 Kind = Literal["relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"]
 Normaliser = Literal["layer_norm", "norm"]
 
+Format = Literal["safetensors", "saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
+"""Those that are written (`export.py`)."""
+
 LAYER_NORM_EPSILON = 1e-5
 
 

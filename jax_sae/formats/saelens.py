@@ -2,15 +2,20 @@
 
 W_enc[D, F], b_enc[F], W_dec[F, D_written], b_dec; gated has b_gate, b_mag and r_mag in place of b_enc, jumprelu has
 threshold[F], a skip transcoder W_skip[D_written, D]. b_dec is subtracted where `apply_b_dec_to_input` says so.
+batchtopk and matryoshka are there for training only: once trained they are written as jumprelu, with one threshold.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked
+from jax_sae.formats.conventions import hook_name, is_transcoder, one_place, with_b_dec
 from jax_sae.formats.dictionary import Dictionary, Kind, Normaliser
 from jax_sae.formats.scaling import row_norms, scaled, scaled_columns, scaled_rows
 from jax_sae.formats.tensors import Facts, Tensors, as_float32, open_tensors, read_facts
@@ -27,6 +32,13 @@ NORMALISERS: dict[str, Normaliser | None] = {
     **{"none": None, "expected_average_only_in": None},
     **{"layer_norm": "layer_norm", "constant_norm_rescale": "norm"},
 }
+
+LAYOUT = "6.54.12"
+"""The version of SAELens whose layout is written; it reads folders that name none as those of version 5."""
+
+AUTOENCODERS = {"relu": "standard", "topk": "topk", "gated": "gated"}
+AUTOENCODERS |= dict.fromkeys(("jumprelu", "batchtopk", "matryoshka"), "jumprelu")
+WRITTEN_NORMALISERS = {None: "none", "layer_norm": "layer_norm", "norm": "constant_norm_rescale"}
 
 
 def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
@@ -120,3 +132,72 @@ def _kept(its: Facts) -> dict[str, object]:
     """What else the metadata say that is of use here."""
     kept = ("prepend_bos", "context_size", "dataset_path", "sae_lens_version", "neuronpedia_id")
     return {key: its.content[key] for key in kept if isinstance(its.content.get(key), str | int | bool)}
+
+
+def write(dictionary: Dictionary, folder: Path) -> Dictionary:
+    """Write a dictionary into a folder that is there.
+
+    Returns:
+        The same as it is held there.
+
+    Raises:
+        BadInput: if it reads or writes several places, or is a transcoder of kind topk or gated, which SAELens has not.
+    """
+    one_place(dictionary, "SAELens")
+    cfg: dict[str, Any] = {"architecture": AUTOENCODERS[dictionary.kind]}
+    if is_transcoder(dictionary):
+        if dictionary.kind in ("topk", "gated"):
+            raise BadInput(
+                f"SAELens has no {dictionary.kind} transcoder, only relu and jumprelu: export it as safetensors"
+            )
+        if dictionary.normaliser:
+            raise BadInput("SAELens undoes no normalisation of a token in a transcoder: export it as safetensors")
+        dictionary = with_b_dec(dictionary, subtracted=False)
+        jumps, skips = dictionary.threshold is not None, dictionary.W_skip is not None
+        cfg = {"architecture": "_".join(["jumprelu"] * jumps + ["skip"] * skips + ["transcoder"])}
+        cfg["d_out"] = len(dictionary.b_dec)
+    tensors = {name: getattr(dictionary, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if dictionary.W_skip is not None:
+        tensors["W_skip"] = np.ascontiguousarray(dictionary.W_skip.T)
+    if dictionary.threshold is not None:
+        tensors["threshold"] = dictionary.threshold
+    if dictionary.kind == "gated":
+        tensors |= {"b_gate": tensors.pop("b_enc"), "r_mag": dictionary.r_mag, "b_mag": dictionary.b_mag}
+    if dictionary.kind == "topk":
+        cfg |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
+    hook = hook_name(dictionary.reads)
+    cfg |= {
+        "d_in": dictionary.width,
+        "d_sae": dictionary.features,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": dictionary.subtracts_b_dec,
+        "normalize_activations": WRITTEN_NORMALISERS[dictionary.normaliser],
+        "reshape_activations": "hook_z" if hook and hook.endswith("hook_z") else "none",
+        "metadata": _metadata(dictionary),
+    }
+    (folder / CONFIG).write_text(json.dumps(cfg, indent=2) + "\n")
+    save_file(tensors, folder / WEIGHTS)
+    return dictionary
+
+
+def _metadata(dictionary: Dictionary) -> dict[str, Any]:
+    """As SAELens has it, and under `jax_sae` what else is known; it keeps words that it does not know."""
+    training: Mapping[str, Any] = dictionary.metadata.get("training", {})
+    bos = {"on": True, "off": False}.get(training.get("prepend_bos", "auto"))
+    return {
+        "sae_lens_version": LAYOUT,
+        "sae_lens_training_version": None,
+        "model_name": dictionary.model or None,
+        "model_class_name": "HookedTransformer",
+        "hook_name": hook_name(dictionary.reads),
+        "hook_name_out": hook_name(dictionary.writes),
+        "hook_head_index": None,
+        "model_from_pretrained_kwargs": {},
+        "context_size": training.get("context_size"),
+        "seqpos_slice": None,
+        "prepend_bos": bos,
+        "dataset_path": training.get("text"),
+        "neuronpedia_id": None,
+        "jax_sae": dict(dictionary.metadata),
+    }

@@ -19,7 +19,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal
 
-from jax_sae.errors import BadInput
+from jax_sae.errors import BadInput, RunFailed
 
 Kind = Literal["model", "dataset"]
 
@@ -201,6 +201,80 @@ def ask_hub(name: str, kind: Kind) -> list[str]:
     if isinstance(answer, Exception):
         raise NoAnswer(f"the hub did not answer ({one_line(answer)})") from answer
     return [file.rfilename for file in answer.siblings or []]
+
+
+def find_folder(name: str) -> Path:
+    """All files of `hf://user/repo`, or of a folder in it, `hf://user/repo/folder`, as they are on the hub now.
+
+    What is in the local cache is used where the hub is switched off or does not answer.
+
+    Raises:
+        BadInput: if it is no such name, the hub has no such repository, or it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    owner, _, rest = name.removeprefix("hf://").partition("/")
+    repository, _, folder = rest.partition("/")
+    where, folder = f"{owner}/{repository}", folder.strip("/")
+    if not repository or ".." in folder.split("/"):
+        raise BadInput(f"{name!r} is no repository on the hub; hf://user/repo or hf://user/repo/folder was expected")
+    wanted = [f"{folder}/*"] if folder else None
+    try:
+        files = ask_hub(where, "model")
+        if folder and not any(file.startswith(f"{folder}/") for file in files):
+            raise BadInput(f"{name}: the repository has no folder {folder}; it has {', '.join(files[:12])}")
+        return Path(snapshot_download(where, allow_patterns=wanted)) / folder
+    except NoAnswer as error:
+        try:
+            found = Path(snapshot_download(where, allow_patterns=wanted, local_files_only=True)) / folder
+        except Exception as reason:  # of whatever kind: it is not there
+            raise cannot_load(where, "dictionary", str(error)) from reason
+        if not found.is_dir():
+            raise cannot_load(where, "dictionary", str(error)) from error
+        return found
+    except HfHubHTTPError as error:
+        raise _refused(where, "model", error) from error
+    except (OSError, ValueError) as error:  # whatever the network and the disk can do to a download
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{name} could not be downloaded ({one_line(error)}); try again") from error
+
+
+def check_repository(name: str) -> None:
+    """Raise BadInput unless a folder may be uploaded to a repository of that name, as far as it is known here."""
+    from huggingface_hub import constants
+
+    if name.count("/") != 1:
+        raise BadInput(f"cannot upload to {name!r}; user/repo was expected")
+    _check_form(name, "repository")
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"cannot upload to {name!r}: HF_HUB_OFFLINE is set; unset it, or leave --push out")
+
+
+def push_folder(folder: Path, name: str) -> None:
+    """Upload the files of a folder to a repository `user/repo` of models, which is made if it is not there.
+
+    Raises:
+        BadInput: if the hub refuses it.
+        RunFailed: if the hub does not answer; the folder is there all the same.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="A dictionary, exported by jax_sae")
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        raise BadInput(
+            f"the hub refuses {folder} for {name!r} ({one_line(error)}); run `hf auth login` with a token that may "
+            "write there"
+        ) from error
+    except Exception as error:  # whatever the network can do
+        raise RunFailed(
+            f"{folder} could not be uploaded to {name!r} ({one_line(error)}); the folder is there"
+        ) from error
 
 
 def cannot_load(name: str, what: str, reason: str) -> BadInput:

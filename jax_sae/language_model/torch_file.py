@@ -1,4 +1,4 @@
-"""Reads the tensors in a file that `torch.save` wrote, without torch and without unpickling.
+"""Reads the tensors in a file that `torch.save` wrote, and writes such a file, without torch and without unpickling.
 
 Such a file is an uncompressed zip archive: `NAME/data.pkl` describes the tensors, `NAME/data/KEY` holds the bytes of
 one storage. The description is a pickle, and a pickle is a program that may do anything. So it is not run: a small
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import encode_long
 from reprlib import repr as shortened
 from typing import Any
 
@@ -122,6 +123,46 @@ def open_torch_notes(path: Path) -> dict[str, Any]:
     if not isinstance(root, dict):
         return {}
     return plain(root) | {name: plain(value) for name, value in root.items() if isinstance(value, dict)}
+
+
+def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """What `torch.save({name: tensor, ...}, path)` writes of tensors on a CPU; `torch.load(path, weights_only=True)`.
+
+    The same tensors give the same bytes.
+    """
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    rebuild, ordered = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"
+    program = [b"\x80\x02", b"}("]
+    for key, (name, tensor) in enumerate(tensors.items()):
+        strides = [step // tensor.itemsize for step in np.empty(tensor.shape, tensor.dtype).strides]
+        kind = kinds[tensor.dtype].removeprefix("torch.").encode()
+        storage = b"(" + _text("storage") + b"ctorch\n" + kind + b"\n" + _text(str(key)) + _text("cpu")
+        storage += _whole(tensor.size) + b"tQ"
+        shape, stride = (b"(" + b"".join(map(_whole, numbers)) + b"t" for numbers in (tensor.shape, strides))
+        program += [_text(name), rebuild, b"(", storage, _whole(0), shape, stride, b"\x89", ordered, b"tR"]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+
+        def add(name: str, content: Any) -> None:
+            with archive.open(zipfile.ZipInfo(f"archive/{name}"), "w", force_zip64=True) as entry:
+                entry.write(content)
+
+        add("data.pkl", b"".join([*program, b"u."]))
+        add("byteorder", b"little")
+        for key, tensor in enumerate(tensors.values()):
+            little = tensor.astype(tensor.dtype.newbyteorder("<"), order="C", copy=False)
+            add(f"data/{key}", little.reshape(-1).view(np.uint8).data)
+        add("version", b"3\n")
+
+
+def _text(text: str) -> bytes:
+    """What puts a text on a pickle's stack."""
+    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _whole(number: int) -> bytes:
+    """What puts a whole number on a pickle's stack."""
+    content = encode_long(number)
+    return b"\x8a" + bytes([len(content)]) + content
 
 
 def map_tensors(tensors: Sequence[TensorReference]) -> list[np.ndarray]:

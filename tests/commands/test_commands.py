@@ -16,6 +16,7 @@ SCRIPTS = {
     "evaluate": "evaluate",
     "steer": "steer",
     "probe": "probe",
+    "export": "export",
     "inspect_run": "inspect",
     "harvest_activations": "harvest",
     "export_torch_activations": "export-activations",
