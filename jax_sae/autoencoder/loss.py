@@ -46,6 +46,6 @@ def l1_norm(features: jax.Array, norms: jax.Array, weights: jax.Array) -> jax.Ar
     return jnp.sum(jnp.where(weights[:, None] > 0, features, 0.0), 0) @ norms
 
 
-def loss_per_element(total: jax.Array, weights: jax.Array, width: int) -> jax.Array:
-    """A sum over tokens divided by their number and by D, in (normalised units)^2; 0 without tokens."""
-    return total / (jnp.maximum(jnp.sum(weights), 1) * width)
+def loss_per_element(total: jax.Array, tokens: jax.Array, width: int) -> jax.Array:
+    """A sum over so many tokens, divided by their number and by D, in (normalised units)^2; 0 without tokens."""
+    return total / (jnp.maximum(tokens, 1) * width)

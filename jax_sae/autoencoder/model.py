@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sae.autoencoder.loss import Terms
+from jax_sae.autoencoder.shards import WHOLE, Shards
 from jax_sae.config import Initialization, Precision
 from jax_sae.errors import BadInput
 from jax_sae.precision import dot_general
@@ -83,6 +84,7 @@ class Autoencoder(nn.Module):
     most_k: the largest k of the members that are computed together; 0 where there is none, or it is not known.
     weighs: those of `penalties` that are above 0 in any of them, so that their terms are computed; None: all are.
     is_trained: whether products have the gradients of `product`, fast in a step, but of reverse mode only.
+    shards: on a mesh, in how many parts features and tokens lie; `features` are then those of a part.
     """
 
     settings: ClassVar[Mapping[str, Any]] = {}
@@ -98,6 +100,8 @@ class Autoencoder(nn.Module):
     """Whether the loss is other than a sum over tokens, so that it cannot be computed a part of a batch at a time."""
     pads: ClassVar[bool] = True
     """Whether it may be computed beside wider members, with features of zeros up to their number."""
+    splits_features: ClassVar[bool] = False
+    """Whether its features may lie on several devices: `self.shards` is then asked for each sum over features."""
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,6 +120,7 @@ class Autoencoder(nn.Module):
     most_k: int = 0
     weighs: tuple[str, ...] | None = None
     is_trained: bool = True
+    shards: Shards = WHOLE
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -174,7 +179,7 @@ class Autoencoder(nn.Module):
 
     def centred(self, x: jax.Array) -> jax.Array:
         """x - b_dec for an autoencoder; x for others, whose b_dec is of what they write (Dunefsky et al. 2024)."""
-        return x if self.written else x - self.b_dec
+        return x if self.written else x - self.shards.for_features(self.b_dec)
 
     def direction_norms(self) -> jax.Array:
         """|W_dec_i|, [F]; the sum of those at each written place, where there are several.
@@ -195,7 +200,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, features: jax.Array) -> jax.Array:
         """features[..., F] -> what they write, without a skip, [..., D_written]."""
-        return self.product(features, self.W_dec) + self.b_dec
+        return self.shards.over_features(self.product(features, self.W_dec)) + self.b_dec
 
     def past_the_features(self, x: jax.Array) -> jax.Array:
         """x[..., D] -> x W_skip, [..., D_written]."""

@@ -10,6 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jax_sae.autoencoder.selection import last_kept
+from jax_sae.autoencoder.shards import WHOLE, Shards
 from jax_sae.config import Precision
 from jax_sae.precision import dot_general
 
@@ -17,7 +19,7 @@ Kept = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 """What the gradient needs: x - b_dec, W_enc, W_dec, values, indices."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def topk_reconstruct(
     x: jax.Array,
     W_enc: jax.Array,
@@ -28,6 +30,7 @@ def topk_reconstruct(
     most_k: int,
     precision: Precision,
     subtracts_bias: bool = True,
+    shards: Shards = WHOLE,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Encode x[B, D], keep the k largest features of each token, decode (Gao et al. 2024, arXiv 2406.04093).
 
@@ -42,19 +45,26 @@ def topk_reconstruct(
         W_dec: [F, D].
         b_dec: [D].
         k: [] int32, from 1 to `most_k`; it may be traced, and differ between the members of a vmapped group.
-        most_k: features of a token that are looked at, at most F.
+        most_k: features of a token that are looked at, at most F of all parts.
         precision: of the products; 'tensorfloat32' rounds in that of x and W_enc alone. The gradient of b_dec is
             float32's in any.
         subtracts_bias: without it x takes the place of x - b_dec, and W_dec and b_dec may have another width than x.
+        shards: in how many parts features lie; those given are this part's.
 
     Returns:
-        x_hat [B, D]; the features in falling order, values [B, most_k] and indices [B, most_k] int32, where values are
-        0 from the k-th on. Only x_hat has a gradient.
+        x_hat [B, D]; this part's features in falling order, values [B, K] and indices [B, K] int32, K = min(most_k, F),
+        where values are 0 from the last on that is kept. Only x_hat has a gradient.
     """
     pre = dot_general(x - b_dec if subtracts_bias else x, W_enc, (((1,), (0,)), ((), ())), precision) + b_enc
-    values, indices = jax.lax.top_k(jax.nn.relu(pre), most_k)
-    values = jnp.where(jnp.arange(most_k) < k, values, 0)
-    return weighted_rows(values, indices, W_dec, precision) + b_dec, values, indices
+    F = W_enc.shape[-1]
+    values, indices = jax.lax.top_k(jax.nn.relu(pre), min(most_k, F))
+    if shards.feature == 1:
+        is_kept = jnp.arange(most_k) < k
+    else:
+        value, place = last_kept(values, indices, F, k, most_k, shards)
+        is_kept = (values > value) | ((values == value) & (indices <= place))
+    values = jnp.where(is_kept, values, 0)
+    return shards.over_features(weighted_rows(values, indices, W_dec, precision)) + b_dec, values, indices
 
 
 def _forward(
@@ -67,8 +77,11 @@ def _forward(
     most_k: int,
     precision: Precision,
     subtracts_bias: bool,
+    shards: Shards,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], Kept]:
-    x_hat, values, indices = topk_reconstruct(x, W_enc, b_enc, W_dec, b_dec, k, most_k, precision, subtracts_bias)
+    x_hat, values, indices = topk_reconstruct(
+        x, W_enc, b_enc, W_dec, b_dec, k, most_k, precision, subtracts_bias, shards
+    )
     return (x_hat, values, indices), (x - b_dec if subtracts_bias else x, W_enc, W_dec, values, indices)
 
 
@@ -76,6 +89,7 @@ def _backward(
     most_k: int,
     precision: Precision,
     subtracts_bias: bool,
+    shards: Shards,
     kept: Kept,
     gradients: tuple[jax.Array, jax.Array, jax.Array],
 ) -> tuple[jax.Array | None, ...]:
@@ -86,7 +100,7 @@ def _backward(
     # d_x is summed without being made; where nobody asks for it, it is not computed
     d_b_dec = jnp.sum(g, 0)
     if subtracts_bias:
-        d_b_dec = d_b_dec - dot_general(W_enc, d_b_enc, (((1,), (0,)), ((), ())), "float32")
+        d_b_dec = d_b_dec - shards.over_features(dot_general(W_enc, d_b_enc, (((1,), (0,)), ((), ())), "float32"))
     d_x = weighted_rows(d_values, indices, W_enc.T, precision)
     d_W_enc = sum_into_rows(d_values, indices, centred, F, precision).T
     d_W_dec = sum_into_rows(values, indices, g, F, precision)

@@ -7,6 +7,7 @@ from typing import Any
 from jax_sae.activations.places import Columns, Place, columns, own_columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder
+from jax_sae.autoencoder.shards import WHOLE, Shards
 from jax_sae.config import Member, Precision
 from jax_sae.errors import BadInput
 from jax_sae.sweep.members import member_names, placement_of
@@ -34,6 +35,8 @@ class Form:
     writes: tuple[Columns, ...] | None = None
     """Those that they write; None: those that they read, of one place."""
     skip: bool = False
+    shards: Shards = WHOLE
+    """On a mesh, in how many parts their features and the tokens of a batch lie."""
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -51,15 +54,16 @@ class Form:
         return self.resamples > 0 or "auxk_coefficient" in self.kind.settings
 
     def model(self, width: int, precision: Precision) -> Autoencoder:
-        """The Flax module of the members; `width` is what they read."""
+        """The Flax module of the members, of a part of their features on a mesh; `width` is what they read."""
         return self.kind(
             width,
-            self.features,
+            self.features // self.shards.feature,
             written=self.written,
             skip=self.skip,
             precision=precision,
             most_k=self.most_k,
             weighs=self.weighs,
+            shards=self.shards,
         )
 
 

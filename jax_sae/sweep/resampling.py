@@ -55,16 +55,20 @@ def resample(
         targets = targets - x @ params["W_skip"]
     written = decode(model.clone(skip=False), params, encode(model, params, values, x))
     loss = jnp.where(weights > 0, jnp.sum(jnp.square(targets - written), -1), 0.0)
+    shards, F = model.shards, len(dead)
+    loss, x, targets = (shards.of_tokens(each) for each in (loss, x, targets))  # any token may be drawn
     cumulated = jnp.cumsum(jnp.square(loss / jnp.maximum(jnp.max(loss), 1e-30)))
-    drawn = jnp.searchsorted(cumulated, (1 - jax.random.uniform(key, dead.shape, jnp.float32)) * cumulated[-1])
+    uniform = jax.random.uniform(key, (F * shards.feature,), jnp.float32)  # the same on all parts
+    drawn = jnp.searchsorted(cumulated, (1 - uniform[shards.feature_numbers(F)]) * cumulated[-1])
     rows = jnp.minimum(drawn, len(x) - 1)
     directions = unit_rows(targets[rows] - params["b_dec"])
     read = unit_rows(x[rows]) if writes_others else directions
     is_own = row_norms(params["W_dec"]) > 0  # a padded feature is 0
-    lives = jnp.where(jnp.any(is_own & ~dead), is_own & ~dead, is_own)
+    lives = jnp.where(shards.any_feature(is_own & ~dead), is_own & ~dead, is_own)
+    living = jnp.maximum(shards.over_features(jnp.sum(lives)), 1)
 
     def mean_norm(W: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(lives, row_norms(W), 0)) / jnp.maximum(jnp.sum(lives), 1)
+        return shards.over_features(jnp.sum(jnp.where(lives, row_norms(W), 0))) / living
 
     new = {
         "W_dec": mean_norm(params["W_dec"]) * directions,

@@ -1,6 +1,7 @@
 """One optimiser step of a member; many steps of a group (the only vmap), and of the sweep, in one dispatch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, get_args
 
@@ -8,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
+from jax_sae.autoencoder.shards import DATA, WHOLE, Shards
 from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group, inputs_and_targets
 from jax_sae.sweep.members import settings_of
+from jax_sae.sweep.mesh import of_members, shards_of, specs
 from jax_sae.sweep.optimizer import Compiled, clipping, make_optimizer, penalty_ramp, traced_settings
-from jax_sae.sweep.resampling import resample
+from jax_sae.sweep.resampling import OF_NO_FEATURE, resample
 
 METRICS = ("loss_per_element", "penalty_per_element", "l0")
 """What is told of each step: the squared error and all else that is minimised, both per token and per element of x, in
@@ -171,14 +176,19 @@ def update_member(
     """
     targets = x if targets is None else targets
     model = form.model(x.shape[-1], train.precision)
-    dead = dead_features(state)
+    shards = form.shards
+    dead = dead_features(state, shards)
     ramp = penalty_ramp(step, state.settings)
     values: dict[str, Any] = {**state.settings, **state.memory, "ramp": ramp, "dead": dead, "any_dead": any_dead}
     terms, gradient = terms_and_gradient(model, state.params, values, x, weights, targets)
+    tokens = jnp.sum(weights)
+    if shards.data > 1:  # the only time that gradients are sent, all at once
+        sums = (terms._replace(smallest=jnp.float32(0)), gradient, tokens)
+        of_all, gradient, tokens = jax.lax.psum(sums, DATA)
+        terms = of_all._replace(smallest=terms.smallest)
     if form.unit_decoder:
         gradient["W_dec"] = along_the_sphere(gradient["W_dec"], state.params["W_dec"])
-    tokens = jnp.sum(weights)
-    squared_norm = optax.tree.norm(gradient, squared=True)
+    squared_norm = squared_norm_of(gradient, shards)
     factor = clipping(squared_norm, tokens, state.settings["clip"])
     gradient = jax.tree.map(lambda g: factor * g, gradient)
     updates, opt_state = make_optimizer(state.settings, train).update(gradient, state.opt_state, state.params)
@@ -196,12 +206,22 @@ def update_member(
     after = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
     metrics = jnp.stack(
         [
-            loss_per_element(terms.squared_error, weights, targets.shape[-1]),
-            loss_per_element(terms.penalty, weights, targets.shape[-1]),
-            jnp.sum(terms.fired) / jnp.maximum(tokens, 1),
+            loss_per_element(terms.squared_error, tokens, targets.shape[-1]),
+            loss_per_element(terms.penalty, tokens, targets.shape[-1]),
+            shards.over_features(jnp.sum(terms.fired)) / jnp.maximum(tokens, 1),
         ]
     )
     return after._replace(diverged=diverged), jnp.where(diverged, jnp.nan, metrics)
+
+
+def squared_norm_of(gradient: Params, shards: Shards) -> jax.Array:
+    """|g|^2, over all parameters of a member."""
+    if shards.feature == 1:
+        return optax.tree.norm(gradient, squared=True)
+    of_features = {name: g for name, g in gradient.items() if name not in OF_NO_FEATURE}
+    shared = {name: g for name, g in gradient.items() if name in OF_NO_FEATURE}
+    own, also = (optax.tree.norm(each, squared=True) for each in (of_features, shared))
+    return shards.over_features(own) + also
 
 
 def terms_and_gradient(
@@ -254,12 +274,12 @@ def rows_at_a_time(batch_tokens: int, couples_tokens: bool = False) -> int:
     return max((rows for rows in range(256, 1025) if batch_tokens % rows == 0), default=batch_tokens)
 
 
-def dead_features(state: MemberState) -> jax.Array:
+def dead_features(state: MemberState, shards: Shards = WHOLE) -> jax.Array:
     """Features [F] that have not fired for `dead_after_tokens` tokens; none of padding, or where it is not counted."""
     F = state.params["W_enc"].shape[-1]
     if "tokens_since_fired" not in state.memory:
         return jnp.zeros(F, bool)
-    is_own = jnp.arange(F) < state.settings["features"]
+    is_own = shards.feature_numbers(F) < state.settings["features"]
     return is_own & (state.memory["tokens_since_fired"] >= state.settings["dead_after_tokens"])
 
 
@@ -283,7 +303,7 @@ def resample_at_its_steps(
     model = form.model(x.shape[-1], train.precision)
 
     def resampled(state: MemberState) -> MemberState:
-        dead = dead_features(state)
+        dead = dead_features(state, form.shards)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), state.settings["seed"]), step)
         values = {**state.settings, **state.memory}
         adam, *rest = state.opt_state
@@ -310,7 +330,8 @@ def update_group(
     """A step of every member of a group on each of the batches first, ..., last - 1; also METRICS [M, batches, 3].
 
     The members are computed at once; on a CPU one after another, each all of its steps, so that its state stays in the
-    caches (docs/performance.md). The values are the same. Arguments are as for `update_many`.
+    caches (docs/performance.md), unless they send something to other devices, which they do at once. The values are the
+    same. Arguments are as for `update_many`.
     """
     update = partial(update_member, form=form, train=train)
     M, batches = len(group.diverged), len(x)
@@ -327,13 +348,13 @@ def update_group(
 
     def of_all(i: jax.Array, carry: tuple[MemberState, jax.Array]) -> tuple[MemberState, jax.Array]:
         group, metrics = carry
-        any_dead = jnp.any(jax.vmap(dead_features)(group))
+        any_dead = form.shards.any_feature(jax.vmap(partial(dead_features, shards=form.shards))(group))
         inputs, targets = inputs_and_targets(x[i], form)
         at_once = jax.vmap(lambda member: update(member, inputs, weights[i], step + i - first, any_dead, targets))
         group, of_step = at_once(group)
         return group, metrics.at[:, i].set(of_step)
 
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and form.shards == WHOLE:
         return jax.lax.map(of_member, group)
     return jax.lax.fori_loop(first, last, of_all, (group, jnp.zeros((M, batches, len(METRICS)), jnp.float32)))
 
@@ -354,6 +375,7 @@ def update_many(
     *,
     forms: tuple[Form, ...],
     train: TrainConfig,
+    mesh: Mesh | None = None,
 ) -> tuple[SweepState, jax.Array]:
     """A step on each of the batches first, ..., last - 1 of a run, in one dispatch.
 
@@ -371,19 +393,36 @@ def update_many(
         step: steps before the first of them; schedules go by it.
         forms: of the groups, in their order.
         train: the settings that the state was made with.
+        mesh: on which the state and the batches lie, as `mesh.spread` and `mesh.batches_on` put them there.
 
     Returns:
         The state after them, and METRICS [batches, M, 3] float32, 0 outside first to last; M are the members of all
-        groups, in the groups' order.
+        groups, in the groups' order. On a mesh each group's are followed by those that fill its last part.
     """
     compiled_for = TrainConfig(precision=train.precision, beta1=train.beta1, beta2=train.beta2)  # the rest is traced
-    return _update_many(state, x, weights, first, last, step, forms=forms, train=compiled_for)
+    return _update_many(state, x, weights, first, last, step, forms=forms, train=compiled_for, mesh=mesh)
 
 
-@partial(jax.jit, static_argnames=("forms", "train"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("forms", "train", "mesh"), donate_argnames="state")
 def _update_many(
-    state: SweepState, *batches: Any, forms: tuple[Form, ...], train: Compiled
+    state: SweepState, *batches: Any, forms: tuple[Form, ...], train: Compiled, mesh: Mesh | None
 ) -> tuple[SweepState, jax.Array]:
-    results = [update_group(group, *batches, form=form, train=train) for group, form in zip(state, forms, strict=True)]
-    states, metrics = zip(*results, strict=True)
-    return tuple(states), jnp.concatenate(metrics).swapaxes(0, 1)
+    def here(state: SweepState, *batches: Any) -> tuple[SweepState, jax.Array]:
+        """On one device, or what each device of a mesh does with its part of all that is given."""
+        parts = WHOLE if mesh is None else shards_of(mesh)
+        results = [
+            update_group(group, *batches, form=replace(form, shards=parts), train=train)
+            for group, form in zip(state, forms, strict=True)
+        ]
+        states, metrics = zip(*results, strict=True)
+        if mesh is not None:  # once for all steps
+            metrics = tuple(of_members(mesh, its) for its in metrics)
+        return tuple(states), jnp.concatenate(metrics).swapaxes(0, 1)
+
+    if mesh is None:
+        return here(state, *batches)
+    where = specs(state)
+    of_batches = (P(None, DATA, None), P(None, DATA), P(), P(), P())
+    # JAX's check of what is equal on which devices knows nothing of `Shards`, which says so itself.
+    on_each = jax.shard_map(here, mesh=mesh, in_specs=(where, *of_batches), out_specs=(where, P()), check_vma=False)
+    return on_each(state, *batches)

@@ -246,7 +246,7 @@ def test_pca_as_an_autoencoder_reaches_the_floors(kind: Kind) -> None:
         params = unstacked(group)[F - 1]
         ones, model = jnp.ones(len(x)), ReLU(*params["W_enc"].shape)
         x_hat = decode(model, params, encode(model, params, {}, x_n))
-        loss = loss_per_element(squared_error(x_n, x_hat, ones), ones, D)
+        loss = loss_per_element(squared_error(x_n, x_hat, ones), jnp.sum(ones), D)
         assert loss == pytest.approx(held_out.loss_floor(F), rel=1e-5, abs=1e-10)
         expected = eigenvalues[F:].sum() / eigenvalues.sum()
         if kind == "story":

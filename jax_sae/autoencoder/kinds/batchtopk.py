@@ -30,9 +30,9 @@ class BatchTopK(TopK):
 
     def keep(self, candidates: jax.Array, weights: jax.Array, values: Values) -> jax.Array:
         """The k largest candidates a token, on average over the batch's tokens; none of padding."""
-        count = values["k"] * jnp.sum(weights).astype(jnp.int32)
+        count = values["k"] * self.shards.over_tokens(jnp.sum(weights)).astype(jnp.int32)
         without_padding = jnp.where(weights[:, None] > 0, candidates, 0.0)
-        return self.ranked(without_padding, lambda sizes: keep_largest_of_batch(sizes, count))
+        return self.ranked(without_padding, lambda sizes: keep_largest_of_batch(sizes, count, self.shards))
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """|y - y_hat|^2 + alpha AuxK, summed over tokens."""
@@ -40,7 +40,12 @@ class BatchTopK(TopK):
         features = self.keep(candidates, weights, values)
         written = self.decode(features)
         auxk = self.auxk(lambda: candidates, targets - written, weights, values)
-        return terms(targets, written, features, weights, auxk)._replace(smallest=smallest(self.sizes(features)))
+        return terms(targets, written, features, weights, auxk)._replace(smallest=self.smallest(features))
+
+    def smallest(self, features: jax.Array) -> jax.Array:
+        """The smallest feature above 0, as features are ranked, without a gradient; infinity where there is none."""
+        sizes = jax.lax.stop_gradient(self.sizes(features))
+        return self.shards.smallest(jnp.min(jnp.where(sizes > 0, sizes, jnp.inf)))
 
     @staticmethod
     def initial_memory() -> dict[str, jax.Array]:
@@ -55,11 +60,6 @@ class BatchTopK(TopK):
         new = {"threshold": mean, "threshold_weight": weight}
         is_active = jnp.isfinite(terms.smallest)
         return memory | {name: jnp.where(is_active, new[name], memory[name]) for name in new}
-
-
-def smallest(features: jax.Array) -> jax.Array:
-    """The smallest feature above 0, without a gradient; infinity where there is none."""
-    return jax.lax.stop_gradient(jnp.min(jnp.where(features > 0, features, jnp.inf)))
 
 
 KIND = BatchTopK

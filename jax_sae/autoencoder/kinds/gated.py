@@ -25,6 +25,7 @@ class Gated(Autoencoder):
         "decoder_norm": "unit",
     }
     penalties = ("l1_coefficient",)
+    splits_features = True
 
     def setup(self) -> None:
         """Declare the parameters: b_gate[F], b_mag[F] and r_mag[F] in place of b_enc."""
@@ -49,8 +50,9 @@ class Gated(Autoencoder):
         gate, features = self.gate_and_magnitude(x)
         open_gates = nn.relu(gate)
         W_dec, b_dec, frozen = jax.lax.stop_gradient((self.W_dec, self.b_dec, targets))  # a skip is in the targets
-        of_gate = squared_error(frozen, product(open_gates, W_dec, self.precision) + b_dec, weights)
-        l1 = l1_norm(open_gates, self.direction_norms(), weights)
+        by_gate = self.shards.over_features(product(open_gates, W_dec, self.precision)) + b_dec
+        of_gate = squared_error(frozen, by_gate, weights)
+        l1 = self.shards.over_features(l1_norm(open_gates, self.direction_norms(), weights))
         penalty = values["ramp"] * values["l1_coefficient"] * l1 + of_gate
         return terms(targets, self.decode(features), features, weights, penalty)
 

@@ -78,6 +78,7 @@ class JumpReLU(Autoencoder):
     }
     penalties = ("l0_coefficient", "target_l0", "frequency_coefficient")
     couples_tokens = True  # with a target
+    splits_features = True
 
     initial_threshold: float = 0.1
 
@@ -95,20 +96,23 @@ class JumpReLU(Autoencoder):
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """|y - y_hat|^2 + lambda |f|_0, or D (L0 / target - 1)^2, summed over tokens."""
-        is_own = jnp.arange(self.features) < values["features"]  # a padded threshold is 1, which a window may reach
+        shards = self.shards
+        # a padded threshold is 1, which a window may reach
+        is_own = shards.feature_numbers(self.features) < values["features"]
         threshold = jnp.exp(jnp.where(is_own, self.log_threshold, 0.0))
         bandwidth = values["bandwidth"] * self.width**0.5
         z = self.pre_activations(x)
         features = jump(z, threshold, bandwidth)
         fires = weights[:, None] * step(z, threshold, bandwidth)
-        active = jnp.sum(fires)
+        active = shards.over_features(jnp.sum(fires))
         has_target = values["target_l0"] > 0
-        tokens, target = jnp.maximum(jnp.sum(weights), 1), jnp.where(has_target, values["target_l0"], 1)
-        off_target = tokens * self.written_width * jnp.square(active / tokens / target - 1)
+        here = jnp.sum(weights)  # the tokens of this part of the batch, whose share of the loss this is
+        tokens, target = jnp.maximum(shards.over_tokens(here), 1), jnp.where(has_target, values["target_l0"], 1)
+        off_target = here * self.written_width * jnp.square(shards.over_tokens(active) / tokens / target - 1)
         penalty = jnp.where(has_target, off_target, values["l0_coefficient"] * active)
         if self.is_weighed("frequency_coefficient"):
-            too_often = nn.relu(jnp.sum(fires, 0) / tokens / values["frequency_limit"] - 1)
-            of_frequency = tokens * self.written_width * jnp.sum(jnp.where(is_own, too_often, 0))
+            too_often = nn.relu(shards.over_tokens(jnp.sum(fires, 0)) / tokens / values["frequency_limit"] - 1)
+            of_frequency = here * self.written_width * shards.over_features(jnp.sum(jnp.where(is_own, too_often, 0)))
             penalty = penalty + values["frequency_coefficient"] * of_frequency
         return terms(targets, self.decode(features), features, weights, values["ramp"] * penalty)
 

@@ -21,6 +21,7 @@ class ReLU(Autoencoder):
 
     settings: ClassVar[Mapping[str, Any]] = {"l1_coefficient": 0.0, "initial_norm": 0.1}
     penalties = ("l1_coefficient",)
+    splits_features = True
 
     @classmethod
     def defaults(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,7 +41,8 @@ class ReLU(Autoencoder):
         written = self.decode(features)
         if not self.is_weighed("l1_coefficient"):
             return terms(targets, written, features, weights)
-        penalty = values["ramp"] * values["l1_coefficient"] * l1_norm(features, self.direction_norms(), weights)
+        l1 = self.shards.over_features(l1_norm(features, self.direction_norms(), weights))
+        penalty = values["ramp"] * values["l1_coefficient"] * l1
         return terms(targets, written, features, weights, penalty)
 
 

@@ -1,6 +1,7 @@
 """The k largest features of each token."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -36,6 +37,7 @@ class TopK(Autoencoder):
         "decoder_bias": "geometric_median",
     }
     penalties = ("auxk_coefficient",)
+    splits_features = True
     encode_settings: ClassVar[tuple[str, ...]] = ("k",)
 
     def candidates(self, x: jax.Array) -> jax.Array:
@@ -60,14 +62,16 @@ class TopK(Autoencoder):
         """The k largest candidates of each token."""
         if not self.most_k:
             return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_any(sizes, values["k"]))
-        return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_rows(sizes, values["k"], self.most_k))
+        keep = partial(keep_largest_of_rows, k=values["k"], most_k=self.most_k, shards=self.shards)
+        return self.ranked(self.candidates(x), keep)
 
     def loss(self, x: jax.Array, targets: jax.Array, weights: jax.Array, values: Values) -> Terms:
         """|y - y_hat|^2 + alpha AuxK, summed over tokens."""
         if len(self.written) < 2 and is_sparse_faster(self.features, self.most_k):
             return self.sparse_loss(x, targets, weights, values)
         candidates = self.candidates(x)
-        features = self.ranked(candidates, lambda sizes: keep_largest_of_rows(sizes, values["k"], self.most_k))
+        keep = partial(keep_largest_of_rows, k=values["k"], most_k=self.most_k, shards=self.shards)
+        features = self.ranked(candidates, keep)
         written = self.decode(features)
         auxk = self.auxk(lambda: candidates, targets - written, weights, values)
         return terms(targets, written, features, weights, auxk)
@@ -84,6 +88,7 @@ class TopK(Autoencoder):
             self.most_k,
             self.precision,
             not self.written,
+            self.shards,
         )
         fired = jnp.zeros(self.features, jnp.float32).at[places].add(jnp.where(active > 0, weights[:, None], 0.0))
         auxk = self.auxk(lambda: self.candidates(x), targets - written, weights, values)
@@ -95,13 +100,15 @@ class TopK(Autoencoder):
         """Alpha AuxK of an error y - y_hat [B, D_written], summed over tokens; not computed if no feature is dead."""
         if not self.is_weighed("auxk_coefficient"):
             return jnp.float32(0)
-        most = min(self.features, max(1, self.written_width // 2))
+        most = min(self.features * self.shards.feature, max(1, self.written_width // 2))
         dead, missed = values["dead"], jax.lax.stop_gradient(error)
 
         def of_dead() -> jax.Array:
-            features = keep_largest_of_rows(jnp.where(dead, candidates(), 0.0), jnp.int32(most), most)
-            remaining = squared_error(missed, product(features, self.W_dec, self.precision), weights)
-            return jnp.where(jnp.any(dead), remaining, 0.0)  # others that are computed with it may have dead ones
+            features = keep_largest_of_rows(jnp.where(dead, candidates(), 0.0), jnp.int32(most), most, self.shards)
+            written = self.shards.over_features(product(features, self.W_dec, self.precision))
+            remaining = squared_error(missed, written, weights)
+            # others that are computed with it may have dead ones
+            return jnp.where(self.shards.any_feature(dead), remaining, 0.0)
 
         return values["auxk_coefficient"] * jax.lax.cond(values["any_dead"], of_dead, lambda: jnp.float32(0))
 
