@@ -425,6 +425,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """On how many devices; without any of these, on the first one."""
+
+    data: int | None = setting(None, check=positive)
+    """Parts of a batch's rows, which sum their gradients once a step."""
+    member: int | None = setting(None, check=positive)
+    """Parts of the members of a group, which send each other nothing."""
+    feature: int | None = setting(None, check=positive)
+    """Parts of each member's features, which sum what they write at each step."""
+    auto: bool = False
+    """Choose those that are not given by the devices, their memory and the sweep."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes."""
 
@@ -433,6 +447,7 @@ class Config:
     activations: ActivationsConfig = field(default_factory=ActivationsConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def check_ranges(record: Any, called: Callable[[str], str]) -> None:

@@ -1,13 +1,15 @@
 """Held-out activations: how good the members are there, and how good they could be."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jax_sae.activations.batches import first_activations
 from jax_sae.activations.normalize import Normalization, denormalize, estimate_story, normalize, of_places
@@ -18,10 +20,12 @@ from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 from jax_sae.autoencoder.model import Autoencoder, decode, encode
 from jax_sae.autoencoder.regression import Regression, add_pairs, no_pairs, regression
+from jax_sae.autoencoder.shards import DATA, FEATURE, MEMBER, WHOLE
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
 from jax_sae.sweep.groups import Form
+from jax_sae.sweep.mesh import shards_of, specs
 from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096
@@ -152,7 +156,7 @@ class Measured(NamedTuple):
     """Features that are active on none of the tokens."""
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames=("model", "mesh"))
 def _errors_and_active(
     model: Autoencoder,
     group: MemberState,
@@ -160,33 +164,67 @@ def _errors_and_active(
     normalization: Normalization,
     targets: jax.Array | None,
     of_targets: Normalization | None,
+    is_token: jax.Array,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """|y - y_hat|^2 in the language model's own scale [M, B, places], active features [M, B], tokens a feature [M, F].
 
-    Without targets[B, D_written], they are x[B, D].
+    Without targets[B, D_written], they are x[B, D]. Rows that are no tokens, by is_token[B], count for no feature.
     """
-    y, of_y = (x, normalization) if targets is None or of_targets is None else (targets, of_targets)
     ends = np.cumsum(model.written or (model.width,))
+    shards = model.shards
 
-    def of_member(member: MemberState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        inputs = normalize(normalization, x)
-        features = encode(model, member.params, {**member.settings, **member.memory}, inputs)
-        squares = jnp.square(y - denormalize(of_y, decode(model, member.params, features, inputs)))
-        errors = jnp.stack([jnp.sum(part, -1) for part in jnp.split(squares, ends[:-1], -1)], -1)
-        return errors, jnp.sum(features > 0, -1), jnp.sum(features > 0, 0)
+    def here(group: MemberState, *rows: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, normalization, targets, of_targets, is_token = rows
+        y, of_y = (x, normalization) if targets is None or of_targets is None else (targets, of_targets)
 
-    return jax.lax.map(of_member, group)  # one after another: their features may be many
+        def of_member(member: MemberState) -> tuple[jax.Array, jax.Array, jax.Array]:
+            inputs = normalize(normalization, x)
+            features = encode(model, member.params, {**member.settings, **member.memory}, inputs)
+            squares = jnp.square(y - denormalize(of_y, decode(model, member.params, features, inputs)))
+            errors = jnp.stack([jnp.sum(part, -1) for part in jnp.split(squares, ends[:-1], -1)], -1)
+            is_active = features > 0
+            of_feature = shards.over_tokens(jnp.sum(is_active & is_token[:, None], 0))
+            return errors, shards.over_features(jnp.sum(is_active, -1)), of_feature
+
+        return jax.lax.map(of_member, group)  # one after another: their features may be many
+
+    rows = (x, normalization, targets, of_targets, is_token)
+    if mesh is None:
+        return here(group, *rows)
+    along = jax.tree.map(lambda each: P(DATA) if each.ndim and len(each) == len(x) else P(), rows)
+    parts = (P(MEMBER, DATA), P(MEMBER, DATA), P(MEMBER, FEATURE))
+    return jax.shard_map(here, mesh=mesh, in_specs=(specs(group), *along), out_specs=parts, check_vma=False)(
+        group, *rows
+    )
+
+
+def _up_to(rows: tuple[Any, ...], n: int, parts: int) -> tuple[Any, ...]:
+    """Arrays of n rows, with rows of zeros up to a multiple of the parts of a mesh; and which are no such, [rows]."""
+    more = -n % parts
+
+    def fill(each: Any) -> Any:
+        each = np.asarray(each)
+        return np.pad(each, [(0, more), *[(0, 0)] * (each.ndim - 1)]) if each.ndim and len(each) == n else each
+
+    filled = jax.tree.map(fill, rows) if more else rows
+    return *filled, np.arange(n + more) < n
 
 
 def measure_held_out(
-    group: MemberState, form: Form, reads: Sequence[HeldOut], writes: Sequence[HeldOut]
+    group: MemberState,
+    form: Form,
+    reads: Sequence[HeldOut],
+    writes: Sequence[HeldOut],
+    mesh: Mesh | None = None,
 ) -> list[Measured]:
     """FVU, L0 and dead features of each member of a group over all held-out tokens, errors summed in float64.
 
-    `reads` and `writes` are the tokens at the places that its members read and write.
+    `reads` and `writes` are the tokens at the places that its members read and write; `mesh` is where the group lies.
     """
     (inputs, of_inputs), (targets, of_targets) = joined(reads), joined(writes)
-    model = form.model(inputs.shape[1], "float32")
+    shards = WHOLE if mesh is None else shards_of(mesh)
+    model = replace(form, shards=shards).model(inputs.shape[1], "float32")
     is_same = reads == writes
     errors, active = [], []
     fired = np.zeros((len(group.diverged), form.features), np.int64)
@@ -196,9 +234,10 @@ def measure_held_out(
         if reads[0].kind == "story":
             normalization = Normalization(*(np.asarray(of_each_row)[rows] for of_each_row in normalization))
         others = (None, None) if is_same else (targets[rows], of_targets)
-        error, on, of_feature = _errors_and_active(model, group, inputs[rows], normalization, *others)
-        errors.append(np.asarray(error, np.float64))
-        active.append(np.asarray(on))
+        given, n = (inputs[rows], normalization, *others), len(inputs[rows])
+        error, on, of_feature = _errors_and_active(model, group, *_up_to(given, n, shards.data), mesh)
+        errors.append(np.asarray(error, np.float64)[:, :n])
+        active.append(np.asarray(on)[:, :n])
         fired += np.asarray(of_feature)
     totals = np.array([part.eigenvalues.sum() for part in writes])
     units = np.array([np.float64(part.normalization.scale) ** 2 if len(writes) > 1 else 1.0 for part in writes])

@@ -1,6 +1,5 @@
 """What a run will need, said before it begins: tokens, memory and disk."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from jax_sae.activations.story_sources import StorySource, StreamSource
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import SPACE_TO_SPARE
+from jax_sae.run.memory import memory_of_device, memory_of_machine, n_bytes, size
 from jax_sae.run.progress import Setup
-from jax_sae.sweep.update import METRICS, MemberState, padded_shape, rows_at_a_time
+from jax_sae.sweep.update import METRICS, padded_shape, rows_at_a_time
 
 PROCESS_BYTES, TEXT_BYTES = 650_000_000, 200_000_000
 """What Python, JAX, its compiler and the other libraries take on a CPU; and those that read text and tokenise it."""
@@ -148,27 +148,3 @@ def _disk(setup: Setup, out: Path, done: int) -> str:
 def is_checkpoint(step: int, every: int, last: int) -> bool:
     """Whether a checkpoint is taken after a step."""
     return step % every == 0 or step == last
-
-
-def memory_of_device() -> int:
-    """Bytes of memory of the first device; of the machine, where the device has none of its own."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or memory_of_machine()
-
-
-def memory_of_machine() -> int:
-    """Bytes of memory of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def n_bytes(tree: MemberState | dict[str, jax.Array]) -> int:
-    """Bytes of the arrays of a tree, or of the shapes of such arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: 12.3 MB."""
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-    return f"{count / 1000:,.3g} TB"

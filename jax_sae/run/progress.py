@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_sae.activations.normalize import Normalization
 from jax_sae.activations.places import Place, described, total_width
 from jax_sae.activations.position import Position
+from jax_sae.autoencoder.shards import MEMBER
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
@@ -19,6 +21,7 @@ from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
 from jax_sae.run.digests import from_flat, to_flat
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import member_names, recorded_member, settings_of
+from jax_sae.sweep.mesh import spread
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.sweep.update import (
     METRICS,
@@ -39,9 +42,14 @@ def versions() -> dict[str, str]:
     return {"jax_sae": version("jax_sae"), **{name: version(name) for name in PACKAGES}}
 
 
-def device() -> str:
-    """What the run is computed on, such as `2 x TPU v4`; the same bits are promised on the same device only."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def device(mesh: Mesh | None = None) -> str:
+    """What the run is computed on, such as `1 x cpu`; the same bits are promised on the same devices only.
+
+    On a mesh such as `8 x TPU v4, data 2 x member 4`.
+    """
+    there = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    parts = [] if mesh is None else [f"{name} {n}" for name, n in mesh.shape.items() if n > 1]
+    return ", ".join([there, *([" x ".join(parts)] if parts else [])])
 
 
 @dataclass
@@ -64,6 +72,8 @@ class Setup:
     """Whose columns a batch has, side by side; a single one may be nameless."""
     inputs: dict[str, str]
     """Digests of what the batches are made of, as `Source.digests` gives them."""
+    mesh: Mesh | None = None
+    """On which the sweep lies; None: on one device."""
 
     @property
     def width(self) -> int:
@@ -87,6 +97,18 @@ class Setup:
     def shapes(self) -> list[list[MemberState]]:
         """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""
         return [member_shapes(group, self.width, self.config.train) for group in self.groups]
+
+    def put(self, state: SweepState) -> SweepState:
+        """The state of a sweep, put where it is trained."""
+        return jax.device_put(state) if self.mesh is None else spread(state, self.mesh)
+
+    def columns_of_metrics(self) -> np.ndarray:
+        """[M] int: where the members' metrics stand in those that a step gives, in which a mesh may have others."""
+        parts = 1 if self.mesh is None else self.mesh.shape[MEMBER]
+        filled = [-(-len(group.names) // parts) * parts for group in self.groups]
+        firsts = np.cumsum([0, *filled[:-1]])
+        columns = [first + np.arange(len(its.names)) for first, its in zip(firsts, self.groups, strict=True)]
+        return np.concatenate(columns)
 
     def names(self) -> list[str]:
         """The members' names, in the groups' order."""
@@ -161,7 +183,7 @@ def content(progress: Progress, setup: Setup) -> tuple[Tree, Tree]:
         "places": [asdict(place) for place in setup.places],
         "diverged_at_step": {name: step for name, step in diverged if step is not None},
         "inputs": setup.inputs,
-        "device": device(),
+        "device": device(setup.mesh),
         "versions": versions(),
     }
     return {"members": members, "normalization": normalization}, run
@@ -231,7 +253,7 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
             f"warning       {what}; going on from step {step}; it is now {checkpoints.set_aside(bad).name}"
             for bad, what in damaged
         ]
-    now = {"device": device(), **versions()}
+    now = {"device": device(setup.mesh), **versions()}
     before = {"device": run["device"], **run["versions"]}
     changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
     if changes:
@@ -256,7 +278,7 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
         state.append(stack(members, padded_shape(shapes)))
     normalization = Normalization(**tree["normalization"])
     position, read = Position(**run["position"]), Position(**run["read"])
-    return Progress(step, run["tokens"], position, read, jax.device_put(tuple(state)), metrics, normalization), lines
+    return Progress(step, run["tokens"], position, read, setup.put(tuple(state)), metrics, normalization), lines
 
 
 def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:

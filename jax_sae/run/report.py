@@ -166,7 +166,7 @@ def describe(setup: Setup) -> list[str]:
         f"members       {len(setup.names())}, {described(setup.places)}, groups {inside}"
         if len(setup.places) > 1
         else f"members       {len(setup.names())} of width {setup.width}, groups {inside}",
-        f"training      {train.steps:,} steps of {tokens}, Adam, on {device()}",
+        f"training      {train.steps:,} steps of {tokens}, Adam, on {device(setup.mesh)}",
     ]
 
 
@@ -281,7 +281,8 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
         reads, writes = ([at_place[place] for place in its] for its in (setup.reads(group), setup.writes(group)))
         written, names = side_by_side(writes), [place.name for place in setup.writes(group)]
         linear = linear_regression(reads, writes) if group.reads != (group.writes or group.reads) else None
-        measured += [(written, names, linear, each) for each in measure_held_out(state, group.form, reads, writes)]
+        measured_here = measure_held_out(state, group.form, reads, writes, setup.mesh)[: len(group.names)]
+        measured += [(written, names, linear, each) for each in measured_here]
     last = mean_of_last_steps(progress.metrics)
     found = []
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
@@ -327,7 +328,7 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
         "tokens_over_norm_limit": over_norm_limit,
         "held_out_tokens_over_norm_limit": held_out[0].tokens_over_norm_limit,
         "pca": pca if len(setup.places) > 1 else next(iter(pca.values())),
-        "device": device(),
+        "device": device(setup.mesh),
     }
 
 

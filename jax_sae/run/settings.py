@@ -51,6 +51,10 @@ MAY_CHANGE_ON_RESUME = (
     "text.tokenizer",
     "activations.path",
     "activations.mask",
+    "mesh.data",
+    "mesh.member",
+    "mesh.feature",
+    "mesh.auto",
     "sweep.places",  # a place has several names; members' names and `restore` tell others
 )
 ANY_WIDTH = 2**31 - 1

@@ -17,7 +17,7 @@ from jax_sae.activations.batches import batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize, of_each_place
 from jax_sae.activations.norms import norm_lines, norm_statistics
-from jax_sae.activations.places import columns
+from jax_sae.activations.places import columns, total_width
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import (
     Source,
@@ -34,12 +34,14 @@ from jax_sae.language_model.hub import read_json
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
+from jax_sae.run.layout import choose_mesh
 from jax_sae.run.lock import locked
 from jax_sae.run.plan import is_checkpoint, plan
 from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save
 from jax_sae.streams import say
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members, with_features
+from jax_sae.sweep.mesh import batches_on
 from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_many
 
 NORMALIZATION_TOKENS = 16_384
@@ -116,8 +118,9 @@ def train(
     if resume and out:
         members, changed = members_begun_with(out, members)
     groups = make_groups(members, source.places)
-    setup = Setup(config, groups, source.places, inputs(source, held_out_source))
-    say([*first_lines, *lines, *changed, *report.describe(setup)])
+    mesh, of_mesh = choose_mesh(config, groups, total_width(source.places))
+    setup = Setup(config, groups, source.places, inputs(source, held_out_source), mesh)
+    say([*first_lines, *lines, *changed, *report.describe(setup), *of_mesh])
     progress: Progress | None = None
     with ExitStack() as stack:
         if resume and out:
@@ -262,7 +265,7 @@ def begin(setup: Setup, source: Source) -> Progress:
     metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)
     normalized = [normalize(for_story(kind, normalization, x, setup.places), x) for x in sample]
     centres = find_centres(setup, normalized)
-    state = init_sweep(setup.groups, setup.width, config.train, centres)
+    state = setup.put(init_sweep(setup.groups, setup.width, config.train, centres))
     return Progress(0, 0, Position(), Position(), state, metrics, normalization)
 
 
@@ -296,13 +299,14 @@ def dispatches(
         Stopped: if a stop is requested while activations are made.
     """
     seconds_a_step = math.inf  # not known yet: a short one first
-    config, forms = setup.config, tuple(group.form for group in setup.groups)
+    config, forms, mesh = setup.config, tuple(group.form for group in setup.groups), setup.mesh
+    its_columns = setup.columns_of_metrics()
     source = Interruptible(source, lambda: stop_requested(progress.step))
     runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
     while progress.step < config.train.steps:
         start = time.perf_counter()
         run = next(runs)
-        x, weights = jax.device_put((run.x, run.weights))
+        x, weights = jax.device_put((run.x, run.weights)) if mesh is None else batches_on(mesh, run.x, run.weights)
         clock.harvest_seconds += time.perf_counter() - start
         clock.harvest_tokens += int(run.weights.sum())
         first = run.used
@@ -310,12 +314,12 @@ def dispatches(
             start = time.perf_counter()
             last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
             state, metrics = update_many(
-                progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train
+                progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train, mesh=mesh
             )
             step = progress.step + last - first
             tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
             clock.train_tokens += int(tokens[-1]) - progress.tokens
-            progress.metrics[progress.step : step] = np.asarray(metrics)[first:last]
+            progress.metrics[progress.step : step] = np.asarray(metrics)[first:last, its_columns]
             progress = replace(
                 progress,
                 step=step,
