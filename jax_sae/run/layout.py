@@ -85,9 +85,10 @@ def _refuse(config: Config, groups: Sequence[Group], data: int, feature: int) ->
                 "devices (splits_features, docs/add_a_kind.md); use mesh.member or mesh.data"
             )
         if widest.features % feature:
+            name, more = group.names[group.members.index(widest)], -(-widest.features // feature) * feature
             raise BadInput(
-                f"mesh.feature is {feature}, which does not divide {widest.features}, the features of "
-                f"{group.names[group.members.index(widest)]}; the next that it divides is {-(-widest.features // feature) * feature}"
+                f"mesh.feature is {feature}, which does not divide {widest.features}, the features of {name}; the next "
+                f"that it divides is {more}"
             )
         if data > 1 and not _splits_tokens(group):
             raise BadInput(

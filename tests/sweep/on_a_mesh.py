@@ -1,0 +1,131 @@
+"""Trains small sweeps on eight devices that XLA makes of one CPU, and writes what came of it; `test_mesh.py` looks.
+
+`python on_a_mesh.py FOLDER`, with XLA_FLAGS that ask for eight devices, in a process of its own.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jax_sae.activations.places import Place
+from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows
+from jax_sae.autoencoder.shards import WHOLE
+from jax_sae.config import Member, SweepConfig, TrainConfig
+from jax_sae.sweep.groups import make_groups
+from jax_sae.sweep.members import sweep_members
+from jax_sae.sweep.mesh import batches_on, make_mesh, shards_of, spread
+from jax_sae.sweep.update import _update_many, init_sweep, update_many
+
+STEPS, B, D, F = 50, 32, 12, 128
+LAYOUTS = {"data": (8, 1, 1), "feature": (2, 1, 4), "all": (2, 2, 2)}
+TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, warmup=0.1)
+THERE = {"reads": ("a",), "writes": ("b",)}
+BOTH = {"reads": ("a", "b"), "writes": ("a", "b")}
+AT_A: dict[str, Any] = {"place": "a"}
+SOON: dict[str, Any] = {"dead_after_tokens": 3 * B}
+# Where W_enc begins as W_dec's transpose, a token of one feature leaves b_enc no gradient but roundings, which Adam's
+# first step makes as large as any other.
+APART: dict[str, Any] = {"initialization": "independent", **SOON}
+MEMBERS = (
+    Member(features=F, kind="relu", l1_coefficient=1.0, **AT_A),
+    Member(features=F - 2, kind="relu", l1_coefficient=2.0, **AT_A),  # padded to F
+    Member(features=F, kind="gated", l1_coefficient=1.0, resamples=2, **AT_A, **SOON),
+    Member(features=F, kind="jumprelu", target_l0=4.0, frequency_coefficient=0.01, **AT_A),
+    Member(features=512, kind="topk", k=2, **AT_A, **APART),  # without dense work on others
+    Member(features=F, kind="topk", k=5, skip=True, **THERE, **SOON),
+    Member(features=F, kind="batchtopk", k=3, **BOTH, **SOON),
+    Member(features=F, kind="matryoshka", k=3, **AT_A, **APART),
+)
+SENT = re.compile(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def stories() -> tuple[np.ndarray, np.ndarray]:
+    """Batches of two places side by side, [STEPS, B, 2 D], made of few directions; and weights, 0 for three tokens."""
+    rng = np.random.default_rng(0)
+    active = rng.random((STEPS, B, 80)) * (rng.random((STEPS, B, 80)) < 0.05)
+    x = (active @ rng.standard_normal((80, 2 * D))).astype(np.float32)
+    weights = np.ones((STEPS, B), np.float32)
+    weights[:, -3:] = 0
+    return x / np.float32(np.sqrt(np.square(x).sum(-1).mean() / (2 * D))), weights
+
+
+def main(folder: Path) -> None:
+    """Write losses.npz, a metric of each step of each member on each layout, and sent.json: what devices send."""
+    members = tuple(sweep_members(SweepConfig(members=MEMBERS)))
+    groups = make_groups(members, [Place("a", D), Place("b", D)])
+    forms = tuple(group.form for group in groups)
+    x, weights = stories()
+    centres: Any = {"zero": 0.0, "mean": 0.0, "geometric_median": x[0].mean(0)}
+
+    def begun() -> Any:
+        return init_sweep(groups, 2 * D, TRAIN, centres)
+
+    def compiled(mesh: Any, *which: int) -> Any:
+        """The program for some groups, all if none are named."""
+        state = tuple(begun()[i] for i in which or range(len(groups)))
+        its = tuple(forms[i] for i in which) or forms
+        batches = batches_on(mesh, x, weights)
+        return _update_many.lower(
+            spread(state, mesh), *batches, 0, STEPS, 0, forms=its, train=TRAIN, mesh=mesh
+        ).compile()
+
+    def sends(program: Any) -> list[list[str]]:
+        return [[kind, shape] for shape, kind in SENT.findall(program.as_text())]
+
+    _, found = update_many(begun(), jnp.asarray(x), jnp.asarray(weights), 0, STEPS, 0, forms=forms, train=TRAIN)
+    metrics, states = {"one": np.asarray(found)}, {}
+    sent = {"member": sends(compiled(make_mesh(1, 2, 1), 0, names_of(groups).index(f"a-topk-F{4 * F}") - 1))}
+    for name, layout in LAYOUTS.items():
+        mesh = make_mesh(*layout)
+        program = compiled(mesh)
+        sent[name] = sends(program)
+        for again in ("", " again"):
+            state, found = program(spread(begun(), mesh), *batches_on(mesh, x, weights), 0, STEPS, 0)
+            filled = [-(-len(group.names) // layout[1]) * layout[1] for group in groups]
+            firsts = np.cumsum([0, *filled[:-1]])
+            own = np.concatenate([at + np.arange(len(group.names)) for at, group in zip(firsts, groups, strict=True)])
+            metrics[name + again] = np.asarray(found)[:, own]
+            states[name + again] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state)])
+    np.savez(folder / "metrics.npz", **metrics)
+    same = {name: bool((states[name] == states[f"{name} again"]).all()) for name in LAYOUTS}
+    ties = {name: kept_as_on_one_device(*layout) for name, layout in LAYOUTS.items()}
+    found = {"sent": sent, "same": same, "ties": ties, "names": names_of(groups), "groups": len(groups)}
+    (folder / "sent.json").write_text(json.dumps(found))
+
+
+def names_of(groups: Any) -> list[str]:
+    """Of all members."""
+    return [name for group in groups for name in group.names]
+
+
+def kept_as_on_one_device(data: int, member: int, feature: int) -> dict[str, bool]:
+    """Whether the same ones of many equal numbers are kept, for several k."""
+    mesh = make_mesh(data, member, feature)
+    numbers = jnp.asarray(np.random.default_rng(1).integers(0, 4, (B, F)), jnp.float32)
+
+    def on_mesh(keep: Any) -> Any:
+        split = P("data", "feature")
+        return jax.jit(jax.shard_map(keep, mesh=mesh, in_specs=(split, P()), out_specs=split, check_vma=False))
+
+    def of_rows(shards: Any) -> Any:
+        return lambda x, k: keep_largest_of_rows(x, k, 40, shards)
+
+    def of_batch(shards: Any) -> Any:
+        return lambda x, k: keep_largest_of_batch(x, k * B, shards)
+
+    return {
+        f"{name} {k}": bool((on_mesh(keep(shards_of(mesh)))(numbers, k) == keep(WHOLE)(numbers, k)).all())
+        for name, keep in (("rows", of_rows), ("batch", of_batch))
+        for k in map(jnp.int32, (1, 7, 23, 40))
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,83 @@
+"""A sweep on eight devices: the losses of one device, the same bits each time, and no more sent than has to be."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sweep.on_a_mesh import LAYOUTS, STEPS, B, D, F
+
+pytestmark = pytest.mark.slow
+
+EIGHT = "--xla_force_host_platform_device_count=8"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `on_a_mesh.py` writes."""
+    folder = tmp_path_factory.mktemp("mesh")
+    script = Path(__file__).with_name("on_a_mesh.py")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
+    done = subprocess.run(
+        [sys.executable, script, folder], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return {"metrics": np.load(folder / "metrics.npz"), **json.loads((folder / "sent.json").read_text())}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_those_of_one_device(found: dict[str, Any], layout: str) -> None:
+    """Every kind, padded and not, with dead features that AuxK revives and others that are resampled."""
+    one, there = found["metrics"]["one"], found["metrics"][layout]
+    assert np.isfinite(one).all()
+    np.testing.assert_allclose(there[..., 0], one[..., 0], rtol=1e-5, err_msg=str(found["names"]))
+    np.testing.assert_allclose(there[..., 1:], one[..., 1:], rtol=1e-4, atol=1e-6, err_msg=str(found["names"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_bits_each_time(found: dict[str, Any], layout: str) -> None:
+    assert found["same"][layout]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_equal_numbers_the_first_are_kept(found: dict[str, Any], layout: str) -> None:
+    assert all(found["ties"][layout].values()), found["ties"][layout]
+
+
+def shapes(sent: str) -> list[tuple[int, ...]]:
+    """Of what an operation sends, `f32[2,16]{1,0}` or several in brackets."""
+    return [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"[a-z]+[0-9]+\[([0-9,]*)\]", sent)]
+
+
+def test_members_send_each_other_nothing(found: dict[str, Any]) -> None:
+    """But their metrics, once for all steps."""
+    assert found["sent"]["member"]
+    for kind, sent in found["sent"]["member"]:
+        assert (kind, [shape[1:] for shape in shapes(sent)]) == ("all-gather", [(STEPS, 3)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_more_is_sent_than_has_to_be(found: dict[str, Any], layout: str) -> None:
+    """Gradients once; of a batch only what features write, candidates and counts, never all features."""
+    data, _, feature = LAYOUTS[layout]
+    of_part = (F // feature, 4 * F // feature)
+    kinds = {kind for kind, _ in found["sent"][layout]}
+    assert kinds <= {"all-reduce", "all-gather"}
+    reduced = [shapes(sent) for kind, sent in found["sent"][layout] if kind == "all-reduce"]
+    gathered = [shapes(sent) for kind, sent in found["sent"][layout] if kind == "all-gather"]
+    weights = [its for each in reduced for its in each if len(its) == 3 and max(its[0], its[-1], its[1]) in of_part]
+    assert len(weights) == 2 * found["groups"], weights  # W_enc and W_dec of each, once
+    rows = B // data
+    for its in (its for each in reduced for its in each if its not in weights):
+        is_written = its[-2:] in ((rows, D), (rows, 2 * D))
+        is_small = its[1:] in ((), (D,), (2 * D,), *((n,) for n in of_part)) or its[0] == D  # W_skip
+        assert is_written or is_small, (layout, its)
+    for its in (its for each in gathered for its in each):
+        is_candidates = its[:-1] and its[-2] == rows and its[-1] < F
+        is_for_resampling = its[1:] in ((B, D), (B,))
+        assert is_candidates or is_for_resampling or its[1:] == (STEPS, 3), (layout, its)
