@@ -8,6 +8,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,34 @@ from typing import Any
 from jax_sae.errors import BadInput
 from jax_sae.pages.blocks import as_json
 
-MARK = "<!-- feature pages of jax_sae -->"
 MOST_IN_A_FILE = 4_900_000
 """Characters of a page that holds everything."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A page without what it shows."""
+
+    name: str
+    """Of its files, NAME.html and NAME.js."""
+    what: str
+    """It is called."""
+
+    @property
+    def mark(self) -> str:
+        """By which a page is known to be one of these, which may be replaced."""
+        return f"<!-- {self.what} of jax_sae -->"
+
+
+FEATURES, COMPARISON = Template("page", "feature pages"), Template("compare", "comparison of members")
 
 
 class Pages:
     """Blocks as they are made; those that would make one file too large go to files of their own."""
 
-    def __init__(self, directory: Path, in_one_file: bool) -> None:
+    def __init__(self, directory: Path, in_one_file: bool, template: Template = FEATURES) -> None:
         """In a directory, of which `prepared` said that pages may be written there."""
-        self.directory, self.in_one_file = directory, in_one_file
+        self.directory, self.in_one_file, self.template = directory, in_one_file, template
         self._inside: dict[str, str] = {}
         self._room = MOST_IN_A_FILE - 200_000
         self._outside = 0
@@ -48,17 +66,19 @@ class Pages:
         (self.directory / f"data-{name}.js").write_text(f'page.take("{name}","{block}");\n')
         self._outside += 1
 
-    def finish(self, facts: Mapping[str, Any], words: str) -> tuple[Path, int]:
-        """Write the page, in place of one that was there: (its file, how many files are beside it)."""
-        where = files("jax_sae.pages")
-        html, style, script = (where.joinpath(f"page.{ending}").read_text() for ending in ("html", "css", "js"))
-        blocks = {"words": words, **self._inside}
+    def finish(self, facts: Mapping[str, Any], **blocks: str) -> tuple[Path, int]:
+        """Write the page, with these blocks in any case: (its file, how many files are beside it)."""
+        where, name = files("jax_sae.pages"), self.template.name
+        html, style, common, own = (
+            where.joinpath(file).read_text() for file in (f"{name}.html", "page.css", "common.js", f"{name}.js")
+        )
+        script, blocks = common + own, {**blocks, **self._inside}
         data = "\n".join(
             f'<script type="application/octet-stream" id="block-{name}">{block}</script>'
             for name, block in blocks.items()
         )
         parts = {
-            "MARK": MARK,
+            "MARK": self.template.mark,
             "POLICY": policy(style, script, self._outside > 0),
             "STYLE": style,
             "FACTS": as_json({**facts, "files": self._outside > 0}),
@@ -88,7 +108,7 @@ def policy(style: str, script: str, loads_files: bool) -> str:
     return f"default-src 'none'; {runs}; img-src data:; base-uri 'none'"
 
 
-def prepared(directory: Path) -> Path:
+def prepared(directory: Path, template: Template = FEATURES) -> Path:
     """Make a directory for pages; those that are there already are taken away.
 
     Raises:
@@ -98,8 +118,8 @@ def prepared(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         there = [path.name for path in directory.iterdir()]
-        if there and not (index.is_file() and MARK in index.read_text(errors="replace")[:400]):
-            raise BadInput(f"{directory} holds something that is no feature page; give a new directory by --out")
+        if there and not (index.is_file() and template.mark in index.read_text(errors="replace")[:400]):
+            raise BadInput(f"{directory} holds something that is not {template.what}; give a new directory by --out")
         if not os.access(directory, os.W_OK | os.X_OK):
             raise BadInput(f"{directory} is read-only, and pages are written there; give another directory by --out")
     except OSError as error:

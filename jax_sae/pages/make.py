@@ -225,7 +225,7 @@ def _write(
             "bars": bar_edges(),
             "members": described,
         },
-        word_block,
+        words=word_block,
     )
 
 

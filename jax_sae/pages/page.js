@@ -1,97 +1,4 @@
-"use strict";
-// Everything that is shown is put in as text (textContent), never as HTML: stories, tokens, labels and notes may hold any.
-
-const facts = JSON.parse(document.getElementById("facts").textContent);
-const $ = (id) => document.getElementById(id);
-const ROW = 28; // pixels of a row of the table, as in the style
-const PARSED = new Promise((done) => {
-  if (document.readyState === "loading") addEventListener("DOMContentLoaded", done, { once: true });
-  else done();
-});
-
-// ---- elements -------------------------------------------------------------------------------------------------------
-
-function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name.startsWith("aria") || name === "role") element.setAttribute(name.replace(/^aria/, "aria-").toLowerCase(), value);
-    else element[name] = value;
-  }
-  element.append(...children);
-  return element;
-}
-
-function drawn(tag, attributes, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-function number(value, digits = 3) {
-  if (value === null || value === undefined || Number.isNaN(value)) return "–";
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
-}
-
-const percent = (value) => (value === 0 ? "0" : `${number(100 * value, 2)}%`);
-const say = (text) => { $("message").textContent = text; };
-
-// ---- blocks: data in this file, or in scripts beside it --------------------------------------------------------------
-
-const page = {
-  arriving: new Map(), // name -> what to do with the block that a script hands over
-  take(name, text) {
-    page.arriving.get(name)?.(text);
-    page.arriving.delete(name);
-  },
-};
-const blocks = new Map(); // name -> promise; the newest ones last
-
-function load(name, keep = true) {
-  let found = blocks.get(name);
-  if (!found) {
-    found = textOf(name).then(unpacked);
-    found.catch(() => blocks.delete(name));
-  }
-  blocks.delete(name);
-  blocks.set(name, found);
-  if (!keep) setTimeout(forget);
-  return found;
-}
-
-function forget() {
-  const large = [...blocks.keys()].filter((name) => /^\d+-\d+$/.test(name));
-  for (const name of large.slice(0, -8)) blocks.delete(name);
-}
-
-async function textOf(name) {
-  await PARSED;
-  const element = $(`block-${name}`);
-  if (element) return element.textContent;
-  return new Promise((resolve, reject) => {
-    page.arriving.set(name, resolve);
-    const script = make("script", { src: `data-${name}.js` });
-    script.onerror = () => reject(new Error(`data-${name}.js is not beside this page: keep the folder together`));
-    script.onload = () => script.remove();
-    document.head.append(script);
-  });
-}
-
-async function unpacked(text) {
-  const zipped = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer();
-  const size = new DataView(buffer).getUint32(0, true);
-  const content = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
-  const base = Math.ceil((4 + size) / 8) * 8;
-  const types = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, int32: Int32Array, float32: Float32Array };
-  for (const [name, [type, at, length]] of Object.entries(content.arrays)) {
-    content[name] = new types[type](buffer, base + at, length);
-  }
-  return content;
-}
+// ---- words ------------------------------------------------------------------------------------------------------------
 
 let words = null;
 const wordsAreThere = load("words").then((found) => {
@@ -187,25 +94,6 @@ function columnOf(key) { // numbers, by which the table is sorted
   return table[key === "label" ? "rank" : key];
 }
 
-function sorted(indices, column, down) {
-  // A float's bits, as a whole number that grows with it, and the index behind: one number, sorted without a comparison
-  // of ours. NaN stands last, whichever way; equal ones stand by their index.
-  const bits = new Uint32Array(column.buffer, column.byteOffset, column.length);
-  const packed = new Float64Array(indices.length);
-  for (let i = 0; i < indices.length; i++) {
-    const f = indices[i];
-    const b = bits[f];
-    let key = b & 0x80000000 ? ~b >>> 0 : (b | 0x80000000) >>> 0;
-    if (Number.isNaN(column[f])) key = 0xffffffff;
-    else if (down) key = 0xffffffff - key;
-    packed[i] = key * 2097152 + f;
-  }
-  packed.sort();
-  const order = new Uint32Array(packed.length);
-  for (let i = 0; i < order.length; i++) order[i] = packed[i] % 2097152;
-  return order;
-}
-
 async function haystacks() { // of each feature, in small letters, all by which it can be found
   if (!state.hay) {
     const { member, table } = state;
@@ -297,47 +185,28 @@ function fillHead() {
   );
 }
 
-const rows = new Map(); // place in the order -> its row
+const rows = new Rows($("rows"), $("space"), rowAt);
 
 function drawRows(anew = false) {
+  if (state.table) rows.draw(state.order.length, state.chosen, anew);
+}
+
+function rowAt(i) {
   const { order, table, member } = state;
-  if (!table) return;
-  const box = $("rows");
-  $("space").style.height = `${order.length * ROW}px`;
-  const first = Math.max(0, Math.floor(box.scrollTop / ROW) - 5);
-  const last = Math.min(order.length, first + Math.ceil((box.clientHeight || 640) / ROW) + 10);
-  for (const [i, row] of rows) {
-    if (anew || i < first || i >= last) {
-      row.remove();
-      rows.delete(i);
-    }
-  }
-  for (let i = first; i < last; i++) {
-    let row = rows.get(i);
-    if (!row) {
-      const f = order[i];
-      const note = noteOf(member.name, f);
-      const name = make("a", { href: link(member, f), textContent: f, tabIndex: -1 });
-      const label = table.maximum[f] ? labelOf(f) : "dead";
-      row = make("div", { role: "row", className: "row", ariaRowindex: i + 2 },
-        make("span", { role: "cell" }, name),
-        make("span", { role: "cell", textContent: label + (note ? `  ✎ ${note}` : ""), title: label, className: table.maximum[f] ? "" : "dead" }),
-        ...COLUMNS.slice(2).map(({ key, show }) => make("span", { role: "cell", textContent: show(table[key][f]) })));
-      row.style.transform = `translateY(${i * ROW}px)`;
-      row.onclick = () => { location.hash = link(member, f); };
-      rows.set(i, row);
-      $("space").append(row);
-    }
-    row.classList.toggle("chosen", i === state.chosen);
-  }
+  const f = order[i];
+  const note = noteOf(member.name, f);
+  const name = make("a", { href: link(member, f), textContent: f, tabIndex: -1 });
+  const label = table.maximum[f] ? labelOf(f) : "dead";
+  const row = make("div", { role: "row", className: "row", ariaRowindex: i + 2 },
+    make("span", { role: "cell" }, name),
+    make("span", { role: "cell", textContent: label + (note ? `  ✎ ${note}` : ""), title: label, className: table.maximum[f] ? "" : "dead" }),
+    ...COLUMNS.slice(2).map(({ key, show }) => make("span", { role: "cell", textContent: show(table[key][f]) })));
+  row.onclick = () => { location.hash = link(member, f); };
+  return row;
 }
 
 function choose(i) {
-  state.chosen = Math.max(0, Math.min(state.order.length - 1, i));
-  const box = $("rows");
-  const top = state.chosen * ROW;
-  if (top < box.scrollTop) box.scrollTop = top;
-  if (top + ROW > box.scrollTop + box.clientHeight) box.scrollTop = top + ROW - box.clientHeight;
+  state.chosen = rows.bringUp(i, state.order.length);
   drawRows();
 }
 
@@ -371,11 +240,6 @@ function drawScatter() {
   paint.font = "11px system-ui, sans-serif";
   paint.fillStyle = style.getPropertyValue("--soft");
   paint.strokeStyle = style.getPropertyValue("--line");
-  const ticks = (from, to) => {
-    const found = [];
-    for (let e = Math.floor(from); e <= to; e++) for (const m of to - from > 2.5 ? [1] : [1, 2, 5]) found.push(m * 10 ** e);
-    return found.filter((each) => Math.log10(each) >= from && Math.log10(each) <= to);
-  };
   paint.textAlign = "center";
   for (const tick of ticks(bounds.x0, bounds.x1)) {
     const x = across(Math.log10(tick));
@@ -498,8 +362,6 @@ async function showFeature(f) {
   scrollTo(0, 0);
 }
 
-function section(title, ...content) { return make("section", {}, make("h3", { textContent: title }), ...content); }
-
 function labelsOf(f, its) {
   const list = make("ul", { className: "labels" });
   const given = state.table.given[f];
@@ -567,12 +429,6 @@ function histogram(its) {
     picture.append(drawn("text", { x: left + i * width, y: H - 5, "text-anchor": anchor }, number(facts.bars[first + i])));
   }
   return picture;
-}
-
-function tableOf(titles, lines) {
-  const head = make("tr", {}, ...titles.map((title, i) => make("th", { scope: "col", className: i ? "number" : "", textContent: title })));
-  const body = lines.map((cells) => make("tr", {}, ...cells.map((cell, i) => make("td", { className: i ? "number" : "" }, cell))));
-  return make("table", {}, make("thead", {}, head), make("tbody", {}, ...body));
 }
 
 const tokensOn = (its) => tableOf(["token", "of its mass", "fires on"], its.on.map(([v, mass, fired, seen]) => [shown(v), percent(mass), `${fired.toLocaleString("en")} of ${seen.toLocaleString("en")}`]));

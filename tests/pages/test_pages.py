@@ -148,7 +148,7 @@ def test_a_block_refuses_what_a_page_cannot_read() -> None:
         (["--labels", "beyond.json"], "a label of feature '96' of topk-F96-seed0; a number from 0 to 95 was expected"),
         (["--labels", "number.json"], "the label of feature 3 of topk-F96-seed0 is no text"),
         (["--labels", "list.json"], "list.json: the labels of topk-F96-seed0 are a list"),
-        (["--out", "full"], "full holds something that is no feature page; give a new directory by --out"),
+        (["--out", "full"], "full holds something that is not feature pages; give a new directory by --out"),
         (["--members", "x"], "unknown flag --members; did you mean --member?"),
     ],
 )
