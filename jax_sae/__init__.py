@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jax_sae.api.train import train
     from jax_sae.config import Config, Member
     from jax_sae.language_model.pretrained import LanguageModel, load_language_model
+    from jax_sae.pages.compare import compare_members
     from jax_sae.pages.make import feature_pages
     from jax_sae.run.load import load_autoencoder
     from jax_sae.trained import TrainedAutoencoder
@@ -32,6 +33,7 @@ __all__ = [
     "Run",
     "RunFailed",
     "TrainedAutoencoder",
+    "compare_members",
     "feature_pages",
     "load_autoencoder",
     "load_language_model",
@@ -48,6 +50,7 @@ _WHERE = {
     "steer": "jax_sae.analysis.steering",
     "train": "jax_sae.api.train",
     "feature_pages": "jax_sae.pages.make",
+    "compare_members": "jax_sae.pages.compare",
     "LanguageModel": "jax_sae.language_model.pretrained",
     "load_language_model": "jax_sae.language_model.pretrained",
     "TrainedAutoencoder": "jax_sae.trained",

@@ -150,7 +150,7 @@ def evaluate_members(
             _member_record(name, sae, facts, measured, floors[placement_of[name]], recovered[placement_of[name]])
             for name, sae in trained.items()
         ],
-        "stability": _stabilities(trained, facts),
+        "stability": stabilities(trained, facts),
         "inputs": facts["inputs"],
         "device": device(),
         "versions": versions(),
@@ -310,7 +310,7 @@ def _numbers(name: str, measured: Measured, recovered: Mapping[str, Losses]) -> 
     return asdict(metrics(sums)) | _flat(recovered.get(name, {}))
 
 
-def _stabilities(trained: Mapping[str, TrainedAutoencoder], facts: Tree) -> list[dict[str, Any]]:
+def stabilities(trained: Mapping[str, TrainedAutoencoder], facts: Tree) -> list[dict[str, Any]]:
     """Of each two members that differ in nothing but their seed, and did not diverge."""
     alike: dict[str, list[str]] = {}
     for name in trained:

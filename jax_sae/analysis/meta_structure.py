@@ -1,13 +1,14 @@
-"""Whether a dictionary's directions are themselves sums of fewer ones: a small dictionary, trained on the rows of W_dec.
+"""Whether a dictionary's directions are sums of fewer ones: a small dictionary, trained on the rows of W_dec.
 
 Features that split a wider one share part of their direction. A batchtopk autoencoder with a quarter as many features,
-of which `K` are active on a direction, finds such parts (meta-latents: Bussmann et al. 2024, "Showing SAE latents are not
-atomic using meta-SAEs"). How much of the directions' variance it explains says little by itself, because directions lie
-in fewer dimensions than there are; so the same is trained on random directions of the same mean and covariance.
+of which `K` are active on a direction, finds such parts (Bussmann et al. 2024, "Showing SAE latents are not atomic
+using meta-SAEs"). How much of their variance it explains says little by itself, because directions lie in fewer
+dimensions than there are; so the same is trained on random directions of the same mean and covariance.
 """
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.activations.normalize import estimate_dataset, normalize
@@ -15,7 +16,7 @@ from jax_sae.config import Member, TrainConfig
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import init_sweep, update_many
-from jax_sae.trained import TrainedAutoencoder, trained_members
+from jax_sae.trained import trained_members
 
 FRACTION, K = 4, 4
 """Directions a meta-feature, and active meta-features a direction, on average."""
@@ -54,8 +55,8 @@ def meta_structure(directions: np.ndarray) -> MetaStructure | None:
     if len(number) < FEWEST:
         return None
     rows = (directions[number] / norms[number, None]).astype(np.float32)
-    found, its_features, explained = _trained(rows)
-    _, _, random_explained = _trained(_random_like(rows))
+    its_features, explained = _trained(rows)
+    _, random_explained = _trained(_random_like(rows))
     order = np.argsort(-its_features, axis=0, kind="stable")[:SHOWN].T
     value = np.take_along_axis(its_features.T, order, 1)
     largest = np.where(value > 0, number[order], -1).astype(np.int32)
@@ -63,8 +64,8 @@ def meta_structure(directions: np.ndarray) -> MetaStructure | None:
     return MetaStructure(explained, random_explained, float(fires.sum(1).mean()), fires.sum(0), largest, value)
 
 
-def _trained(rows: np.ndarray) -> tuple[TrainedAutoencoder, np.ndarray, float]:
-    """The dictionary of rows [F, D], its features [F, M], and the part of the variance that it explains."""
+def _trained(rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """What a dictionary trained on rows [F, D] makes of them, [F, M], and the part of the variance that it explains."""
     F, D = rows.shape
     B = min(BATCH, F)
     train = TrainConfig(steps=STEPS, batch_tokens=B)
@@ -73,18 +74,18 @@ def _trained(rows: np.ndarray) -> tuple[TrainedAutoencoder, np.ndarray, float]:
     normalization = estimate_dataset(rows)
     x = normalize(normalization, rows)
     state = init_sweep(groups, D, train, {"zero": 0.0, "mean": 0.0, "geometric_median": 0.0})
-    rng, weights = np.random.default_rng(0), np.ones((STEPS_AT_A_TIME, B), np.float32)
+    rng, weights = np.random.default_rng(0), jnp.ones((STEPS_AT_A_TIME, B))
     order = np.zeros(0, int)
     for step in range(0, STEPS, STEPS_AT_A_TIME):
         while len(order) < STEPS_AT_A_TIME * B:
             order = np.append(order, rng.permutation(F))
         taken, order = np.split(order, [STEPS_AT_A_TIME * B])
-        batches = x[taken].reshape(STEPS_AT_A_TIME, B, D)
+        batches = jnp.asarray(x[taken]).reshape(STEPS_AT_A_TIME, B, D)
         state, _ = update_many(state, batches, weights, 0, STEPS_AT_A_TIME, step, forms=forms, train=train)
     [sae] = trained_members(groups, state, normalization, train).values()
     features = sae.encode(rows)
     error = np.square(rows - np.asarray(sae.decode(features)), dtype=np.float64).sum()
-    return sae, np.asarray(features), float(1 - error / np.square(rows - rows.mean(0), dtype=np.float64).sum())
+    return np.asarray(features), float(1 - error / np.square(rows - rows.mean(0), dtype=np.float64).sum())
 
 
 def _random_like(rows: np.ndarray) -> np.ndarray:

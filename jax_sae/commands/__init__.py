@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "say what the members of a run are worth on held-out stories",
     "inspect": "say what a run holds; --verify checks every digest",
     "pages": "write pages on the features of a run, to be opened with a browser",
+    "compare": "write a page on members beside each other, and which features they share",
     "steer": "let a language model write with a feature raised, set or taken away",
     "probe": "say what features tell of labelled texts, beside raw activations and PCA",
     "export": "write a member for another tool, such as SAELens, with a model card",

@@ -1,5 +1,6 @@
 """What is above 0 among a chunk's features: all that is looked at, so that time grows with L0 and not with F."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,3 +47,12 @@ def active(dense: np.ndarray) -> Active:
     first_of_token = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=N))])
     by_feature = sparse.csr_matrix((values, columns, first_of_token), (N, F)).tocsc()
     return Active(N, columns, values, first_of_token, by_feature.indices, by_feature.data, by_feature.indptr)
+
+
+def side_by_side(several: Sequence[Active]) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the same tokens as those of one: columns, one token after the other, and how many a token has."""
+    each = [np.diff(its.first_of_token) for its in several]
+    begins = np.cumsum([0] + [len(its.first) - 1 for its in several])
+    columns = np.concatenate([its.columns + begin for its, begin in zip(several, begins, strict=False)])
+    token = np.concatenate([np.repeat(np.arange(len(n)), n) for n in each])
+    return columns[np.argsort(token, kind="stable")], np.sum(each, 0)

@@ -75,7 +75,7 @@ def feature_pages(
             "no text to show; train on a text and a language model (text.path, model.path)"
         )
     every = load_members(run, config, facts)
-    chosen = {name: _member(run, every, name) for name in members or every}
+    chosen = {name: member_named(run, every, name) for name in members or every}
     given = _labels(labels, chosen) if labels is not None else {}
     sources = open_sources_of(run, config)
     held_out, _ = open_inputs(str(run), config, facts, sources)
@@ -109,7 +109,8 @@ def open_sources_of(run: Path, config: Config) -> Any:
         raise BadInput(f"{error} ({run} was trained on it: its paths stand in its config.json)") from error
 
 
-def _member(run: Path, every: Mapping[str, TrainedAutoencoder], name: str) -> TrainedAutoencoder:
+def member_named(run: Path, every: Mapping[str, TrainedAutoencoder], name: str) -> TrainedAutoencoder:
+    """That of this name; BadInput if there is none."""
     if name not in every:
         raise BadInput(f"{run} has no member {name!r}; there are {', '.join(every)}")
     return every[name]

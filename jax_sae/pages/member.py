@@ -76,13 +76,12 @@ def table_block(looked: Looked, tokens: int, words: Sequence[str]) -> str:
     labels = [rules[0] if rules else Rule("", 0.0, 0.0) for rules in looked.rules]
     outputs = _output_labels(looked)
     shown = [
-        looked.given.get(f, rule.text or _raises(words[v] for v in raised)).lower()
+        looked.given.get(f, rule.text or _raises(words[v] for v in raised))
         for f, (rule, raised) in enumerate(zip(labels, outputs, strict=True))
     ]
-    _, rank = np.unique(np.array(shown, object), return_inverse=True)
     return block(
         {"labels": [rule.text for rule in labels], "outputs": outputs, "given": looked.given},
-        rank=np.where([bool(label) for label in shown], rank, np.nan).astype(np.float32),
+        rank=ranks(shown),
         density=(tally.fired / tokens).astype(np.float32),
         maximum=looked.maximum,
         mean=(tally.sum / np.maximum(tally.fired, 1)).astype(np.float32),
@@ -101,6 +100,12 @@ def _output_labels(looked: Looked) -> list[list[int]]:
             z = lens.raised_by[f] / lens.sd[f]
             found[f] = found[f] or [int(v) for v in lens.raised[f][z > 5][:3]]
     return found
+
+
+def ranks(labels: Sequence[str]) -> np.ndarray:
+    """The order of labels in small letters, float32; NaN where there is none."""
+    _, rank = np.unique(np.array([label.lower() for label in labels], object), return_inverse=True)
+    return np.where([bool(label) for label in labels], rank, np.nan).astype(np.float32)
 
 
 def _raises(words: Iterable[str]) -> str:

@@ -40,9 +40,7 @@ def nearest(of: np.ndarray, among: np.ndarray, n: int, is_itself: bool = False) 
 
 
 def fire_together(together: Together, fired: np.ndarray, tokens: int, n: int) -> Neighbours:
-    """Of each feature the n others with the largest phi coefficient: the correlation of firing with firing.
-
-    phi = (N n_ab - n_a n_b) / sqrt(n_a (N - n_a) n_b (N - n_b)); none where that is not above 0.
+    """Of each feature the n others with the largest phi coefficient; none where that is not above 0.
 
     Args:
         together: the tokens on which two fire.
@@ -50,20 +48,42 @@ def fire_together(together: Together, fired: np.ndarray, tokens: int, n: int) ->
         tokens: N, all of them.
         n: how many.
     """
-    spread = np.sqrt(fired * (tokens - fired).astype(np.float64))
     at_a_time = max(1, NUMBERS_AT_A_TIME // len(fired))
     n = min(n, len(fired) - 1)
     parts = []
     for first in range(0, len(fired), at_a_time):
         its = slice(first, first + at_a_time)
-        both = spread[its, None] * spread
-        phi = (float(tokens) * together.of(its, slice(None)) - fired[its, None] * fired.astype(np.float64)) / np.where(
-            both > 0, both, 1
-        )
-        phi[np.arange(len(phi)), first + np.arange(len(phi))] = 0
-        found = _largest(phi.astype(np.float32), n)
-        parts.append(Neighbours(np.where(found.likeness > 0, found.feature, -1), found.likeness))
+        correlations = phi(together.of(its, slice(None)), fired[its], fired, tokens)
+        correlations[np.arange(len(correlations)), first + np.arange(len(correlations))] = 0
+        parts.append(_above_0(_largest(correlations, n)))
     return _joined(parts)
+
+
+def firing_match(together: np.ndarray, fired: np.ndarray, of_others: np.ndarray, tokens: int) -> Neighbours:
+    """Of each of F features the one of G with the largest phi coefficient; none where that is not above 0.
+
+    Args:
+        together: [F, G], the tokens on which two fire.
+        fired: [F], the tokens on which each fires.
+        of_others: [G].
+        tokens: N, all of them.
+    """
+    return _above_0(_largest(phi(together, fired, of_others, tokens), 1))
+
+
+def phi(together: np.ndarray, fired: np.ndarray, of_others: np.ndarray, tokens: int) -> np.ndarray:
+    """[F, G] float32: the correlation of firing with firing, of features that fire on so many tokens, and together.
+
+    phi = (N n_ab - n_a n_b) / sqrt(n_a (N - n_a) n_b (N - n_b)); 0 where one fires never or always.
+    """
+    spread, others = (np.sqrt(n * (tokens - n).astype(np.float64)) for n in (fired, of_others))
+    both = spread[:, None] * others
+    covariance = float(tokens) * together - fired[:, None] * of_others.astype(np.float64)
+    return np.where(both > 0, covariance / np.where(both > 0, both, 1), 0).astype(np.float32)
+
+
+def _above_0(found: Neighbours) -> Neighbours:
+    return Neighbours(np.where(found.likeness > 0, found.feature, -1), found.likeness)
 
 
 def _largest(likeness: np.ndarray, n: int) -> Neighbours:

@@ -17,9 +17,9 @@ from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.measure import pieces
 from jax_sae.errors import BadInput
 from jax_sae.language_model.windows import Story
-from jax_sae.pages.active import Active, active
+from jax_sae.pages.active import Active, active, side_by_side
 from jax_sae.pages.examples import Chunk, ExampleKeeper, hashed
-from jax_sae.pages.tally import HALVES, Tally, Tokens, TokenTally, place_in_story
+from jax_sae.pages.tally import HALVES, Tally, Together, Tokens, TokenTally, place_in_story
 from jax_sae.streams import progress_bar
 from jax_sae.trained import TrainedAutoencoder
 
@@ -67,6 +67,8 @@ class Reading:
     n_tokens: int
     """Those that were used."""
     n_stories: int
+    together: tuple[Together, ...] = ()
+    """Of each group of members that was asked for, its features side by side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +81,21 @@ class _Story:
     """[T, D]; 0 where a token is not used."""
 
 
-def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_tokens: int) -> Reading:
+def read(
+    source: StorySource,
+    members: Mapping[str, TrainedAutoencoder],
+    n_tokens: int,
+    groups: Sequence[Sequence[str]] = (),
+) -> Reading:
     """Read the first whole stories of a source, about `n_tokens` tokens, for all members in one pass.
 
     Each reads its own place or places of the source. Tokens that the run leaves out count as not active, here as there.
+
+    Args:
+        source: of stories.
+        members: by their names.
+        n_tokens: about how many.
+        groups: names of members of which it is counted on how many tokens features fire together with each other's.
 
     Raises:
         BadInput: if an activation is not finite, or a feature.
@@ -91,8 +104,10 @@ def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_token
     seen = {name: Seen(ExampleKeeper(sae.features), Tally(sae.features, V), []) for name, sae in members.items()}
     tokens = TokenTally(V)
     names_of: dict[int, list[str]] = {}
-    for name, sae in members.items():
-        names_of.setdefault(rows_at_a_time(sae.features), []).append(name)
+    smallest = min(rows_at_a_time(sae.features) for sae in members.values())
+    for name, sae in members.items():  # those of a group see the same chunks
+        names_of.setdefault(smallest if groups else rows_at_a_time(sae.features), []).append(name)
+    together = tuple(Together(sum(members[name].features for name in group)) for group in groups)
     waiting: dict[int, list[_Story]] = {rows: [] for rows in names_of}
     n_stories = 0
 
@@ -101,8 +116,12 @@ def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_token
         for some in _taken(waiting[rows], rows, is_last):
             chunk, its_tokens, used, x = _chunk(some)
             begun = (_encoded(name, members[name], source, chunk, used, x) for name in names_of[rows])
-            for name, features in zip(names_of[rows], _one_ahead(begun), strict=True):
-                _look(seen[name], features(), chunk, its_tokens)
+            looked = {
+                name: _look(seen[name], features(), chunk, its_tokens)
+                for name, features in zip(names_of[rows], _one_ahead(begun), strict=True)
+            }
+            for group, its in zip(groups, together, strict=True):
+                its.add(*side_by_side([looked[name] for name in group]))
 
     with progress_bar(total=n_tokens, unit=" tokens", desc="features", leave=False) as bar:
         for items in pieces(source, n_tokens):
@@ -121,7 +140,7 @@ def read(source: StorySource, members: Mapping[str, TrainedAutoencoder], n_token
         bar.refresh()
     for each in seen.values():
         each.tally.finish()
-    return Reading(seen, tokens, int(tokens.tokens.sum()), n_stories)
+    return Reading(seen, tokens, int(tokens.tokens.sum()), n_stories, together)
 
 
 def rows_at_a_time(features: int) -> int:

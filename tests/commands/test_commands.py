@@ -13,6 +13,7 @@ from jax_sae.commands import COMMANDS, main
 SCRIPTS = {
     "train_all": "train",
     "feature_pages": "pages",
+    "compare_members": "compare",
     "evaluate": "evaluate",
     "steer": "steer",
     "probe": "probe",
