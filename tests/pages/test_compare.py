@@ -138,7 +138,7 @@ def in_browser() -> Iterator[Browser]:
 @pytest.mark.browser
 @pytest.mark.skipif(chromium() is None, reason="no Chromium: install one, or name it by CHROMIUM")
 def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
-    """From its file: a number of the table of likeness leads to matches, which are sorted, filtered, searched, swapped."""
+    """From its file: a number of the table of likeness leads to matches, which are sorted, filtered and searched."""
     look = in_browser
     look.look(1280, 900)
     look.open(page)
