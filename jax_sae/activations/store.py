@@ -4,6 +4,8 @@
       manifest.json      format, model, layer, dtype, width, rows, and of each shard its rows and sha256
       shard-00000.npy    [rows, D] float32, float16 or bfloat16; one story after another, in the order they were read
       shard-00001.npy
+      shard-00000.tokens.npy   [tokens, 2] int32: token ids of the same stories, and the position of each in its story;
+                               the first `exclude_first_tokens` have no row. Older stores do not have these files
 
 With named places, or with int8, the format is the second one. Each place has files of its own, so that one is read
 without the others; of int8, a row times its scale is the activation:
@@ -50,6 +52,7 @@ def write_store(
     layer: int | None,
     dtype: str = "float32",
     places: Sequence[Place] = (),
+    token_ids: Iterator[np.ndarray] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Write the activations of stories, each [T, D], as a store and return its manifest.
@@ -64,6 +67,8 @@ def write_store(
         dtype: 'float32'; or, with half the disk, 'float16' (11 bits of mantissa, at most 65504) or 'bfloat16' (8 bits);
             or, with a quarter, 'int8' with a scale for each row and place: its largest number becomes 127.
         places: whose columns the stories have, side by side; none: one place without a name.
+        token_ids: of each of these stories in turn all tokens, those at its start without rows too; None: the store
+            keeps none, and pages on features cannot show its text.
         **facts: anything else that should stand in the manifest (text, tokenizer, ...); JSON values.
 
     Raises:
@@ -74,7 +79,7 @@ def write_store(
     if dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}; a store holds {' or '.join(DTYPES)}")
     with _new_directory(directory):
-        shards, places = _write_shards(directory, stories, np.dtype(dtype), places)
+        shards, places = _write_shards(directory, stories, np.dtype(dtype), places, token_ids)
         of_places = {"format": FORMAT_OF_PLACES, "model": model, **({} if layer is None else {"layer": layer}), **facts}
         manifest = {
             **of_places,
@@ -91,7 +96,12 @@ def write_store(
                 "width": total_width(places),
                 "rows": manifest["rows"],
                 "shards": [
-                    {"file": c["file"], "rows": s["rows"], "sha256": c["sha256"]} for s in shards for c in s["columns"]
+                    {
+                        **{"file": c["file"], "rows": s["rows"], "sha256": c["sha256"]},
+                        **{key: s[key] for key in ("tokens",) if key in s},
+                    }
+                    for s in shards
+                    for c in s["columns"]
                 ],
             }
         with _may_find_no_room(directory):
@@ -102,11 +112,16 @@ def write_store(
 
 
 def _write_shards(
-    directory: Path, stories: Iterable[np.ndarray], dtype: np.dtype, places: Sequence[Place]
+    directory: Path,
+    stories: Iterable[np.ndarray],
+    dtype: np.dtype,
+    places: Sequence[Place],
+    token_ids: Iterator[np.ndarray] | None,
 ) -> tuple[list[dict[str, Any]], Sequence[Place]]:
     """The shards as they stand in the manifest of places, and the places; without any, a nameless one."""
     shards: list[dict[str, Any]] = []
     pending: list[list[np.ndarray]] = []
+    tokens: list[np.ndarray] = []
     n_bytes = 0
 
     def save(name: str, array: np.ndarray) -> dict[str, str]:
@@ -125,7 +140,10 @@ def _write_shards(
             else:
                 its_columns.append(save(f"{stem}.npy", np.concatenate(parts)))
         shards.append({"rows": sum(len(story[0]) for story in pending), "columns": its_columns})
+        if tokens:
+            shards[-1]["tokens"] = save(f"shard-{len(shards) - 1:05d}.tokens.npy", np.concatenate(tokens))
         pending.clear()
+        tokens.clear()
 
     for story in stories:
         check_floats(story, f"a story for {directory}")
@@ -139,7 +157,10 @@ def _write_shards(
             _in_dtype(story[:, slice(*its)], dtype, f"{directory}{f', {name}' if name else ''}")
             for name, its in columns(places).items()
         ]
+        ids = None if token_ids is None else next(token_ids)
         if len(story):
+            if ids is not None:
+                tokens.append(np.stack([ids, np.arange(len(ids))], 1).astype(np.int32))
             pending.append(parts)
             n_bytes += story.size * dtype.itemsize
         if n_bytes >= SHARD_BYTES:
@@ -294,6 +315,8 @@ def check_manifest(manifest: dict[str, Any], path: Path) -> None:
                     check_file(its.get("scales"), f"{where}scales: ")
         else:
             check_file(shard, where)
+        if "tokens" in shard:
+            check_file(shard["tokens"], f"{where}tokens: ")
         check(shard, "rows", is_count, "a whole number above 0", where)
     in_shards = sum(shard["rows"] for shard in manifest["shards"])
     if manifest["rows"] != in_shards:

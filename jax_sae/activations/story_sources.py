@@ -57,6 +57,21 @@ class StorySource:
         return next(iter(self.models.values()))
 
     @property
+    def vocabulary(self) -> int:
+        """Above all token ids."""
+        return self.lm.model.architecture.vocab_size
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the text; None where the text is token ids, and nothing says what they stand for."""
+        if self.stories.tokenizer is not None:
+            return self.stories.tokenizer
+        try:
+            return self.lm.tokenizer
+        except BadInput:
+            return None
+
+    @property
     def places(self) -> tuple[Place, ...]:
         """Those that the language models read."""
         return tuple(Place(name, width) for name, width in places_read(self.models).items())

@@ -4,8 +4,10 @@ stories in order ─► blocks of whole stories ─► activations, in any order
 """
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def write_text(
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of tokens to write is {n_tokens}; a number above 0 was expected")
     width = 0
+    read: deque[np.ndarray] = deque()  # token ids of stories, as long as they are not written
     counts = {"stories": 0, "empty_stories": 0, "cut_stories": 0, "tokens_cut": 0, "tokens_excluded": 0}
 
     def in_order() -> Generator[np.ndarray]:
@@ -72,11 +75,18 @@ def write_text(
                     refuse_small_disk(directory, stories, n_tokens, width, dtype)
                 if not n_tokens:
                     bar.update(counts["stories"] - bar.n)  # the empty ones
+                read.extend(story.token_ids for story in block)
                 yield from found
 
     with closing(in_order()) as activations:  # so that the bar ends before an error is told
         manifest = write_store(
-            directory, activations, dtype=dtype, places=places, text_read=counts, **facts
+            directory,
+            activations,
+            dtype=dtype,
+            places=places,
+            token_ids=(read.popleft() for _ in count()),
+            text_read=counts,
+            **facts,
         )  # reads `counts` last
     n_bytes = sum(shard.stat().st_size for shard in directory.glob("*.npy"))
     k = stories.exclude_first_tokens

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts, stabilities
 from jax_sae.analysis.meta_structure import FRACTION, K, MetaStructure, meta_structure
 from jax_sae.config import Config
@@ -21,7 +20,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json
 from jax_sae.pages.blocks import block, whole_numbers
 from jax_sae.pages.files import COMPARISON, FEATURES, Pages, prepared
-from jax_sae.pages.make import directions, member_named, words_of
+from jax_sae.pages.make import directions, member_named, with_text, words_of
 from jax_sae.pages.member import ranks
 from jax_sae.pages.neighbours import firing_match, nearest, unit_rows
 from jax_sae.pages.reading import Reading, read
@@ -92,6 +91,7 @@ def compare_members(
     chosen = {name: member_named(run, every, name) for name in members or every}
     if len(chosen) < 2:
         raise BadInput(f"{run}: {next(iter(chosen))} alone is nothing to compare; name two members or more")
+    source: Any
     source, _ = open_inputs(str(run), config, facts, None)
     directory = prepared(run / "compare" if out is None else Path(os.path.expanduser(out)), COMPARISON)
     alike: dict[tuple[str, ...], list[str]] = {}
@@ -103,7 +103,11 @@ def compare_members(
         if len(names) > 1 and sum(chosen[name].features for name in names) <= MOST_TOGETHER
     ]
     reading = None
-    if isinstance(source, StorySource):
+    try:
+        source = with_text(run, config, source)
+    except BadInput as error:
+        say([f"note          {error}: members are compared by directions alone"])
+    else:
         features = sum(sae.features for sae in chosen.values())
         say([f"reading       {source.name}, for {features:,} features at once"])
         reading = read(source, chosen, TOKENS if tokens is None else tokens, groups)

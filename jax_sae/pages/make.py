@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from jax_sae.activations.array_sources import RowSource
 from jax_sae.activations.sources import open_sources
+from jax_sae.activations.stored_stories import stored_stories
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
@@ -21,7 +23,7 @@ from jax_sae.pages.files import Pages, prepared
 from jax_sae.pages.lens import Lens, lens_of
 from jax_sae.pages.member import Looked, feature_blocks, search_blocks, story_block, table_block
 from jax_sae.pages.neighbours import NEAREST, Neighbours, fire_together, nearest, unit_rows
-from jax_sae.pages.reading import Reading, Seen, StoryFeatures, read, story_features, token_ids_of
+from jax_sae.pages.reading import Reading, Seen, StoryFeatures, WithText, read, story_features, token_ids_of
 from jax_sae.pages.rules import find_rules
 from jax_sae.pages.tally import bar_edges
 from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
@@ -69,18 +71,12 @@ def feature_pages(
     config = config_of(run, facts)
     if tokens is not None and tokens < 1:
         raise BadInput(f"the number of tokens is {tokens}; one above 0 was expected")
-    if config.activations.path:
-        raise BadInput(
-            f"{run} was trained on activations, {config.activations.path}, which hold no token ids, so there is "
-            "no text to show; train on a text and a language model (text.path, model.path)"
-        )
     every = load_members(run, config, facts)
     chosen = {name: member_named(run, every, name) for name in members or every}
     given = _labels(labels, chosen) if labels is not None else {}
     sources = open_sources_of(run, config)
     held_out, _ = open_inputs(str(run), config, facts, sources)
-    source = sources[0] if training_text else held_out
-    assert isinstance(source, StorySource)
+    source = with_text(run, config, sources[0] if training_text else held_out)
     _refuse_changed_text(run, source, facts, training_text)
     own = story_features(source, chosen, texts)
     directory = prepared(run / "pages" if out is None else Path(os.path.expanduser(out)))
@@ -95,6 +91,23 @@ def feature_pages(
     files = f", and {beside} files beside it that it loads" if beside else ", which is all there is"
     say([f"features      {dead:,} never fired on the {reading.n_tokens:,} tokens", f"written       {file}{files}"])
     return file
+
+
+def with_text(run: Path, config: Config, source: Any) -> WithText:
+    """A source of a run whose text can be shown; that of a store by the token ids that it kept.
+
+    Raises:
+        BadInput: if no token ids are known.
+    """
+    if isinstance(source, StorySource):
+        return source
+    where = Path(os.path.expanduser(config.activations.path))
+    if not isinstance(source, RowSource) or not (where / "manifest.json").is_file():
+        raise BadInput(
+            f"{run} was trained on activations, {config.activations.path}, which hold no token ids, so there is "
+            "no text to show; train on a text and a language model (text.path, model.path), or on a store"
+        )
+    return stored_stories(where, source)
 
 
 def open_sources_of(run: Path, config: Config) -> Any:
@@ -116,9 +129,9 @@ def member_named(run: Path, every: Mapping[str, TrainedAutoencoder], name: str) 
     return every[name]
 
 
-def _refuse_changed_text(run: Path, source: StorySource, facts: Mapping[str, Any], training_text: bool) -> None:
+def _refuse_changed_text(run: Path, source: WithText, facts: Mapping[str, Any], training_text: bool) -> None:
     """Raise BadInput if the text that was trained on is to be read, and is another one now."""
-    if training_text and source.digests()["text"] != facts["inputs"].get("text"):
+    if training_text and isinstance(source, StorySource) and source.digests()["text"] != facts["inputs"].get("text"):
         raise BadInput(
             f"{run} began with another text: the sha256 of what is read now differs from the one in its checkpoint; "
             "put the text back, or leave --training-text out"
@@ -157,7 +170,7 @@ def _write(
     directory: Path,
     facts: Mapping[str, Any],
     config: Config,
-    source: StorySource,
+    source: WithText,
     every: Mapping[str, TrainedAutoencoder],
     chosen: Mapping[str, TrainedAutoencoder],
     reading: Reading,
@@ -221,7 +234,7 @@ def _write(
             "tokens": reading.n_tokens,
             "stories": reading.n_stories,
             "text": source.name,
-            "model": config.model.path,
+            "model": config.model.path if isinstance(source, StorySource) else "",
             "version": version("jax_sae"),
             "bars": bar_edges(),
             "members": described,
@@ -235,7 +248,7 @@ def _look(
     every: Mapping[str, TrainedAutoencoder],
     units: Mapping[str, np.ndarray],
     reading: Reading,
-    source: StorySource,
+    source: WithText,
     words: Sequence[str],
     given: Mapping[int, str],
 ) -> Looked:
@@ -272,15 +285,17 @@ def is_no_autoencoder(sae: TrainedAutoencoder) -> bool:
     return sae.reads != sae.writes
 
 
-def _lenses(source: StorySource, places: Sequence[str], of: np.ndarray, is_read: bool) -> dict[str, Lens]:
+def _lenses(source: WithText, places: Sequence[str], of: np.ndarray, is_read: bool) -> dict[str, Lens]:
     """Of each of these places, whose columns `of` has side by side, the lens of its directions, where it has one."""
     if len(source.places) == 1:  # which a member may not know by its name
         places = [source.places[0].name]
     widths = {place.name: place.width for place in source.places}
-    found, first = {}, 0
+    found, first, lm = {}, 0, source.lm
+    if lm is None:
+        return {}
     for place in places:
         last = first + widths[place]
-        if (lens := lens_of(source.lm, place, of[:, first:last], is_read=is_read)) is not None:
+        if (lens := lens_of(lm, place, of[:, first:last], is_read=is_read)) is not None:
             found[place] = lens
         first = last
     return found
@@ -296,22 +311,19 @@ def directions(sae: TrainedAutoencoder) -> np.ndarray:
     return np.asarray(sae.params["W_dec"], np.float32) / scale
 
 
-def words_of(source: StorySource, ids: np.ndarray) -> list[str]:
+def words_of(source: WithText, ids: np.ndarray) -> list[str]:
     """What each of these token ids says, in a list of all; the others say nothing."""
-    words = [""] * source.lm.model.architecture.vocab_size
+    words = [""] * source.vocabulary
     for v in ids:
         words[v] = word_of(source, int(v))
     return words
 
 
-def word_of(source: StorySource, v: int) -> str:
+def word_of(source: WithText, v: int) -> str:
     """What a token id says: its text, with the space before it; as the tokenizer names it, where it is part of one."""
-    tokenizer = source.stories.tokenizer
+    tokenizer = source.tokenizer
     if tokenizer is None:
-        try:
-            tokenizer = source.lm.tokenizer
-        except BadInput:  # the text is token ids, and nothing says what they stand for
-            return f"<{v}>"
+        return f"<{v}>"
     named = tokenizer.convert_ids_to_tokens(v)
     if not isinstance(named, str):
         return f"<{v}>"

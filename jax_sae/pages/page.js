@@ -390,6 +390,7 @@ function factsOf(f, its) {
 }
 
 function commandFor(f) {
+  if (!facts.model) return ""; // the run read activations, so it has no language model to push
   const text = `jax-sae steer ${quoted(facts.run)} --member ${quoted(state.member.name)} --feature ${f} --strength ${number(2 * state.table.maximum[f] || 1, 2)} --prompt "Once upon a time"`;
   const copy = make("button", { type: "button", textContent: "Copy", onclick: async () => {
     try { await navigator.clipboard.writeText(text); say("Copied."); }

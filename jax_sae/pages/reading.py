@@ -13,6 +13,7 @@ import numpy as np
 from jax_sae.activations.batches import finite_activations
 from jax_sae.activations.norms import token_norms
 from jax_sae.activations.places import columns
+from jax_sae.activations.stored_stories import StoredStories
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.measure import pieces
 from jax_sae.errors import BadInput
@@ -34,6 +35,10 @@ SHOWN_STORIES = 24
 
 SHOWN_FEATURES = 8
 """How many of those active on a token are shown, the largest first."""
+
+
+WithText = StorySource | StoredStories
+"""Sources of which token ids are known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,7 @@ class _Story:
 
 
 def read(
-    source: StorySource,
+    source: WithText,
     members: Mapping[str, TrainedAutoencoder],
     n_tokens: int,
     groups: Sequence[Sequence[str]] = (),
@@ -100,7 +105,7 @@ def read(
     Raises:
         BadInput: if an activation is not finite, or a feature.
     """
-    V = source.lm.model.architecture.vocab_size
+    V = source.vocabulary
     seen = {name: Seen(ExampleKeeper(sae.features), Tally(sae.features, V), []) for name, sae in members.items()}
     tokens = TokenTally(V)
     names_of: dict[int, list[str]] = {}
@@ -149,13 +154,20 @@ def rows_at_a_time(features: int) -> int:
 
 
 def story_features(
-    source: StorySource, members: Mapping[str, TrainedAutoencoder], texts: Sequence[str]
+    source: WithText, members: Mapping[str, TrainedAutoencoder], texts: Sequence[str]
 ) -> dict[str, list[StoryFeatures]]:
     """What is active on each token of texts of one's own, for each member.
 
     Raises:
         BadInput: if the tokenizer makes nothing of a text, or more tokens than the language model has positions.
     """
+    if not texts:
+        return {name: [] for name in members}
+    if not isinstance(source, StorySource):
+        raise BadInput(
+            f"--text is given, but {source.name} are of a store, and a text of one's own is read by a run's language "
+            "model; leave it out"
+        )
     all_ids = source.lm.token_ids(texts)
     for text, ids in zip(texts, all_ids, strict=True):
         unknown = getattr(source.lm.tokenizer, "unk_token_id", None)
@@ -170,7 +182,7 @@ def story_features(
     return found
 
 
-def token_ids_of(source: StorySource, n_tokens: int, wanted: Iterable[int]) -> dict[int, np.ndarray]:
+def token_ids_of(source: WithText, n_tokens: int, wanted: Iterable[int]) -> dict[int, np.ndarray]:
     """The token ids of some stories of a pass, by their numbers; the text is read again, the language model is not."""
     left, found, n = set(wanted), {}, 0
     for items in pieces(source, n_tokens):
@@ -197,7 +209,7 @@ def _norm_limit(members: Mapping[str, TrainedAutoencoder]) -> float:
     return next(iter(members.values())).config.activations.norm_limit
 
 
-def _stories(source: StorySource, items: Sequence[Any], first: int, norm_limit: float) -> Iterator[_Story]:
+def _stories(source: WithText, items: Sequence[Any], first: int, norm_limit: float) -> Iterator[_Story]:
     found: list[np.ndarray] = [np.zeros((0, source.width), np.float32)] * len(items)
     for i, x in finite_activations(source, items):
         found[i] = x
@@ -257,7 +269,7 @@ def _look(seen: Seen, dense: np.ndarray, chunk: Chunk, tokens: Tokens) -> Active
 
 
 def _encoded(
-    name: str, sae: TrainedAutoencoder, source: StorySource, chunk: Chunk, used: np.ndarray, x: np.ndarray
+    name: str, sae: TrainedAutoencoder, source: WithText, chunk: Chunk, used: np.ndarray, x: np.ndarray
 ) -> Callable[[], np.ndarray]:
     """Begin to encode a chunk; what is returned waits for its features [N, F], 0 where a token is not used."""
     x = x_of(source, sae, x)
@@ -285,7 +297,7 @@ def _encoded(
     return features
 
 
-def x_of(source: StorySource, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndarray:
+def x_of(source: WithText, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndarray:
     """The columns of x[N, D] that a member reads."""
     if len(source.places) == 1:
         return x

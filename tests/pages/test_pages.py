@@ -13,6 +13,8 @@ from running import REPOSITORY
 
 import jax_sae
 from jax_sae.activations.sources import open_sources
+from jax_sae.activations.stored_stories import stored_stories
+from jax_sae.commands.harvest import main as harvest
 from jax_sae.commands.pages import main
 from jax_sae.pages.active import active
 from jax_sae.pages.blocks import block
@@ -185,6 +187,38 @@ def test_another_language_model_and_activations_from_a_file_are_refused(
     small = {"features": 4, "steps": 2, "batch_tokens": 32, "block_tokens": 64, "held_out_tokens": 50}
     jax_sae.train(activations="rows.npy", out="rows", quiet=True, **small)
     assert "rows.npy, which hold no token ids, so there is no text to show" in refused(capsys, main, ["rows"])
+
+
+def test_pages_of_a_store_show_the_text_that_it_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a run on the text do; the rows' digest stays as it was, and stores without ids are refused."""
+    monkeypatch.chdir(tmp_path)
+    demo = REPOSITORY / "jax_sae" / "demo"
+    text = ["--text-path", str(demo / "stories"), "--tokens", "3000", "--exclude-first-tokens", "1"]
+    assert harvest(["--model", str(demo / "model"), "--layer", "2", "--out", "store", *text]) == 0
+    small = {"features": 16, "kinds": ["topk"], "k": 2, "steps": 4, "batch_tokens": 64, "block_tokens": 128}
+    jax_sae.train(activations="store", out="run", quiet=True, held_out_tokens=200, **small)
+    opened = jax_sae.open_run("run")
+    [(name, sae)] = {name: opened[name] for name in opened}.items()
+    training, _, _ = open_sources(opened.config)
+    source = stored_stories(Path("store"), training)
+    reading = read(source, {name: sae}, 1500)
+    lm = jax_sae.load_language_model(str(demo / "model"), layer=2)
+    stories = [story.token_ids for story in source.read(range(reading.n_stories))]
+    fires = np.concatenate([np.asarray(sae.encode(x))[1:] > 0 for x in lm.activations(stories)])
+    np.testing.assert_array_equal(reading.members[name].tally.fired, fires.sum(0))
+    page = jax_sae.feature_pages("run", training_text=True, tokens=1500)
+    [facts] = re.findall(r'id="facts">(.*?)</script>', page.read_text())
+    assert json.loads(facts)["members"][0]["random"]["writes"] and json.loads(facts)["model"] == ""
+    assert "a text of one's own is read by" in refused(capsys, main, ["run", "--training-text", "--text", "x"])
+    digest = training.digests()
+    manifest = json.loads(Path("store/manifest.json").read_text())
+    for shard in manifest["shards"]:
+        del shard["tokens"]  # as it was before stores kept them
+    Path("store/manifest.json").write_text(json.dumps(manifest))
+    assert open_sources(opened.config)[0].digests() == digest
+    assert "store is a store without token ids" in refused(capsys, main, ["run"])
 
 
 def test_pages_are_written_and_take_the_place_of_those_before(
