@@ -59,7 +59,8 @@ _decode_compiled = jax.jit(_decode, static_argnames="model")
 def _model(
     kind: type[Autoencoder], width: int, features: int, most_k: int, written: tuple[int, ...], skip: bool
 ) -> Autoencoder:
-    return kind(width, features, written, skip, most_k=most_k, is_trained=False)
+    # parent: inside a tap, Flax would make it a part of the language model, of no use afterwards
+    return kind(width, features, written, skip, most_k=most_k, is_trained=False, parent=None)
 
 
 @dataclass(frozen=True, eq=False)

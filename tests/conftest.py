@@ -29,17 +29,20 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import pyarrow
 import pytest
-from running import REPOSITORY, never
+from pyarrow import parquet
+from running import REPOSITORY, never, nothing_learned
 
 from jax_sae.config import Config
 from jax_sae.config_tables import load_config
+from jax_sae.language_model import harvest
 from jax_sae.run.train import train
 
 FILES_KEPT = 8
@@ -67,12 +70,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def demo_config() -> Config:
-    """The demo, but only 12 steps of 64 tokens, with checkpoints at 5, 10 and 12."""
+def beginnings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text of 400 and 60 beginnings of the demo's stories, of at most 128 tokens."""
+    folder = tmp_path_factory.mktemp("text") / "beginnings"
+    folder.mkdir()
+    for split, rows in {"train": 400, "validation": 60}.items():
+        stories = parquet.read_table(REPOSITORY / "jax_sae" / "demo" / "stories" / f"{split}.parquet")["text"][:rows]
+        cut = [story.as_py()[:350] for story in stories]
+        parquet.write_table(pyarrow.table({"text": cut}), folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def demo_config(beginnings: str) -> Config:
+    """The demo, but only 12 steps of 64 tokens of beginnings of its stories, with checkpoints at 5, 10 and 12."""
     config = load_config(REPOSITORY / "configs" / "demo.toml")
     return replace(
         config,
-        activations=replace(config.activations, block_tokens=448, held_out_tokens=1500),
+        text=replace(config.text, path=beginnings),
+        activations=replace(config.activations, block_tokens=448, held_out_tokens=500),
         train=replace(config.train, steps=12, batch_tokens=64, warmup=0.2, checkpoint_every=5, log_every=2),
     )
 
@@ -83,6 +99,13 @@ def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> P
     out = tmp_path_factory.mktemp("runs") / "demo"
     assert train(demo_config, out, resume=False, stop_requested=never)
     return out
+
+
+@pytest.fixture
+def learning_nothing() -> Iterator[None]:
+    """For a test of runs whose numbers do not matter."""
+    with nothing_learned():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -112,13 +135,59 @@ def few_tokens_are_enough_for_a_mean() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def figures_are_not_painted(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A third of the time of a small run is for pixels, which only tests of figures need."""
+LENGTHS, TOKENS = harvest.PADDED_TO_MULTIPLES_OF, harvest.TOKENS_AT_A_TIME_ON_CPU
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stories_are_read_in_few_shapes() -> Iterator[None]:
+    """One by one, padded to 128, 256 or 512 tokens: else a third of what a small run compiles are shapes of stories."""
     with pytest.MonkeyPatch.context() as patched:
-        if not {"figures", "test_surroundings.py"} & set(request.path.parts):
-            patched.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+        patched.setattr(harvest, "PADDED_TO_MULTIPLES_OF", {128: 128})
+        patched.setattr(harvest, "TOKENS_AT_A_TIME_ON_CPU", 128)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tests_of_reading_read_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several stories at a time, of about the same length."""
+    with pytest.MonkeyPatch.context() as patched:
+        if {"language_model", "activations"} & set(request.path.parts):
+            patched.setattr(harvest, "PADDED_TO_MULTIPLES_OF", LENGTHS)
+            patched.setattr(harvest, "TOKENS_AT_A_TIME_ON_CPU", TOKENS)
+        yield
+
+
+DRAWING = {"figures", "test_surroundings.py"}
+MAKING_FIGURES = {
+    "test_train.py",
+    "test_places.py",
+    "test_evaluation.py",
+    "test_evaluate_dictionaries.py",
+    "test_probing.py",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_figures_are_made(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A third of the time of a small run is for pixels, which only tests of figures need, and a tenth for all else.
+
+    Some tests of runs make the figures without painting them.
+    """
+    parts = set(request.path.parts)
+    with pytest.MonkeyPatch.context() as patched:
+        if not DRAWING & parts:
+            patched.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+        if not (DRAWING | MAKING_FIGURES) & parts:
+            for module in ("run.report", "analysis.evaluation", "analysis.probing"):
+                patched.setattr(f"jax_sae.{module}.save_each", empty_figures)
+        yield
+
+
+def empty_figures(figures: Mapping[Path, object]) -> list[str]:
+    """Files where the figures would be, and the line that says so."""
+    for file in figures:
+        empty_figure(None, file)
+    return [f"figures       {', '.join(map(str, figures))}"] if figures else []
 
 
 def empty_figure(figure: object, file: Path) -> None:

@@ -9,6 +9,10 @@ import numpy as np
 
 from jax_sae.language_model.decoder import Decoder
 
+TOKENS_AT_A_TIME_ON_CPU = 1024
+PADDED_TO_MULTIPLES_OF = {256: 16, 512: 64, 1024: 128}
+"""Up to so many tokens; of 256 beyond."""
+
 
 def tokens_at_a_time() -> int:
     """Tokens of a forward pass, padding included.
@@ -16,7 +20,7 @@ def tokens_at_a_time() -> int:
     On a CPU the arrays of 1024 tokens stay in the caches and in memory that the process already has: half as fast again
     as 8192 tokens (docs/LOG.md). An accelerator needs more to be filled.
     """
-    return 1024 if jax.default_backend() == "cpu" else 32_768
+    return TOKENS_AT_A_TIME_ON_CPU if jax.default_backend() == "cpu" else 32_768
 
 
 def stays_on_device() -> bool:
@@ -33,7 +37,7 @@ def padded_length(n_tokens: int) -> int:
     The next multiple of 16 up to 256 tokens, of 64 up to 512, of 128 up to 1024 and of 256 beyond: little padding for
     most stories, and few shapes to compile.
     """
-    step = 16 if n_tokens <= 256 else 64 if n_tokens <= 512 else 128 if n_tokens <= 1024 else 256
+    step = next((step for most, step in PADDED_TO_MULTIPLES_OF.items() if n_tokens <= most), 256)
     return -(-n_tokens // step) * step
 
 

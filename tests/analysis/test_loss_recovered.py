@@ -1,5 +1,6 @@
 """What a language model loses is the plain formula on its logits, with its own blocks run from the layer on."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from running import REPOSITORY
 from jax_sae.analysis import loss_recovered as module
 from jax_sae.analysis.loss_recovered import LossRecovered, batch_at_once, loss_recovered, story_by_story
 from jax_sae.errors import BadInput
+from jax_sae.language_model import harvest
 from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.pretrained import LanguageModel, load_language_model
 
@@ -21,6 +23,18 @@ TIED, UNTIED = (REPOSITORY / "tests" / "data" / name for name in ("gpt_neo_bin",
 DEMO = REPOSITORY / "jax_sae" / "demo" / "model"
 LAYERS = [(TIED, 0), (TIED, 2), (TIED, 4), (UNTIED, 1), (UNTIED, 3), (DEMO, 2)]
 SAMPLE = "Once upon a time there was a little fox. It wanted to play with the big bear."
+T = 32
+"""What stories are padded to here; the models are causal."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_lengths() -> Iterator[None]:
+    """Read one by one, and lost several at a time, padded to few lengths, so that few programs are compiled."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(harvest, "PADDED_TO_MULTIPLES_OF", {512: T})
+        patched.setattr(harvest, "TOKENS_AT_A_TIME_ON_CPU", T)
+        patched.setattr(module, "tokens_at_a_time", lambda: 1024)
+        yield
 
 
 class Scaled:
@@ -69,7 +83,11 @@ def by_hand(
     limit: float = np.inf,
     place: str | None = None,
 ) -> dict[str, float]:
-    """Every number from its definition, story by story without padding, in float64 from the logits on."""
+    """Every number from its definition, story by story, in float64 from the logits on."""
+
+    @jax.jit
+    def with_spliced(ids: np.ndarray, spliced: np.ndarray) -> jax.Array:
+        return cast(jax.Array, lm.run(ids, lambda at, y: spliced if at == place else y))
 
     def log_softmax(logits: np.ndarray) -> np.ndarray:
         logits = logits.astype(np.float64) - logits.max(-1, keepdims=True)
@@ -85,11 +103,11 @@ def by_hand(
         keep = (np.arange(len(ids)) < exclude) | (np.linalg.norm(x, axis=1) > limit)
         replaced += int((~keep).sum())
         spliced = np.where(keep[:, None], x, np.stack([x, np.float32(scale) * x, 0 * x, 0 * x + mean]))
+        spliced, ids_padded = np.pad(spliced, ((0, 0), (0, T - len(ids)), (0, 0))), np.pad(ids, (0, T - len(ids)))
         if place is None:
-            logits = rest_of_network(lm, spliced)
+            logits = rest_of_network(lm, spliced)[:, : len(ids)]
         else:
-            put = partial(lambda at, y, spliced: spliced if at == place else y, spliced=spliced)
-            logits = np.asarray(lm.run(np.stack([ids] * 4), put))
+            logits = np.asarray(with_spliced(np.stack([ids_padded] * 4), spliced))[:, : len(ids)]
         log_p = dict(zip(ce, log_softmax(logits), strict=True))
         for name in ce:
             ce[name] += [-log_p[name][t, ids[t + 1]] for t in range(len(ids) - 1)]
@@ -170,23 +188,31 @@ def test_at_every_place_of_every_family(model: str, place: str, monkeypatch: pyt
 
 
 def by_tap(
-    lm: LanguageModel, stories: list[np.ndarray], inputs: list[np.ndarray], writes: list[str], dictionary: Any
-) -> float:
+    lm: LanguageModel, stories: list[np.ndarray], inputs: list[np.ndarray], writes: list[str]
+) -> Callable[[Any], float]:
     """The cross-entropy of `lm.run` with a tap that puts what a dictionary writes at each place, but for first tokens.
 
     Of stories with the inputs [T, D] of each.
     """
-    losses: list[float] = []
-    for ids, x in zip(stories, inputs, strict=True):
-        parts = dict(zip(writes, np.split(np.asarray(dictionary(x)), len(writes), -1), strict=True))
-        replaced = np.arange(len(ids))[:, None] >= 1
 
-        def put(place: str, y: jax.Array, parts: Any = parts, replaced: Any = replaced) -> jax.Array:
-            return jnp.where(replaced, parts[place], y) if place in parts else y
+    @jax.jit
+    def log_p_of(ids: np.ndarray, written: np.ndarray) -> jax.Array:
+        parts = dict(zip(writes, jnp.split(written, len(writes), -1), strict=True))
 
-        log_p = jax.nn.log_softmax(lm.run(ids, put))
-        losses += [-float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)]
-    return float(np.mean(losses))
+        def put(place: str, y: jax.Array) -> jax.Array:
+            return jnp.where(jnp.arange(T)[:, None] >= 1, parts[place], y) if place in parts else y
+
+        return jax.nn.log_softmax(lm.run(ids, put))
+
+    def of(dictionary: Any) -> float:
+        losses: list[float] = []
+        for ids, x in zip(stories, inputs, strict=True):
+            more = (0, T - len(ids))
+            log_p = np.asarray(log_p_of(np.pad(ids, more), np.pad(np.asarray(dictionary(x)), (more, (0, 0)))))
+            losses += [-float(log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)]
+        return float(np.mean(losses))
+
+    return of
 
 
 WRITTEN = [
@@ -215,8 +241,9 @@ def test_several_places_are_replaced_at_once(model: str, reads: list[str], write
     }
     dictionaries = {name: lambda x, lengths, f=f: f(x) for name, f in maps.items()}
     got = loss_recovered(lm, stories, dictionaries, mean, 1, reads=reads, writes=writes)
+    loss_of = by_tap(lm, stories, found, writes)
     for name, f in maps.items():
-        assert got[name].ce_loss_with_sae == pytest.approx(by_tap(lm, stories, found, writes, f), rel=1e-5)
+        assert got[name].ce_loss_with_sae == pytest.approx(loss_of(f), rel=1e-5)
     assert got["mean"].ce_loss_with_sae == got["a"].ce_loss_with_mean_ablation
     assert got["a"].ce_loss_score_zero_ablation != pytest.approx(1, abs=1e-3)
 
@@ -253,7 +280,7 @@ def test_of_two_language_models_that_of_the_written_places_is_run() -> None:
     x, y = base.activations(stories, ["1.mlp_in"]), tuned.activations(stories, ["3.resid_post", "1.mlp_in"])
     inputs = [np.concatenate(each, -1) for each in zip(*x.values(), *y.values(), strict=True)]
     matrix = rng.normal(size=(192, 128)).astype(np.float32) / 9
-    expected = by_tap(tuned, stories, inputs, ["1.mlp_out", "2.resid_post"], lambda x: x @ matrix)
+    expected = by_tap(tuned, stories, inputs, ["1.mlp_out", "2.resid_post"])(lambda x: x @ matrix)
     for models in ({"a": base, "b": tuned}, {"b": tuned, "a": base}):
         found = loss_recovered(
             models, stories, {"F8": lambda x, lengths: x @ matrix}, np.zeros(128), 1, reads=reads, writes=writes
@@ -350,7 +377,7 @@ def test_one_program_for_each_padded_length() -> None:
     module._losses_and_divergences.clear_cache()
     loss_recovered(lm, stories_of(lm, (9, 3, 16, 12) * 20), {"sae": batch_at_once(Scaled(0.5))}, mean)
     assert module._losses_and_divergences._cache_size() == 1
-    loss_recovered(lm, stories_of(lm, (5, 30)), {"sae": batch_at_once(Scaled(0.5))}, mean)
+    loss_recovered(lm, stories_of(lm, (5, 60)), {"sae": batch_at_once(Scaled(0.5))}, mean)
     loss_recovered(lm, stories_of(lm, (14,)), {"sae": batch_at_once(Scaled(0.9))}, mean)
     assert module._losses_and_divergences._cache_size() == 2
 

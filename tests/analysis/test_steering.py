@@ -11,12 +11,14 @@ import pytest
 from running import REPOSITORY
 
 import jax_sae
+from jax_sae import trained
 from jax_sae.activations.normalize import Normalization
 from jax_sae.analysis.steering import intervention, next_predictions, predictions_compared, texts_written
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import init_params
 from jax_sae.commands.steer import main
 from jax_sae.config import Config, Member
+from jax_sae.rows import padded
 from jax_sae.trained import Origin, TrainedAutoencoder
 
 D, F = 64, 24
@@ -90,23 +92,29 @@ def test_what_is_added_set_and_taken_away(lm: jax_sae.LanguageModel, sae: Traine
 
 
 def test_a_feature_set_to_its_own_value_changes_nothing(lm: jax_sae.LanguageModel) -> None:
-    """Of one token: the others of the prompt are of another value."""
+    """Of one token: the others of the prompt are of another value. Nor does it matter that a tap used it first."""
     ids = lm.token_ids([PROMPT])[0][:1]
-    features = AUTOENCODER.encode(lm.activations([ids], AUTOENCODER.reads)["1.resid_post"][0])
+    x = lm.activations([ids], AUTOENCODER.reads)["1.resid_post"][0]
+    features = AUTOENCODER.encode(x)
     i = int(np.argmax(features[0]))
     assert features[0, i] > 0
+    trained._model.cache_clear()
     close(lm.run(ids, jax_sae.steer(AUTOENCODER, i, features[0, i], clamp=True)), lm.run(ids))
+    np.testing.assert_array_equal(AUTOENCODER.encode(x), features)
 
 
-def test_texts_are_those_of_generate_and_of_a_loop_without_a_cache(lm: jax_sae.LanguageModel) -> None:
+def test_texts_are_those_of_generate_and_of_a_loop_without_a_cache(lm: jax_sae.LanguageModel, demo_run: Path) -> None:
     """Greedy and drawn; for each seed; and what is said of them is what the logits say."""
-    ids, what, most = lm.token_ids([PROMPT])[0], intervention(AUTOENCODER, True), 24
+    sae = jax_sae.load_autoencoder(demo_run, name="F64")
+    ids, what, most, room = lm.token_ids([PROMPT])[0], intervention(sae, True), 24, 128
     model, params = lm.whole
-    numbers: Any = (model, params, AUTOENCODER, 3, jnp.float32(20))
-    tap = jax_sae.steer(AUTOENCODER, 3, 20.0, clamp=True)
+    numbers: Any = (model, params, sae, 3, jnp.float32(20))
+    tap = jax_sae.steer(sae, 3, 20.0, clamp=True)
+    given = padded(ids, (room,))
 
     def written(temperature: float) -> Any:
-        return texts_written(*numbers, ids, len(ids), most, -1, temperature, 1.0, jnp.array([4, 5]), room=32, what=what)
+        seeds = jnp.array([4, 5])
+        return texts_written(*numbers, given, len(ids), most, -1, temperature, 1.0, seeds, room=room, what=what)
 
     greedy, ends = written(0.0)
     rows = np.asarray(greedy)[:, :most]
@@ -117,11 +125,11 @@ def test_texts_are_those_of_generate_and_of_a_loop_without_a_cache(lm: jax_sae.L
     for row, seed in zip(drawn, (4, 5), strict=True):
         assert row[:most].tolist() == lm.generate(ids, most - len(ids), temperature=0.8, seed=seed, tap=tap).tolist()
 
-    loss, divergence = predictions_compared(*numbers, drawn[:, :most], what=what)
+    loss, divergence = (each[:, : most - 1] for each in predictions_compared(*numbers, drawn, what=what))
     log_p, log_q = (jax.nn.log_softmax(lm.run(drawn[:, :most], each)) for each in (None, tap))
     close(loss, -np.take_along_axis(log_p[:, :-1], drawn[:, 1:most, None], -1)[..., 0])
     close(divergence, np.sum(np.exp(log_p) * (log_p - log_q), -1)[:, :-1])
-    before, after = next_predictions(*numbers, np.pad(ids, (0, 3)), len(ids), what=what)
+    before, after = next_predictions(*numbers, given, len(ids), what=what)
     close(before, jax.nn.softmax(lm.run(ids)[-1]))
     close(after, jax.nn.softmax(lm.run(ids, tap)[-1]))
 
@@ -155,16 +163,16 @@ def test_what_cannot_be_steered_is_told(lm: jax_sae.LanguageModel) -> None:
 def test_a_command_writes_texts_side_by_side(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And `run.steer` gives the same, as a record that JSON has; one line and exit code 2 for what cannot be used."""
     asked = [str(demo_run), "--member", "F64", "--feature", "3", "--prompt", "Once upon a time", "--tokens", "5"]
-    assert main([*asked, "--strength", "2", "1e15", "--seeds", "7"]) == 0
+    assert main([*asked, "--strength", "2", "1e15", "--seeds", "7", "8"]) == 0
     told = capsys.readouterr().out
-    assert all(part in told for part in ("\n2 ", "--- untouched, seed 7", "--- 2 added, seed 7", "KL from the model's"))
-    found = jax_sae.open_run(demo_run).steer("F64", 3, "Once upon a time", [2.0, 1e15], max_new_tokens=5, seeds=[7])
+    assert all(part in told for part in ("\n2 ", "--- untouched, seed 7", "--- 2 added, seed 8", "KL from the model's"))
+    found = jax_sae.open_run(demo_run).steer("F64", 3, "Once upon a time", [2.0, 1e15], max_new_tokens=5, seeds=[7, 8])
     json.dumps(found, allow_nan=False)
     without, added, much = found["results"]
     assert without["strength"] is None and without["kl"] == 0 < added["kl"] < much["kl"]
-    assert all(each["texts"][0] in told and len(each["texts"]) == 1 for each in found["results"])
+    assert all(each["texts"][0] in told and len(each["texts"]) == 2 for each in found["results"])
     assert found["largest"] > 0 and len(added["next_tokens"]) == 10
-    taken = jax_sae.open_run(demo_run).steer("F64", 3, "Once", how="ablate", max_new_tokens=2, seeds=[0])
+    taken = jax_sae.open_run(demo_run).steer("F64", 3, "Once", how="ablate", max_new_tokens=2, seeds=[0, 1])
     assert [each["strength"] for each in taken["results"]] == [None, 0.0] and taken["results"][1]["kl"] >= 0
     capsys.readouterr()
     for flags, message in (

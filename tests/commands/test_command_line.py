@@ -54,6 +54,7 @@ def test_what_the_environment_says_of_compiled_programs_is_not_changed(monkeypat
         assert [os.environ[name] for name in names] == ["set by the user"] * 4 and not lines
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
     """runs/demo, then runs/demo-2, with members one by one; the contract's examples are accepted."""
     flags = [*SMALL, "--sweep.features", "4", "--sweep.learning-rates", "1e-3", "3e-3", "--sweep.seeds", "0", "1"]
@@ -74,6 +75,7 @@ def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     """More steps are allowed; another batch size is not, and the difference is named."""
     assert run(*SMALL, "--out", "x") == 0
@@ -85,31 +87,31 @@ def test_resume_and_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "beyond train.steps 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--train.steps", "3"], "train.steps", 3),
-        (["--train.steps=3"], "train.steps", 3),
-        (["--train.batch_tokens", "3"], "train.batch_tokens", 3),
-        (["--train.steps", "3", "--train.steps", "4"], "train.steps", 4),
-        (["--sweep.encoder-bias", "-1e-3"], "sweep.encoder_bias", (-1e-3,)),
-        (["--sweep.learning-rates", "1e-3", "-2"], "sweep.learning_rates", (1e-3, -2.0)),
-        (["--sweep.features=3", "--resume"], "sweep.features", (3,)),
-        (["--sweep.features"], "sweep.features", ()),
-        (["--sweep.members", "seed=1, features=3"], "sweep.members", (Member(3, 1),)),
-        (["--text.path", "-"], "text.path", "-"),
-        (["--text.path="], "text.path", ""),
-        (["--text.path", "a=b --c"], "text.path", "a=b --c"),
-        (["--train.batching", "story"], "train.batching", "story"),
-    ],
-)
-def test_every_form_of_a_flag_is_read(argv: list[str], name: str, value: object) -> None:
-    """Wherever it stands among others, which keep their values."""
-    for around in ([], ["--debug"], ["--out", "x"]):
-        arguments = parse([*around, *argv, *around])
-        assert arguments.settings == {name: value}
-        assert arguments.out == (Path("x") if "--out" in around else None)
-        assert arguments.resume == ("--resume" in argv)
+FORMS: list[tuple[list[str], str, object]] = [
+    (["--train.steps", "3"], "train.steps", 3),
+    (["--train.steps=3"], "train.steps", 3),
+    (["--train.batch_tokens", "3"], "train.batch_tokens", 3),
+    (["--train.steps", "3", "--train.steps", "4"], "train.steps", 4),
+    (["--sweep.encoder-bias", "-1e-3"], "sweep.encoder_bias", (-1e-3,)),
+    (["--sweep.learning-rates", "1e-3", "-2"], "sweep.learning_rates", (1e-3, -2.0)),
+    (["--sweep.features=3", "--resume"], "sweep.features", (3,)),
+    (["--sweep.features"], "sweep.features", ()),
+    (["--sweep.members", "seed=1, features=3"], "sweep.members", (Member(3, 1),)),
+    (["--text.path", "-"], "text.path", "-"),
+    (["--text.path="], "text.path", ""),
+    (["--text.path", "a=b --c"], "text.path", "a=b --c"),
+    (["--train.batching", "story"], "train.batching", "story"),
+]
+
+
+@pytest.mark.parametrize(("number", "form"), enumerate(FORMS))
+def test_every_form_of_a_flag_is_read(number: int, form: tuple[list[str], str, object]) -> None:
+    """Wherever it stands among others, which keep their values: some of the forms alone, or in the midst of others."""
+    (argv, name, value), around = form, ([], ["--debug"], ["--out", "x"])[number % 3]
+    arguments = parse([*around, *argv, *around])
+    assert arguments.settings == {name: value}
+    assert arguments.out == (Path("x") if "--out" in around else None)
+    assert arguments.resume == ("--resume" in argv)
 
 
 def test_the_last_config_counts(tmp_path: Path) -> None:

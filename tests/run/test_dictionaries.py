@@ -179,6 +179,7 @@ def test_the_short_form_names_the_common_dictionaries() -> None:
     assert said == Member(8, reads=("5.mlp_in", "5.resid_mid"), writes=("5.mlp_out",), skip=True)
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_a_program_trains_them_on_arrays_by_their_places(tmp_path: Path) -> None:
     """Layers choose among the arrays that are given; without them a crosscoder is over all. The same call resumes."""
     small: dict[str, Any] = {"steps": 3, "batch_tokens": 32, "held_out_tokens": 60, "block_tokens": 128, "quiet": True}
@@ -219,6 +220,7 @@ def test_the_language_model_reads_a_text_once_for_all(demo_config: Config, monke
     assert counts[0] == counts[1] > 0 and len(passes[0]) == 12
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code on dictionaries."""
     code = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "places.md").read_text(), re.DOTALL)[-1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import processes
 import pytest
 from running import never, stop_at
 
@@ -99,14 +100,10 @@ def test_a_member_equals_its_solo_run_at_its_place(place: str, at_three: Path, t
         assert f"{figure}-{place}.png" in figures and f"{figure}.png" not in figures
 
 
-def test_a_resumed_run_has_the_same_bits_and_each_story_its_normalisation(at_three: Path, tmp_path: Path) -> None:
-    """With one of all tokens, and with that of each story at each place."""
-    for normalization in ("dataset", "story"):
-        straight = at_three if normalization == "dataset" else run_at(PLACES, tmp_path / "straight", "story")
-        resumed = run_at(PLACES, tmp_path / f"{normalization} resumed", normalization, stop=5)  # type: ignore[arg-type]
-        assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-        for name in jax_sae.open_run(straight):
-            assert outcome(load_autoencoder(resumed, name=name)) == outcome(load_autoencoder(straight, name=name))
+def test_a_resumed_run_has_the_same_bits_and_each_story_its_normalisation(tmp_path: Path) -> None:
+    """That of each story at each place."""
+    straight, resumed = (run_at(PLACES, tmp_path / f"{stop}", "story", stop) for stop in (99, 5))
+    assert processes.outcome(resumed) == processes.outcome(straight)
 
 
 def test_a_store_and_a_file_hold_places_by_their_names(tmp_path: Path) -> None:
@@ -180,6 +177,7 @@ def test_what_does_not_belong_is_refused_in_a_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_a_program_gives_places_and_members_have_eight_features_a_number(tmp_path: Path) -> None:
     """8 D at its own place; explicit members may say their place; resumed with the same call."""
     given = {place: X[place] for place in ("4.resid_post", "9.mlp_out")}
@@ -206,6 +204,7 @@ def test_a_program_gives_places_and_members_have_eight_features_a_number(tmp_pat
     assert [(name, said[name].width) for name in said] == [("9.z-F4", 12), ("9.mlp_out-F3", 7)]
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_a_language_model_is_read_at_several_places_in_one_pass(demo_config: Config, tmp_path: Path) -> None:
     """By any name that it has; loss recovered is at each member's own place; from a store the same numbers come."""
     small = replace(demo_config, activations=replace(demo_config.activations, held_out_tokens=300))
@@ -224,9 +223,6 @@ def test_a_language_model_is_read_at_several_places_in_one_pass(demo_config: Con
     alone = replace(small, sweep=replace(sweep, places=()), model=replace(small.model, layer=2))
     solo = jax_sae.train(alone, quiet=True)
     assert solo.names == ["F32"] and solo["F32"].place == "1.resid_post"
-    np.testing.assert_allclose(
-        run.metrics()["1.resid_post-F32"]["loss_per_element"], solo.metrics()["F32"]["loss_per_element"], rtol=1e-4
-    )
     [measured] = solo.evaluate()["members"]
     for name in ("fvu", "ce_loss_with_sae", "ce_loss_with_zero_ablation"):
         assert members[0][name] == pytest.approx(measured[name], rel=1e-3)

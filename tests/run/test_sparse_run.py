@@ -85,8 +85,9 @@ def test_a_resumed_run_has_the_same_bits(
 
 def test_dead_features_were_there_to_be_resampled(whole: Path) -> None:
     """Else the test above states little: after steps 4 and 8 nothing is dead, and later there is."""
+    of_steps = {step: arrays(whole, step) for step in (5, 10, 12)}
     for kind in ("topk", "batchtopk", "matryoshka"):
-        silent = {step: arrays(whole, step)[f"members/{kind}-F61/memory/tokens_since_fired"] for step in (5, 10, 12)}
+        silent = {step: its[f"members/{kind}-F61/memory/tokens_since_fired"] for step, its in of_steps.items()}
         assert {step: counts.max() for step, counts in silent.items()} == {5: 64, 10: 2 * 64, 12: 4 * 64}, kind
 
 
@@ -122,6 +123,7 @@ def test_each_kind_encodes_as_it_says(whole: Path) -> None:
             np.testing.assert_allclose(np.linalg.norm(sae.params["W_dec"], axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(config: Config, tmp_path: Path) -> None:
     """It has losses in place of metrics, members without a kind, and no memory."""
     plain = replace(config, sweep=SweepConfig(features=(8,), learning_rates=(1e-3,)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from refusals import write_tokenizer
-from running import REPOSITORY, never, stop_at
+from running import REPOSITORY, never, nothing_learned, stop_at
 from safetensors.numpy import load_file, save_file
 
 import jax_sae
@@ -52,15 +52,20 @@ def config(demo_config: Config, tuned: Path) -> Config:
 def run_of_both(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of that sweep, stopped and resumed."""
     out = tmp_path_factory.mktemp("runs") / "both"
-    assert not train(config, out, resume=False, stop_requested=stop_at(7))
-    assert train(config, out, resume=True, stop_requested=never)
+    with nothing_learned():
+        assert not train(config, out, resume=False, stop_requested=stop_at(7))
+        assert train(config, out, resume=True, stop_requested=never)
     return out
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_members_are_those_of_a_run_with_one_model(
     config: Config, tuned: Path, run_of_both: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: at each place of a model, the other one beside it, and what is lost there."""
+    """Bit for bit: at each place of a model, the other one beside it, and what is lost there.
+
+    That they learn the same from the same columns, run/test_places.py holds.
+    """
     both = jax_sae.open_run(run_of_both)
     names = ("base:1.resid_post", "tuned:2.mlp_out", "tuned:1.resid_post", "crosscoder")
     assert both.names == [f"{name}-F32" for name in names]
@@ -120,6 +125,7 @@ def test_a_path_may_change_and_a_model_may_not(tuned: Path, run_of_both: Path, t
             evaluate(run)
 
 
+@pytest.mark.usefixtures("learning_nothing")
 def test_a_store_holds_places_of_both(config: Config, tuned: Path, tmp_path: Path) -> None:
     """Under their names, as each model gives them, and a run reads them."""
     out = tmp_path / "store"
