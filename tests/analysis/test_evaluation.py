@@ -26,6 +26,7 @@ from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.config import ActivationsConfig, Config, Member, SweepConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.pretrained import load_language_model
+from jax_sae.run import opened as run_opened
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.train import train
 from jax_sae.trained import TrainedAutoencoder
@@ -186,9 +187,9 @@ def test_the_identity_recovers_all_of_the_loss(to_spoil: Path, monkeypatch: pyte
         "W_dec": jnp.vstack([eye, -eye]),
         "b_dec": jnp.zeros(64),
     }
-    load = evaluation.load_autoencoder
+    load = load_autoencoder
     monkeypatch.setattr(
-        evaluation, "load_autoencoder", lambda *a, **k: replace(load(*a, **k), params=exact, normalization=identity(64))
+        run_opened, "load_autoencoder", lambda *a, **k: replace(load(*a, **k), params=exact, normalization=identity(64))
     )
     member, *_, same = evaluate(to_spoil)["members"]
     assert same["ce_loss_with_sae"] == member["ce_loss_with_sae"]
@@ -301,13 +302,13 @@ def test_members_whose_numbers_are_not_finite(
 ) -> None:
     """One of them has nulls and is named; if all are such there is nothing to evaluate."""
     run = to_spoil
-    load, bad = evaluation.load_autoencoder, {"F83"}
+    load, bad = load_autoencoder, {"F83"}
 
     def with_infinite(*given: Any, **named: Any) -> TrainedAutoencoder:
         sae = load(*given, **named)
         return replace(sae, params=sae.params | {"b_dec": sae.params["b_dec"] + np.inf}) if sae.name in bad else sae
 
-    monkeypatch.setattr(evaluation, "load_autoencoder", with_infinite)
+    monkeypatch.setattr(run_opened, "load_autoencoder", with_infinite)
     evaluate(run)
     good, *_, other = read(run / "evaluation.json")["members"]
     assert other["fvu"] is None and other["baselines"] is None and other["feature_density"] is None

@@ -104,7 +104,7 @@ FORMS: list[tuple[list[str], str, object]] = [
 ]
 
 
-@pytest.mark.parametrize(("number", "form"), enumerate(FORMS))
+@pytest.mark.parametrize(("number", "form"), list(enumerate(FORMS)))
 def test_every_form_of_a_flag_is_read(number: int, form: tuple[list[str], str, object]) -> None:
     """Wherever it stands among others, which keep their values: some of the forms alone, or in the midst of others."""
     (argv, name, value), around = form, ([], ["--debug"], ["--out", "x"])[number % 3]

@@ -63,13 +63,21 @@ def test_every_place_is_that_of_pytorch(name: Any, models: dict[Any, LanguageMod
     lm, expected = models[name], np.load(DATA / name / "expected.npz")
     a = lm.model.architecture
     ends = np.cumsum([width_of(place, a) for place in places_of(a)])
-    found = lm.activations([expected["ids"]], places_of(a))
+
+    @jax.jit
+    def read(ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits, and what stands at all places; with `activations` and `logits` there would be two programs."""
+        found: dict[str, jax.Array] = {}
+        logits = lm.run(ids, lambda place, x: found.setdefault(place, x))
+        return logits, found
+
+    logits, found = jax.tree.map(np.asarray, read(expected["ids"]))
     for place, wanted in zip(places_of(a), np.split(expected["places"], ends[:-1], axis=1), strict=True):
-        assert error(found[place][0], wanted) < 2e-5, place
+        assert error(found[place], wanted) < 2e-5, place
     for layer, wanted in enumerate(expected["hidden"]):
-        assert error(found[place_of_layer(layer, a)][0], wanted) < 2e-5, layer
-    assert error(lm.logits([expected["ids"]])[0], expected["logits"]) < 2e-5
-    before, attention, mlp, after = (found[f"1.{x}"][0] for x in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
+        assert error(found[place_of_layer(layer, a)], wanted) < 2e-5, layer
+    assert error(logits, expected["logits"]) < 2e-5
+    before, attention, mlp, after = (found[f"1.{x}"] for x in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
     assert error(before + attention + mlp, after) < 1e-6
 
 
