@@ -63,15 +63,16 @@ def test_every_place_is_that_of_pytorch(name: Any, models: dict[Any, LanguageMod
     lm, expected = models[name], np.load(DATA / name / "expected.npz")
     a = lm.model.architecture
     ends = np.cumsum([width_of(place, a) for place in places_of(a)])
+    model, params = lm.whole
 
     @jax.jit
     def read(ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits, and what stands at all places; with `activations` and `logits` there would be two programs."""
         found: dict[str, jax.Array] = {}
-        logits = lm.run(ids, lambda place, x: found.setdefault(place, x))
+        logits = model.apply({"params": params}, ids[None], lambda at, x: found.setdefault(at, x), method="logits")
         return logits, found
 
-    logits, found = jax.tree.map(np.asarray, read(expected["ids"]))
+    logits, found = jax.tree.map(lambda x: np.asarray(x)[0], read(expected["ids"]))
     for place, wanted in zip(places_of(a), np.split(expected["places"], ends[:-1], axis=1), strict=True):
         assert error(found[place], wanted) < 2e-5, place
     for layer, wanted in enumerate(expected["hidden"]):
