@@ -23,23 +23,28 @@ WARNING = "warning       "
 """How a line begins that is a warning."""
 
 _is_quiet = ContextVar("is_quiet", default=False)
+_warns = ContextVar("warns", default=True)
 
 
 @contextmanager
-def quiet(is_quiet: bool = True) -> Iterator[None]:
-    """Within it, in this thread, nothing is printed and there is no bar; lines that warn become Python's warnings."""
-    token = _is_quiet.set(is_quiet)
+def quiet(is_quiet: bool = True, warns: bool = True) -> Iterator[None]:
+    """Within it, in this thread, nothing is printed and there is no bar; lines that warn become Python's warnings.
+
+    Unless it `warns`, they do not: another process of the run prints them.
+    """
+    tokens = (_is_quiet, _is_quiet.set(is_quiet)), (_warns, _warns.set(warns))
     try:
         yield
     finally:
-        _is_quiet.reset(token)
+        for variable, token in tokens:
+            variable.reset(token)
 
 
 def say(lines: Sequence[str]) -> None:
     """Print lines, above a progress bar if there is one."""
     if _is_quiet.get():
         for line in lines:
-            if line.startswith(WARNING):
+            if line.startswith(WARNING) and _warns.get():
                 warnings.warn(line.removeprefix(WARNING), stacklevel=2)
     elif lines and sys.stdout is not None:
         tqdm.write("\n".join(lines))

@@ -29,6 +29,7 @@ LAYERS = {
     "rows": 1,
     "streams": 0,
     "config": 1,
+    "processes": 1,
     "config_tables": 2,
     "precision": 2,
     "language_model": 3,

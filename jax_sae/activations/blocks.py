@@ -27,6 +27,7 @@ from jax_sae.activations.places import Place
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
+from jax_sae.processes import gathered, own_share, several, summed, together
 
 if TYPE_CHECKING:
     from jax_sae.activations.sources import Item, Source
@@ -72,9 +73,40 @@ def filled(
         BadInput: if an activation is not finite, or a story cannot be normalised by itself.
     """
     norms = np.zeros(shape[0] * shape[1])
+    if several():
+        return _filled_by_several(source, items, taken, shape, norms, fitted, activations)
     batches = on_device(source, items)
     if batches is not None:
         return _filled_on_device(source, batches, taken, shape, norms, fitted, activations)
+    x = _filled_here(source, items, taken, norms, fitted, activations)
+    return x.reshape(*shape, -1), norms
+
+
+def _filled_by_several(
+    source: "Source",
+    items: Sequence["Item"],
+    taken: Sequence[Taken],
+    shape: tuple[int, int],
+    norms: np.ndarray,
+    fitted: Normalization,
+    activations: ActivationsConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`filled` by several processes: each reads some of the items, and their rows, 0 in all others, are summed."""
+    own = np.flatnonzero(own_share(len(items))).tolist()
+    with together():
+        x = _filled_here(source, [items[i] for i in own], [taken[i] for i in own], norms, fitted, activations)
+    return summed(x).reshape(*shape, -1), gathered(norms).sum(0) if activations.norm_limit else norms
+
+
+def _filled_here(
+    source: "Source",
+    items: Sequence["Item"],
+    taken: Sequence[Taken],
+    norms: np.ndarray,
+    fitted: Normalization,
+    activations: ActivationsConfig,
+) -> np.ndarray:
+    """The rows of a block [rows, D] with what is taken of items; their norms are put into `norms`."""
     x = np.zeros((len(norms), source.width), np.float32)
     for i, story in finite_activations(source, items):
         first, last, into = taken[i]
@@ -84,7 +116,7 @@ def filled(
             within = norms[into] <= activations.norm_limit
             rows, into = rows[within], into[within]
         x[into] = normalize(for_story(activations.normalization, fitted, story, source.places), rows)
-    return x.reshape(*shape, -1), norms
+    return x
 
 
 def _filled_on_device(

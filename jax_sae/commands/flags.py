@@ -28,6 +28,9 @@ class Arguments:
     resume: bool
     settings: dict[str, Any]
     """Those settings of `Config` that flags give, by dotted names."""
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -94,6 +97,12 @@ def parse(argv: Sequence[str]) -> Arguments:
         """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
         debug: bool = False
         """Show the traceback of an error, above its one line."""
+        coordinator: str | None = None
+        """HOST:PORT of the first of several processes that train the run together (docs/many_devices.md)."""
+        num_processes: int | None = None
+        """How many they are; give all three, or none where a cluster's launcher says it."""
+        process_id: int | None = None
+        """Which this is, from 0."""
         settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     parsed = tyro.cli(
@@ -105,7 +114,17 @@ def parse(argv: Sequence[str]) -> Arguments:
     )
     values = flatten(parsed.settings)
     settings = {name: values[name] for name in given if name in values}
-    return expand_home(Arguments(parsed.config, parsed.out, parsed.resume, settings))
+    return expand_home(
+        Arguments(
+            parsed.config,
+            parsed.out,
+            parsed.resume,
+            settings,
+            parsed.coordinator,
+            parsed.num_processes,
+            parsed.process_id,
+        )
+    )
 
 
 def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:
@@ -134,7 +153,9 @@ def expand_home(options: Options) -> Options:
 
 def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """The values that are given to each flag of `jax-sae train`; errors as for `values_given`."""
-    return values_given(argv, {"config": Path, "out": Path, "resume": bool, "debug": bool, **option_types()})
+    own = {"config": Path, "out": Path, "resume": bool, "debug": bool}
+    of_processes = {"coordinator": str | None, "num_processes": int | None, "process_id": int | None}
+    return values_given(argv, {**own, **of_processes, **option_types()})
 
 
 def values_given(

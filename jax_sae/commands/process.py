@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from jax_sae.commands.stop_signals import STOPPED, free_quietly, raising_signals
 from jax_sae.errors import BadInput, RunFailed
+from jax_sae.processes import EndedElsewhere
 from jax_sae.streams import lasting_streams, lost_output
 
 BROKEN_PIPE = 13
@@ -49,6 +50,8 @@ def _exit_code(argv: Sequence[str], work: Callable[[], int]) -> int:
         print(f"\n{STOPPED}", file=sys.stderr)
         free_quietly(error)
         return 128 + int((*error.args, signal.SIGINT)[0])
+    except EndedElsewhere:
+        return 1
     except (BadInput, RunFailed, OSError, MemoryError) as error:
         if "--debug" in argv:
             traceback.print_exc()

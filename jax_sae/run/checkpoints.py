@@ -53,6 +53,16 @@ class Damaged(BadInput):
         self.what = what
 
 
+def by_itself() -> ocp.options.MultiprocessingOptions:
+    """Orbax reads and writes in this process alone, whatever others of the run do at that time."""
+    own = jax.process_index()
+    return (
+        ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
+        if jax.process_count() > 1
+        else (ocp.options.MultiprocessingOptions())
+    )
+
+
 class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints of one run; saving goes on in a thread until the `with` block ends."""
 
@@ -70,12 +80,13 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         with ExitStack() as stack:
             self._plain = stack.enter_context(plain_path(self.directory))
             with orbax.called():
+                alone = by_itself()
                 self._manager = ocp.CheckpointManager(
                     self._plain,
                     item_handlers={
-                        "state": ocp.PyTreeCheckpointHandler(),
-                        "run": ocp.JsonCheckpointHandler(),
-                        "digests": ocp.JsonCheckpointHandler(),
+                        "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+                        "run": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                        "digests": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
                     },
                     options=ocp.CheckpointManagerOptions(
                         create=False,
@@ -83,6 +94,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                         max_to_keep=None,
                         cleanup_tmp_directories=not read_only,
                         enable_async_checkpointing=False,  # the thread below also computes the digests
+                        multiprocessing_options=alone,
                     ),
                 )
             self._opened = stack.pop_all()

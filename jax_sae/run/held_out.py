@@ -20,12 +20,12 @@ from jax_sae.autoencoder.baselines import covariance_eigenvalues, pca_floor
 from jax_sae.autoencoder.metrics import fraction_of_variance_unexplained
 from jax_sae.autoencoder.model import Autoencoder, decode, encode
 from jax_sae.autoencoder.regression import Regression, add_pairs, no_pairs, regression
-from jax_sae.autoencoder.shards import DATA, FEATURE, MEMBER, WHOLE
+from jax_sae.autoencoder.shards import DATA, WHOLE
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
 from jax_sae.sweep.groups import Form
-from jax_sae.sweep.mesh import shards_of, specs
+from jax_sae.sweep.mesh import of_members, shards_of, specs
 from jax_sae.sweep.update import MemberState
 
 ROWS_AT_A_TIME = 4096
@@ -185,18 +185,18 @@ def _errors_and_active(
             errors = jnp.stack([jnp.sum(part, -1) for part in jnp.split(squares, ends[:-1], -1)], -1)
             is_active = features > 0
             of_feature = shards.over_tokens(jnp.sum(is_active & is_token[:, None], 0))
-            return errors, shards.over_features(jnp.sum(is_active, -1)), of_feature
+            active = shards.over_features(jnp.sum(is_active, -1))
+            return shards.of_tokens(errors), shards.of_tokens(active), shards.of_features(of_feature)
 
-        return jax.lax.map(of_member, group)  # one after another: their features may be many
+        found = jax.lax.map(of_member, group)  # one after another: their features may be many
+        return found if mesh is None else tuple(of_members(mesh, each) for each in found)  # type: ignore[return-value]
 
     rows = (x, normalization, targets, of_targets, is_token)
     if mesh is None:
         return here(group, *rows)
     along = jax.tree.map(lambda each: P(DATA) if each.ndim and len(each) == len(x) else P(), rows)
-    parts = (P(MEMBER, DATA), P(MEMBER, DATA), P(MEMBER, FEATURE))
-    return jax.shard_map(here, mesh=mesh, in_specs=(specs(group), *along), out_specs=parts, check_vma=False)(
-        group, *rows
-    )
+    on_each = jax.shard_map(here, mesh=mesh, in_specs=(specs(group), *along), out_specs=P(), check_vma=False)
+    return on_each(group, *rows)
 
 
 def _up_to(rows: tuple[Any, ...], n: int, parts: int) -> tuple[Any, ...]:

@@ -6,8 +6,9 @@ from math import gcd
 import jax
 from jax.sharding import Mesh
 
-from jax_sae.config import Config
+from jax_sae.config import Config, MeshConfig
 from jax_sae.errors import BadInput
+from jax_sae.processes import several
 from jax_sae.run.memory import memory_of_device, n_bytes, size
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.mesh import make_mesh
@@ -33,6 +34,8 @@ def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Me
         BadInput: if there are fewer devices than the mesh has, or a batch, features or a kind cannot be split so.
     """
     asked, devices = config.mesh, jax.device_count()
+    if several() and asked == MeshConfig():
+        asked = MeshConfig(auto=True)
     data, member, feature = asked.data, asked.member, asked.feature
     why: list[str] = []
     if asked.auto:
@@ -55,6 +58,12 @@ def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Me
         raise BadInput(
             f"the mesh has data {data} x member {member} x feature {feature} = {needed} devices, but there are "
             f"{devices}; give smaller numbers, or mesh.auto"
+        )
+    if several() and needed < devices:
+        raise BadInput(
+            f"the mesh has data {data} x member {member} x feature {feature} = {needed} devices, but the processes "
+            f"have {devices}, and each has to take part; give numbers whose product that is, or train.batch_tokens "
+            "that it divides"
         )
     if needed == 1:
         return None, [f"mesh          one device of {devices}: {'; '.join(why)}"] if asked.auto else []

@@ -17,6 +17,7 @@ from jax_sae.autoencoder.shards import MEMBER
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
+from jax_sae.processes import several, whole
 from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
 from jax_sae.run.digests import from_flat, to_flat
 from jax_sae.sweep.groups import Group
@@ -147,14 +148,15 @@ class Progress:
         return [int(column.argmax()) + 1 if column.any() else None for column in bad.T]
 
 
-def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
-    """Begin to write a checkpoint.
+def save(checkpoints: Checkpoints | None, progress: Progress, setup: Setup) -> None:
+    """Begin to write a checkpoint; of several processes each sends its part, and the one with `checkpoints` writes.
 
     Raises:
         RunFailed: if the save before it has failed.
     """
-    copied = replace(progress, state=snapshot(progress.state))
-    checkpoints.save(progress.step, lambda: content(copied, setup))
+    copied = replace(progress, state=whole(progress.state) if several() else snapshot(progress.state))
+    if checkpoints:
+        checkpoints.save(progress.step, lambda: content(copied, setup))
 
 
 def content(progress: Progress, setup: Setup) -> tuple[Tree, Tree]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -29,15 +29,17 @@ from jax_sae.activations.sources import (
 )
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
+from jax_sae.config_tables import flatten
 from jax_sae.errors import BadInput, SourceLost
 from jax_sae.language_model.hub import read_json
+from jax_sae.processes import agree, any_of, first_says, is_first, others_are_there, several, together
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
 from jax_sae.run.layout import choose_mesh
 from jax_sae.run.lock import locked
 from jax_sae.run.plan import is_checkpoint, plan
-from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save
+from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save, versions
 from jax_sae.streams import say
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members, with_features
@@ -46,6 +48,8 @@ from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_
 
 NORMALIZATION_TOKENS = 16_384
 """Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
+
+T = TypeVar("T")
 
 SECONDS_A_DISPATCH = 0.5
 """About how long steps are computed before signals, metrics and the progress bar are handled; each time costs a copy of
@@ -102,6 +106,8 @@ def train(
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
     out = Path(os.path.expanduser(out)) if out else None
+    asked = {"--out": out, "--resume": resume, **versions(), **flatten(config)}
+    agree({name: str(value) for name, value in asked.items()})
     if sources:
         config = replace(config, activations=replace(config.activations, path=IN_MEMORY))
         refuse_large_batch(config, sources[0])
@@ -124,22 +130,24 @@ def train(
     progress: Progress | None = None
     with ExitStack() as stack:
         if resume and out:
-            stack.enter_context(locked(out))
-            progress, lines = restore(setup, out)
+            if is_first():
+                stack.enter_context(locked(out))
+            progress, lines = one_after_another(lambda: restore(setup, out))
             say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
             if progress and progress.step == config.train.steps and (out / "summary.json").exists():
                 say(["it is finished: that is its last step; there is nothing to do"])
                 return Ended(setup, progress, read_json(out / "summary.json"))
-        say(plan(setup, source, out, progress.step if progress else 0))
-        interruptible = partial(Interruptible, stop_requested=lambda: stop_requested(0))
-        progress = progress or begin(setup, interruptible(source))
-        first_activations(interruptible(held_out_source), 1, None)  # what is wrong with it is said now, not at the end
-        if out and not resume:
-            stack.enter_context(locked(out))
-            if (out / "config.json").exists():
-                raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
-        if out:
-            report.write_config(out, config)
+        with together():
+            say(plan(setup, source, out, progress.step if progress else 0))
+            interruptible = partial(Interruptible, stop_requested=lambda: not several() and stop_requested(0))
+            progress = progress or begin(setup, interruptible(source))
+            first_activations(interruptible(held_out_source), 1, None)  # what is wrong with it is said now
+            if out and not resume and is_first():
+                stack.enter_context(locked(out))
+                if (out / "config.json").exists():
+                    raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
+            if out and is_first():
+                report.write_config(out, config)
         clock = Clock()
         progress = advance(progress, setup, source, out, clock, stop_requested, on_step)
         go_on = f"; go on with --out {out} --resume" if out else ""
@@ -148,12 +156,13 @@ def train(
             say([f"stopped {at}{go_on}"])
             return Ended(setup, progress, None)
         try:
-            reading = Interruptible(held_out_source, lambda: stop_requested(config.train.steps))
-            held_out = harvest_held_out(reading, progress.normalization, config.activations)
+            reading = Interruptible(held_out_source, lambda: not several() and stop_requested(config.train.steps))
+            with together():
+                held_out = harvest_held_out(reading, progress.normalization, config.activations)
         except Stopped:
             say([f"stopped before the held-out stories were read{go_on}"])
             return Ended(setup, progress, None)
-        return Ended(setup, progress, report.finish(out, setup, progress, held_out, clock))
+        return Ended(setup, progress, report.finish(out if is_first() else None, setup, progress, held_out, clock))
 
 
 def advance(
@@ -169,28 +178,30 @@ def advance(
     train = setup.config.train
     jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints")) if out else None
-        log = stack.enter_context(report.Log(out / "metrics.jsonl" if out else None, setup, progress))
+        writes = out if is_first() else None
+        checkpoints = stack.enter_context(Checkpoints(writes / "checkpoints")) if writes else None
+        log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress))
         saved = progress.step
 
         def save_now() -> None:
             nonlocal saved
-            if checkpoints and progress.step > saved:
+            if out and progress.step > saved:
                 save(checkpoints, progress, setup)
                 saved = progress.step
 
         try:
             for progress, tokens in dispatches(progress, source, setup, clock, stop_requested, bool(on_step)):  # noqa: B020
                 step = progress.step
-                log.write(progress, tokens, clock.train_tokens / clock.train_seconds)
-                if checkpoints:
-                    checkpoints.raise_failure()
-                report.refuse_if_all_diverged(progress, setup)
+                with together():
+                    log.write(progress, tokens, clock.train_tokens / clock.train_seconds)
+                    if checkpoints:
+                        checkpoints.raise_failure()
+                    report.refuse_if_all_diverged(progress, setup)
                 if is_checkpoint(step, train.checkpoint_every, train.steps):
                     save_now()
                 if on_step and is_line(step, train) and ask(on_step, log.metrics(progress, step), step, save_now):
                     raise Stopped
-                if stop_requested(step) and step < train.steps:
+                if any_of(stop_requested(step)) and step < train.steps:
                     raise Stopped
         except Stopped:
             save_now()
@@ -200,6 +211,16 @@ def advance(
                 raise type(error)(f"{error}; saved at step {saved}: go on with --out {out} --resume") from error
             raise
     return progress
+
+
+def one_after_another(read: Callable[[], T]) -> T:
+    """What `read` gives: in the first process, and only then, once it has put right what is amiss, in the others."""
+    found: T | None = None
+    for is_turn in (is_first(), not is_first()):
+        with together():
+            if is_turn:
+                found = read()
+    return cast(T, found)
 
 
 def ask(on_step: OnStep, metrics: dict[str, dict[str, float | None]], step: int, save_now: Callable[[], None]) -> bool:
@@ -301,7 +322,7 @@ def dispatches(
     seconds_a_step = math.inf  # not known yet: a short one first
     config, forms, mesh = setup.config, tuple(group.form for group in setup.groups), setup.mesh
     its_columns = setup.columns_of_metrics()
-    source = Interruptible(source, lambda: stop_requested(progress.step))
+    source = Interruptible(source, lambda: not several() and stop_requested(progress.step))
     runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
     while progress.step < config.train.steps:
         start = time.perf_counter()
@@ -313,13 +334,15 @@ def dispatches(
         while first < len(run.after) and progress.step < config.train.steps:
             start = time.perf_counter()
             last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
-            state, metrics = update_many(
-                progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train, mesh=mesh
-            )
+            with others_are_there():
+                state, metrics = update_many(
+                    progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train, mesh=mesh
+                )
+                found = np.asarray(metrics)
             step = progress.step + last - first
             tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
             clock.train_tokens += int(tokens[-1]) - progress.tokens
-            progress.metrics[progress.step : step] = np.asarray(metrics)[first:last, its_columns]
+            progress.metrics[progress.step : step] = found[first:last, its_columns]
             progress = replace(
                 progress,
                 step=step,
@@ -330,7 +353,7 @@ def dispatches(
             )
             seconds = time.perf_counter() - start
             clock.train_seconds += seconds
-            seconds_a_step = math.inf if at_each_line else seconds / (last - first)
+            seconds_a_step = math.inf if at_each_line else first_says(seconds / (last - first))
             yield progress, tokens
             first = last
         del run, x  # the next block takes their memory
