@@ -5,8 +5,10 @@ same steps, and what a process knows alone, a signal or an error, is shared befo
 tells the user.
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,12 +27,13 @@ SECONDS_UNHEARD = 30
 """After so long without a sign of another process it counts as lost, and all end."""
 
 CLUSTERS = {
-    "Slurm (srun)": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
-    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    "Kubernetes": ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"),
+    "Slurm's srun": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri"),
+    "Kubernetes": ("JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_HOST"),
     "TPU": ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"),
 }
-"""Of environments that start several processes, the variable that says how many, or their names, and one beside it."""
+"""Of environments that start several processes and that JAX knows, variables by which they are seen. The first of them
+says how many there are, by a number or by names, but for Kubernetes, whose jobs have such an index at all."""
 
 
 class EndedElsewhere(RunFailed):
@@ -46,13 +49,13 @@ class Meeting:
     process_id: int
 
 
-def detected() -> tuple[str, int] | None:
-    """The environment that started several processes, this one among them, and their number; None if there is none."""
+def detected() -> str | None:
+    """The environment that started several processes, this one among them; None if there is none."""
     for name, (number, beside) in CLUSTERS.items():
         said = os.environ.get(number, "")
         count = int(said) if said.isdigit() else len([each for each in said.split(",") if each])
-        if count > 1 and os.environ.get(beside):
-            return name, count
+        if os.environ.get(beside) and (count > 1 or (name == "Kubernetes" and said)):
+            return name
     return None
 
 
@@ -98,7 +101,12 @@ def join(asked: Meeting | None) -> list[str]:
         "initialization_timeout": SECONDS_TO_MEET,
         "heartbeat_timeout_seconds": SECONDS_UNHEARD,
     }
-    where = f"at {asked.coordinator}" if asked else f"as {found[0] if found else ''} says"
+    where = f"at {asked.coordinator}" if asked else f"as {found} says"
+    not_met = (
+        f"the processes of this run did not meet {where} within {SECONDS_TO_MEET} s; start all of them, with the same "
+        "--coordinator and --num-processes"
+    )
+    say_when_aborted(not_met)
     if asked and asked.process_id > 0:
         _refuse_unreachable(asked)
     try:
@@ -107,10 +115,8 @@ def join(asked: Meeting | None) -> list[str]:
         else:
             jax.distributed.initialize(**waits)
     except (RuntimeError, ValueError) as error:
-        raise BadInput(
-            f"the processes of this run did not meet {where} within {SECONDS_TO_MEET} s ({_short(error)}); start "
-            "all of them, with the same --coordinator and --num-processes"
-        ) from error
+        raise BadInput(f"{not_met} ({_short(error)})") from error
+    say_when_aborted(GONE)
     return [
         f"processes     {jax.process_count()}, {where}; this is number {jax.process_index()} on "
         f"{socket.gethostname()}, with {jax.local_device_count()} of {jax.device_count()} devices"
@@ -132,6 +138,23 @@ def _refuse_unreachable(asked: Meeting) -> None:
                     "start the process with --process-id 0 there, and let this one reach it"
                 ) from error
             time.sleep(0.5)
+
+
+GONE = "another process of this run is gone; start all of them again, with --resume"
+
+_at_abort: list[Any] = []  # what C calls has to stay alive
+
+
+def say_when_aborted(what: str) -> None:
+    """A line when JAX's runtime ends this process, which it does by SIGABRT where another one is not heard."""
+
+    def tell(_: int) -> None:
+        os.write(2, f"\nerror: {what}\n".encode())
+
+    _at_abort.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(tell))
+    ctypes.CDLL(None).signal(
+        signal.SIGABRT, _at_abort[-1]
+    )  # Python's own handler waits for the main thread, which hangs
 
 
 def several() -> bool:
@@ -178,9 +201,7 @@ def others_are_there() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not several():
             raise
-        raise RunFailed(
-            f"another process of this run is gone ({_short(error)}); start all of them again, with --resume"
-        ) from error
+        raise RunFailed(f"{GONE} ({_short(error)})") from error
 
 
 @contextmanager

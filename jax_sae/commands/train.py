@@ -4,11 +4,12 @@ jax-sae train --config demo_sparse
 """
 
 from collections.abc import Sequence
+from signal import SIGTERM
 
 from jax_sae.commands.flags import parse
 from jax_sae.commands.process import BROKEN_PIPE, refuse_missing_platform, run_script
 from jax_sae.commands.stop_signals import Signals
-from jax_sae.processes import is_first, join, meeting
+from jax_sae.processes import is_first, join, meeting, several
 from jax_sae.streams import quiet, reader_is_gone
 
 
@@ -58,6 +59,6 @@ def main(argv: Sequence[str]) -> int:
             except Stopped:
                 print("stopped before training began; there was nothing to save")
                 finished = False
-        return 0 if finished else 128 + (signals.received or BROKEN_PIPE)
+        return 0 if finished else 128 + (signals.received or (SIGTERM if several() else BROKEN_PIPE))
 
     return run_script(argv, work)
