@@ -83,6 +83,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
         "language_model/harvest.py",
         "language_model/pretrained.py",
         "pages/lens.py",
+        "processes.py",
         "run/held_out.py",
         "run/report.py",
         "sweep/update.py",

@@ -138,10 +138,9 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(
 ) -> None:
     """By two processes; by one on one device it has the losses."""
     for name in ("two", "one"):
-        subprocess.run(["cp", "-r", two_run, tmp_path / name], check=True)
-        subprocess.run(
-            ["rm", "-r", tmp_path / name / "checkpoints" / "40", tmp_path / name / "summary.json"], check=True
-        )
+        shutil.copytree(two_run, tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "40")
+        (tmp_path / name / "summary.json").unlink()
     for each in two(["--out", "two", "--resume"], tmp_path):
         finish(each, 0)
     assert outcome(tmp_path / "two") == outcome(two_run)
