@@ -93,7 +93,10 @@ async function unpacked(text) {
   return content;
 }
 
-function section(title, ...content) { return make("section", {}, make("h3", { textContent: title }), ...content); }
+function section(title, ...content) {
+  for (const table of content.filter(({ tagName }) => tagName === "TABLE")) table.ariaLabel = title;
+  return make("section", {}, make("h3", { textContent: title }), ...content);
+}
 
 function ticks(from, to) { // of a logarithmic axis
   const found = [];

@@ -43,7 +43,7 @@ function frontier(members, title) {
     return make("p", { className: "quiet", textContent: `${title}: FVU is measured at the end of training, or by jax-sae evaluate.` });
   }
   const [W, H] = [680, 380];
-  const margin = { left: 56, right: 16, top: 14, bottom: 40 };
+  const margin = { left: 68, right: 16, top: 14, bottom: 40 };
   const floors = points.filter(({ pca_fvu }) => pca_fvu > 0).sort((p, q) => p.l0 - q.l0);
   const [xs, ys] = [points.map(({ l0 }) => Math.log10(l0)), [...points.map(({ fvu }) => fvu), ...floors.map((p) => p.pca_fvu)].map(Math.log10)];
   const [x0, x1, y0, y1] = [Math.min(...xs) - 0.1, Math.max(...xs) + 0.1, Math.min(...ys) - 0.06, Math.max(...ys) + 0.06];
@@ -59,7 +59,7 @@ function frontier(members, title) {
       drawn("text", { x: margin.left - 6, y: up(tick) + 4, "text-anchor": "end" }, number(tick)));
   }
   picture.append(drawn("text", { x: (W + margin.left) / 2, y: H - 6, "text-anchor": "middle" }, "L0: features that are active on a token"),
-    drawn("text", { transform: `translate(12 ${H / 2}) rotate(-90)`, "text-anchor": "middle" }, "FVU (lower is better)"));
+    drawn("text", { transform: `translate(14 ${H / 2}) rotate(-90)`, "text-anchor": "middle" }, "FVU (lower is better)"));
   const path = (line, y) => line.map((p, i) => `${i ? "L" : "M"}${across(p.l0).toFixed(1)} ${up(y(p)).toFixed(1)}`).join("");
   if (floors.length > 1) picture.append(drawn("path", { class: "floor", d: path(floors, (p) => p.pca_fvu) }, drawn("title", {}, "PCA with as many directions")));
   const kinds = [...new Set(points.map(({ kind }) => kind))];
@@ -80,7 +80,7 @@ function frontier(members, title) {
     key.append(make("li", {}, drawn("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, drawn("path", { d: MARKS[i % MARKS.length], fill: colour, stroke: colour })), kind));
   });
   if (floors.length > 1) key.append(make("li", {}, drawn("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, drawn("path", { class: "floor", d: "M-7 0H7" })), "PCA with as many directions"));
-  return make("figure", {}, make("h3", { textContent: title }), picture, key);
+  return make("figure", { ariaLabel: title }, make("h3", { textContent: title }), picture, key);
 }
 
 function showMembers() {
@@ -101,12 +101,13 @@ function showMembers() {
   $("list").replaceChildren(tableOf(["member", ...columns.map(([title]) => title)], facts.members.map((each) => [
     each.others.length ? make("a", { href: linkTo(each, memberNamed(each.others[0])), textContent: each.name }) : each.name,
     ...columns.map(([, show]) => show(each))])));
+  $("list").firstChild.ariaLabel = "All members";
   $("alike-means").textContent =
     `Mean cosine of the features of a line's member${facts.tokens === null ? "" : " that fired"} with the nearest of a column's, by decoder direction: ` +
     "it is not the same the other way round. Of random directions it would be " +
     `${two(Math.min(...Object.values(facts.random)))} to ${two(Math.max(...Object.values(facts.random)))}. A number leads to the features.`;
-  const matrix = make("table", { className: "matrix" });
-  matrix.append(make("thead", {}, make("tr", {}, make("td"), ...facts.members.map(({ name }, i) => make("th", { scope: "col", title: name, textContent: i + 1, ariaLabel: name })))));
+  const matrix = make("table", { className: "matrix", ariaLabel: "How alike they are" });
+  matrix.append(make("thead", {}, make("tr", {}, make("th", { scope: "col", textContent: "in" }), ...facts.members.map(({ name }, i) => make("th", { scope: "col", title: name, textContent: i + 1, ariaLabel: name })))));
   const body = make("tbody");
   facts.members.forEach((each, i) => {
     const line = make("tr", {}, make("th", { scope: "row", textContent: `${i + 1} ${each.name}` }));

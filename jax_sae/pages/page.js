@@ -72,7 +72,7 @@ async function useMember(member) {
   if (state.member !== member) return;
   Object.assign(state, { table, hay: null, chosen: -1 });
   const read = member.reads.length ? `, reads ${member.reads.join(", ")} and writes ${member.writes.join(", ")}` : "";
-  const place = !member.reads.length && member.writes[0] ? ` at ${member.writes[0]}` : "";
+  const place = !member.reads.length && member.writes[0] ? ` at ${member.writes.join(", ")}` : "";
   $("about").textContent =
     `${member.features.toLocaleString("en")} features, ${member.kind}${place}${read}, of ${facts.run} at step ${facts.step.toLocaleString("en")}. ` +
     `Seen on ${facts.tokens.toLocaleString("en")} tokens of ${facts.stories.toLocaleString("en")} stories (${facts.text}): ` +
@@ -213,12 +213,50 @@ function choose(i) {
 // ---- the scatter -------------------------------------------------------------------------------------------------------
 
 const scatter = { bounds: null, drag: null };
+const BARS_A_DECADE = 4;
+
+function drawDensities() { // how many features have which density; a click on a bar chooses it
+  const { table, order, member } = state;
+  const counts = new Map(); // bar -> how many of all, of those that are chosen
+  const count = (f, which) => {
+    if (!table.maximum[f]) return;
+    const bar = Math.floor(Math.log10(table.density[f]) * BARS_A_DECADE);
+    if (!counts.has(bar)) counts.set(bar, [0, 0]);
+    counts.get(bar)[which]++;
+  };
+  for (let f = 0; f < member.features; f++) count(f, 0);
+  for (const f of order) count(f, 1);
+  if (!counts.size) { $("densities").replaceChildren(); return; }
+  const bars = [...counts.keys()];
+  const [first, last] = [Math.min(...bars), Math.max(...bars)];
+  const most = Math.max(...[...counts.values()].map(([all]) => all));
+  const [W, H, bottom] = [Math.max(240, $("densities").clientWidth), 70, 16];
+  const edge = (bar) => 10 ** (bar / BARS_A_DECADE);
+  const across = (bar) => 44 + ((bar - first) / (last + 1 - first)) * (W - 56);
+  const peak = bars.find((bar) => counts.get(bar)[0] === most);
+  const picture = drawn("svg", { class: "histogram densities", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label":
+    `Histogram of densities, ${BARS_A_DECADE} bars a power of ten: most features, ${most.toLocaleString("en")}, fire on ${percent(edge(peak))} to ${percent(edge(peak + 1))} of the tokens; ${member.dead.toLocaleString("en")} never fired.` });
+  for (const bar of bars) {
+    const [all, chosen] = counts.get(bar);
+    const height = (n) => Math.max(n ? 1 : 0, (n / most) * (H - bottom - 4));
+    const group = drawn("g", {}, drawn("title", {}, `${percent(edge(bar))} to ${percent(edge(bar + 1))} of the tokens: ${all.toLocaleString("en")} features`),
+      ...[[all, "all"], [chosen, "chosen"]].map(([n, name]) => drawn("rect", { class: name, x: across(bar), y: H - bottom - height(n), width: Math.max(1, across(bar + 1) - across(bar) - 1), height: height(n) })));
+    group.onclick = () => chooseRange([edge(bar), edge(bar + 1)], range.maximum);
+    picture.append(group);
+  }
+  for (const tick of ticks(first / BARS_A_DECADE, (last + 1) / BARS_A_DECADE)) {
+    picture.append(drawn("text", { x: across(Math.log10(tick) * BARS_A_DECADE), y: H - 3, "text-anchor": "middle" }, percent(tick)));
+  }
+  picture.append(drawn("text", { x: 38, y: 12, "text-anchor": "end" }, most.toLocaleString("en")));
+  $("densities").replaceChildren(picture);
+}
 
 function drawScatter() {
   const canvas = $("scatter");
   const { table, order, member } = state;
   const [W, H] = [canvas.clientWidth, canvas.clientHeight];
   if (!table || !W) return;
+  if (!scatter.drag) drawDensities();
   const scale = devicePixelRatio || 1;
   Object.assign(canvas, { width: W * scale, height: H * scale });
   const paint = canvas.getContext("2d");
@@ -438,7 +476,11 @@ const tokensBefore = (its) => (its.after.length ? tableOf(["token", "of the time
 function lensesOf(title, how, lenses) {
   return Object.entries(lenses).map(([place, { up, down, sd, kurtosis }]) => {
     const [randomSd, randomKurtosis, randomTop] = state.member.random[how][place];
-    const side = (name, pairs) => make("div", {}, make("h4", { textContent: name }), tableOf(["token", how === "reads" ? "product" : "logit", "in sd"], pairs.map(([v, x]) => [shown(v), number(x), number(x / sd, 2)])));
+    const side = (name, pairs) => {
+      const table = tableOf(["token", how === "reads" ? "product" : "logit", "in sd"], pairs.map(([v, x]) => [shown(v), number(x), number(x / sd, 2)]));
+      table.ariaLabel = `${title}: ${name}`;
+      return make("div", {}, make("h4", { textContent: name }), table);
+    };
     const top = up[0][1] / sd;
     const means = top > 1.5 * randomTop || kurtosis > 2 * randomKurtosis ? "A few tokens stand out." : "No token stands out: most of these are chance.";
     return section(Object.keys(lenses).length > 1 ? `${title}, from ${place}` : title, make("p", { className: "quiet", textContent:
@@ -509,7 +551,8 @@ function example(f, e, found) {
     }
     if (to < end - begin) text.append(" …");
   };
-  const button = make("button", { type: "button", textContent: number(found.value[e]), title: "Show the whole story, or less of it", ariaExpanded: "false" });
+  const said = `${number(found.value[e])} on ${visible(word(found.excerpt_ids[begin + peak]))}: the whole story, or less of it`;
+  const button = make("button", { type: "button", textContent: number(found.value[e]), title: said, ariaLabel: said, ariaExpanded: "false" });
   button.onclick = () => {
     const whole = button.getAttribute("aria-expanded") === "false";
     button.setAttribute("aria-expanded", whole);
@@ -546,7 +589,8 @@ async function showStory(n) {
       const f = found.feature[t * C + c];
       if (found.value[t * C + c]) best.set(f, Math.max(best.get(f) ?? 0, partAt(t, c)));
     }
-    const button = make("span", { role: "button", textContent: word(found.ids[t]), tabIndex: t === begin ? 0 : -1, ariaPressed: "false" });
+    const said = visible(word(found.ids[t])).trim() || "a space";
+    const button = make("span", { role: "button", textContent: word(found.ids[t]), ariaLabel: said, tabIndex: t === begin ? 0 : -1, ariaPressed: "false" });
     button.onclick = () => tell(t);
     buttons.push(button);
   }
@@ -568,8 +612,10 @@ async function showStory(n) {
       const [f, value] = [found.feature[t * C + c], found.value[t * C + c]];
       if (value) lines.push([make("span", {}, make("a", { href: link(member, f), textContent: f }), ` ${labelOf(f)}`), number(value), table.maximum[f] ? percent(value / table.maximum[f]) : "–"]);
     }
+    const active = tableOf(["feature", "value", "of its max"], lines);
+    active.ariaLabel = `Active on ${visible(word(found.ids[t]))}`;
     aside.replaceChildren(make("h3", {}, "Active on ", shown(found.ids[t])),
-      lines.length ? tableOf(["feature", "value", "of its max"], lines) : make("p", { className: "quiet", textContent: "None." }));
+      lines.length ? active : make("p", { className: "quiet", textContent: "None." }));
   };
   text.onkeydown = (event) => {
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -583,7 +629,7 @@ async function showStory(n) {
   text.onkeyup = ({ key }) => { if (key === "Enter" || key === " ") document.activeElement.click(); };
   text.append(...buttons);
   const strongest = [...best].sort((a, b) => b[1] - a[1]).slice(0, 12);
-  const summary = section("Strongest in this story", tableOf(["feature", "of its max", ""], strongest.map(([f, part]) => [
+  const summary = section("Strongest in this story", tableOf(["feature", "of its max", "shading"], strongest.map(([f, part]) => [
     make("span", {}, make("a", { href: link(member, f), textContent: f }), ` ${labelOf(f)}`), percent(part),
     make("button", { type: "button", value: f, textContent: "shade", ariaPressed: "false", title: "Shade the story by this feature alone",
       onclick: ({ target }) => shade(target.getAttribute("aria-pressed") === "true" ? null : f) })])));

@@ -86,6 +86,12 @@ def test_it_filters_and_searches(page: Browser) -> None:
     assert page.run("[...state.order].every((f) => state.table.density[f] <= range.density[1])")
     page.run("$('clear').click()")
     page.wait("state.order.length === 96")
+    bar = "document.querySelector('#densities g:nth-of-type(2)')"
+    said = int(page.run(f"{bar}.querySelector('title').textContent").split(": ")[1].split()[0])
+    page.run(f"{bar}.onclick()")
+    page.wait(f"state.order.length === {said}")
+    page.run("$('clear').click()")
+    page.wait("state.order.length === 96")
     page.press("/")
     for key in "label":
         page.press(key)
@@ -144,7 +150,14 @@ def test_a_note_is_there_again(page: Browser, pages: Path) -> None:
     page.go(f"#m={A}&v=overview")
     page.run("$('show').value = 'noted'; $('show').onchange()")
     page.wait("state.order.length === 1")
-    assert page.run("notes") == {A: {"5": "Looks like <b>dogs</b>"}}
+    page.do("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(pages.parent))
+    page.run("$('export').click()")
+    exported = pages.parent / "notes.json"
+    end = time.monotonic() + 20
+    while not exported.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert json.loads(exported.read_text()) == {A: {"5": "Looks like <b>dogs</b>"}}
+    exported.unlink()
 
 
 def test_texts_with_html_in_them_stay_texts(page: Browser) -> None:
@@ -159,6 +172,58 @@ def test_texts_with_html_in_them_stay_texts(page: Browser) -> None:
     page.go(f"#m={A}&f=2")
     assert page.run("document.querySelectorAll('#feature i').length") == 0
     assert "a <i>label</i>" in page.run("$('feature').textContent") and page.run("window.hacked") is None
+
+
+def test_a_screen_reader_is_told_what_each_thing_is(page: Browser) -> None:
+    """Everything that can be used has a name, and so has every table and picture."""
+    page.do("Accessibility.enable")
+    named = {"button", "link", "textbox", "combobox", "searchbox", "table", "columnheader", "image", "figure", "region"}
+    for view in (f"#m={A}&v=overview", f"#m={A}&f=1", f"#m={A}&v=stories&s=1"):
+        page.go(view)
+        nodes = [node for node in page.do("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+        found = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in nodes]
+        assert [role for role, name in found if role in named and not name] == []
+        assert {"heading", "table", "button", "combobox"} <= {role for role, _ in found}
+    page.do("Accessibility.disable")
+
+
+def test_a_command_is_copied(page: Browser) -> None:
+    """By a click, where the browser lets a page write to the clipboard; else it is selected, and it says what to press."""
+    page.go(f"#m={A}&f=1")
+    page.run("document.querySelector('.command button').click()")
+    page.wait("$('message').textContent === 'Copied.' || getSelection().toString().startsWith('jax-sae steer')")
+    assert page.run("$('message').textContent") in ("Copied.", "Press Ctrl+C to copy what is selected.")
+
+
+def test_it_can_be_printed(page: Browser) -> None:
+    """A feature's page with its examples, without what cannot be used on paper."""
+    page.go(f"#m={A}&f=1")
+    page.do("Emulation.setEmulatedMedia", media="print")
+    shown = "(id) => getComputedStyle(document.querySelector(id)).display !== 'none'"
+    assert page.run(f"['#top', '#feature button', '.example .text', '#feature h2'].map({shown})") == [0, 0, 1, 1]
+    assert len(page.do("Page.printToPDF")["data"]) > 10_000
+    page.do("Emulation.setEmulatedMedia", media="")
+
+
+def test_dictionaries_show_what_they_read_and_write(in_browser: Browser, tmp_path: Path) -> None:
+    """A transcoder, with the tokens that its encoder looks for, and a crosscoder, with the tokens of each place."""
+    kinds = {"dictionaries": ["transcoder", "crosscoder"], "layers": [1, 2], "kinds": ["topk"], "features": 16, "k": 4}
+    small = {"steps": 8, "batch_tokens": 128, "block_tokens": 512, "held_out_tokens": 400, "log_every": 8}
+    run = jax_sae.train("demo", out=tmp_path / "run", quiet=True, **kinds, l1_coefficient=(), **small)
+    page = jax_sae.feature_pages(tmp_path / "run", tokens=800)
+    before = list(in_browser.complaints)
+    for name in run:
+        in_browser.open(page, f"#m={name}&f=0")
+        text = in_browser.run("$('feature').textContent")
+        assert "Tokens that it raises and lowers" in text
+        assert ("Tokens that its encoder looks for" in text) is (run[name].reads != run[name].writes)
+        for place in run[name].writes if len(run[name].writes) > 1 else ():
+            assert f"Tokens that it raises and lowers, from {place}" in text
+        about = in_browser.run("$('about').textContent")
+        assert all(place in about for place in run[name].writes)
+        in_browser.go(f"#m={name}&v=overview")
+        assert in_browser.run("state.order.length") == 16
+    assert in_browser.complaints == before
 
 
 @pytest.mark.parametrize(("width", "height", "dark"), [(1280, 900, False), (1280, 900, True), (390, 844, False)])
