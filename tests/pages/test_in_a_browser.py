@@ -188,7 +188,7 @@ def test_a_screen_reader_is_told_what_each_thing_is(page: Browser) -> None:
 
 
 def test_a_command_is_copied(page: Browser) -> None:
-    """By a click, where the browser lets a page write to the clipboard; else it is selected, and it says what to press."""
+    """By a click, where a page may write to the clipboard; else it is selected, and it says what to press."""
     page.go(f"#m={A}&f=1")
     page.run("document.querySelector('.command button').click()")
     page.wait("$('message').textContent === 'Copied.' || getSelection().toString().startsWith('jax-sae steer')")
