@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_sae.autoencoder.kinds.matryoshka import PARTS
 from jax_sae.errors import BadInput
-from jax_sae.formats.asked import NOTHING, Asked, Hook
+from jax_sae.formats.asked import NOTHING, Asked, Hook, hook_named
 from jax_sae.formats.conventions import hook_name, is_transcoder, one_place, with_b_dec
 from jax_sae.formats.dictionary import Dictionary, Kind
 from jax_sae.formats.tensors import Facts, Tensors, open_tensors, read_facts
@@ -75,6 +75,7 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
         more["threshold"] = tensors.vector("threshold", length=F)
     elif kind != "topk" and more:
         more["threshold"] = np.full(F, tensors.number("threshold"), np.float32)
+    written = trainer.text("submodule_name_out") if buffer.text("io") == "in_and_out" else None  # as `write` says it
     tensors.refuse_others({"threshold"} if kind == "topk" else {"group_sizes"} if kind == "matryoshka" else ())
     return Dictionary(
         kind,
@@ -84,7 +85,7 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
         b_dec,
         subtracts_b_dec=name not in ("AutoEncoderNew", "JumpReluAutoEncoder"),
         **more,
-        **asked.belongs_to(_hook(trainer), "" if buffer.text("io") == "in_and_out" else None, trainer.text("lm_name")),
+        **asked.belongs_to(_hook(trainer), written, trainer.text("lm_name")),
         metadata={"format": "dictionary_learning", "dict_class": name},
     )
 
@@ -111,6 +112,8 @@ def _class(trainer: Facts, tensors: Tensors) -> str:
 def _hook(trainer: Facts) -> Hook:
     """What it is trained on, by its layer and the name of its submodule, which usually is resid_post_layer_N."""
     name, layer = trainer.text("submodule_name"), trainer.content.get("layer")
+    if name.startswith("blocks.") and (hook := hook_named(name)).place:  # as `write` says it
+        return hook
     if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < 1000:
         return Hook("")
     kinds = {"resid": "resid_post", "mlp": "mlp_out", "att": "attn_out"}
@@ -196,6 +199,7 @@ def _config(held: Dictionary, its_class: str, trainer: str) -> dict[str, Any]:
             "layer": int(at[0]) if at and 0 <= at[0] < 1e9 else None,
             "lm_name": held.model or None,
             "submodule_name": hook_name(held.reads),
+            "submodule_name_out": hook_name(held.writes),
         },
         "buffer": {
             "d_submodule": held.width,

@@ -13,6 +13,7 @@ from jax_sae.formats import (
     goodfire,
     llama_scope,
     openai,
+    plain,
     qwen_scope,
     saelens,
     sparsify,
@@ -38,6 +39,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
+    "safetensors": Format(plain.read, ("dictionary.json", "dictionary.safetensors")),
     "saelens": Format(saelens.read, ("cfg.json", "sae_weights.safetensors")),
     "sparsify": Format(sparsify.read, ("cfg.json", "sae.safetensors")),
     "gemma_scope": Format(gemma_scope.read, ("params.npz",), name="params.npz"),

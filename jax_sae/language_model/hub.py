@@ -203,44 +203,6 @@ def ask_hub(name: str, kind: Kind) -> list[str]:
     return [file.rfilename for file in answer.siblings or []]
 
 
-def find_folder(name: str) -> Path:
-    """All files of `hf://user/repo`, or of a folder in it, `hf://user/repo/folder`, as they are on the hub now.
-
-    What is in the local cache is used where the hub is switched off or does not answer.
-
-    Raises:
-        BadInput: if it is no such name, the hub has no such repository, or it cannot be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    owner, _, rest = name.removeprefix("hf://").partition("/")
-    repository, _, folder = rest.partition("/")
-    where, folder = f"{owner}/{repository}", folder.strip("/")
-    if not repository or ".." in folder.split("/"):
-        raise BadInput(f"{name!r} is no repository on the hub; hf://user/repo or hf://user/repo/folder was expected")
-    wanted = [f"{folder}/*"] if folder else None
-    try:
-        files = ask_hub(where, "model")
-        if folder and not any(file.startswith(f"{folder}/") for file in files):
-            raise BadInput(f"{name}: the repository has no folder {folder}; it has {', '.join(files[:12])}")
-        return Path(snapshot_download(where, allow_patterns=wanted)) / folder
-    except NoAnswer as error:
-        try:
-            found = Path(snapshot_download(where, allow_patterns=wanted, local_files_only=True)) / folder
-        except Exception as reason:  # of whatever kind: it is not there
-            raise cannot_load(where, "dictionary", str(error)) from reason
-        if not found.is_dir():
-            raise cannot_load(where, "dictionary", str(error)) from error
-        return found
-    except HfHubHTTPError as error:
-        raise _refused(where, "model", error) from error
-    except (OSError, ValueError) as error:  # whatever the network and the disk can do to a download
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{name} could not be downloaded ({one_line(error)}); try again") from error
-
-
 def check_repository(name: str) -> None:
     """Raise BadInput unless a folder may be uploaded to a repository of that name, as far as it is known here."""
     from huggingface_hub import constants

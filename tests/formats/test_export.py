@@ -17,6 +17,7 @@ from formats.rules import circuit_tracer, dictionary_learning, saelens, sparsify
 from jax_sae.api.run import open_run
 from jax_sae.commands import main
 from jax_sae.errors import BadInput, RunFailed
+from jax_sae.formats.read import read_dictionary
 
 RULES: dict[str, Callable[[Path, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "saelens": saelens,
@@ -54,6 +55,13 @@ def by_readme(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return f, names["decode"](f, x)
 
 
+def by_reader(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is read again computes."""
+    found = read_dictionary(folder)
+    f = found.encode(x)
+    return f, found.decode(f, x)
+
+
 @pytest.mark.parametrize("format", HELD)
 def test_every_kind_is_what_it_was_by_the_rule_of_the_tool(format: str, tmp_path: Path) -> None:
     """Features and what is written to 1e-5 of their size; the activations' mean is 20 times as large as they vary."""
@@ -71,10 +79,11 @@ def test_every_kind_is_what_it_was_by_the_rule_of_the_tool(format: str, tmp_path
             if kind == "topk" and placement == "crosscoder":  # its features come out as f |W_dec|
                 W = np.asarray(sae.params["W_dec"])
                 features = features * sum(np.linalg.norm(its, axis=1) for its in np.split(W, [sae.written[0]], axis=1))
-            for rule in [
-                RULES.get(format, by_readme),
-                *[by_readme] * (format != "dictionary_learning" or bool(find_spec("torch"))),
-            ]:
+            found = read_dictionary(folder)
+            if format != "sparsify":  # which has no words for them
+                assert (found.reads, found.writes, found.model) == (sae.reads, sae.writes, "a/model")
+            cards = [by_readme] if format != "dictionary_learning" or find_spec("torch") else []
+            for rule in [*cards, by_reader, *([RULES[format]] if format in RULES else [])]:
                 f, y = rule(folder, x)
                 assert far(f, features) < 1e-5 and far(y, written) < 1e-5, (kind, placement, rule)
                 assert ((f > 0) == (features > 0)).all() and 0.02 < (f > 0).mean() < 0.9, (kind, placement, rule)
