@@ -55,12 +55,12 @@ class StandIn(BaseHTTPRequestHandler):
         """Stay quiet."""
 
     def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
-        """Send a status, headers with _ for -, and, to GET, a body."""
+        """Send a status, headers with _ for -, and, but to HEAD, a body."""
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def do_GET(self) -> None:
