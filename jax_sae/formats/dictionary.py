@@ -18,6 +18,8 @@ Normaliser = Literal["layer_norm", "norm"]
 
 Format = Literal["safetensors", "saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
 """Those that are written (`export.py`)."""
+Tool = Literal["neuronpedia", "circuit_tracer_features"]
+"""Those of what is known of features (`pages/for_tools.py`)."""
 
 LAYER_NORM_EPSILON = 1e-5
 

@@ -259,8 +259,8 @@ def _look(
         name,
         seen,
         np.linalg.norm(written, axis=1),
-        _lenses(source, sae.writes, written, is_read=False),
-        _lenses(source, sae.reads, np.asarray(sae.params["W_enc"]).T, is_read=True) if is_no_autoencoder(sae) else {},
+        lenses_of(source, sae.writes, written, is_read=False),
+        lenses_of(source, sae.reads, np.asarray(sae.params["W_enc"]).T, is_read=True) if is_no_autoencoder(sae) else {},
         find_rules(seen.tally, reading.tokens, words),
         nearest(units[name], units[name], NEAREST, is_itself=True),
         _together(seen, reading.n_tokens),
@@ -285,7 +285,7 @@ def is_no_autoencoder(sae: TrainedAutoencoder) -> bool:
     return sae.reads != sae.writes
 
 
-def _lenses(source: WithText, places: Sequence[str], of: np.ndarray, is_read: bool) -> dict[str, Lens]:
+def lenses_of(source: WithText, places: Sequence[str], of: np.ndarray, is_read: bool) -> dict[str, Lens]:
     """Of each of these places, whose columns `of` has side by side, the lens of its directions, where it has one."""
     if len(source.places) == 1:  # which a member may not know by its name
         places = [source.places[0].name]

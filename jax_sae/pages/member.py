@@ -145,7 +145,7 @@ def feature_blocks(
     """
     samples = looked.seen.examples.samples()
     records = list(_records(looked, reading))
-    shown = [_shown(looked, samples, token_ids, f) for f in range(len(records))]
+    shown = [shown_examples(looked.seen, samples, token_ids, f) for f in range(len(records))]
 
     def of(first: int, last: int) -> Iterator[tuple[int, int, str]]:
         made = _feature_block(looked, first, records[first:last], shown[first:last], token_ids)
@@ -161,7 +161,9 @@ def feature_blocks(
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
+    """One that is shown."""
+
     group: int
     """0: the largest; 1: a sample of the highest interval, and so on."""
     story: int
@@ -170,11 +172,11 @@ class _Example:
     window: np.ndarray
 
 
-def _shown(looked: Looked, samples: Examples, token_ids: Mapping[int, np.ndarray], f: int) -> list[_Example]:
+def shown_examples(of: Seen, samples: Examples, token_ids: Mapping[int, np.ndarray], f: int) -> list[Example]:
     """The examples of a feature, without those that are like one before: the same token after the same tokens."""
-    seen: set[tuple[int, ...]] = set()
-    found: list[_Example] = []
-    largest = looked.seen.examples.largest
+    contexts: set[tuple[int, ...]] = set()
+    found: list[Example] = []
+    largest = of.examples.largest
     for table in (largest, samples):
         counts = [0] * (INTERVALS + 1)
         for i in range(table.story.shape[1]):
@@ -183,10 +185,10 @@ def _shown(looked: Looked, samples: Examples, token_ids: Mapping[int, np.ndarray
             if story < 0 or (group and counts[group] == SHOWN_SAMPLES):
                 continue
             context = tuple(token_ids[story][max(0, at - CONTEXT) : at + 1].tolist())
-            if context not in seen:
-                seen.add(context)
+            if context not in contexts:
+                contexts.add(context)
                 counts[group] += 1
-                found.append(_Example(group, story, at, float(table.value[f, i]), table.window(f, i)))
+                found.append(Example(group, story, at, float(table.value[f, i]), table.window(f, i)))
     return found
 
 
@@ -194,7 +196,7 @@ def _feature_block(
     looked: Looked,
     first: int,
     records: Sequence[Mapping[str, Any]],
-    shown: Sequence[Sequence[_Example]],
+    shown: Sequence[Sequence[Example]],
     token_ids: Mapping[int, np.ndarray],
 ) -> str:
     excerpts: dict[tuple[int, int], int] = {}
