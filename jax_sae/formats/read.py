@@ -39,7 +39,6 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "safetensors": Format(plain.read, ("dictionary.json", "dictionary.safetensors")),
     "saelens": Format(saelens.read, ("cfg.json", "sae_weights.safetensors")),
     "sparsify": Format(sparsify.read, ("cfg.json", "sae.safetensors")),
     "gemma_scope": Format(gemma_scope.read, ("params.npz",), name="params.npz"),
@@ -51,6 +50,7 @@ FORMATS: dict[str, Format] = {
     "openai": Format(openai.read, tensors=("pre_bias", "latent_bias")),
     "goodfire": Format(goodfire.read, tensors=("encoder_linear.weight", "decoder_linear.weight")),
     "dictionary_learning": Format(dictionary_learning.read, ("ae.pt",), ("encoder.weight", "decoder.weight"), "ae.pt"),
+    "safetensors": Format(plain.read, ("dictionary.json", "dictionary.safetensors")),
 }
 """Every format that is read, by the name that `--format` takes. docs/import_export.md says what each one holds."""
 
