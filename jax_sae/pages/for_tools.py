@@ -18,7 +18,6 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jax_sae.activations.story_sources import StorySource
 from jax_sae.errors import BadInput
 from jax_sae.formats.conventions import hook_name
 from jax_sae.formats.dictionary import Tool
@@ -27,7 +26,7 @@ from jax_sae.formats.of_trained import public_name
 from jax_sae.language_model.places import when
 from jax_sae.pages.examples import INTERVALS, LEFT, interval_edges
 from jax_sae.pages.lens import Lens
-from jax_sae.pages.make import TOKENS, directions, lenses_of, member_named, words_of
+from jax_sae.pages.make import TOKENS, directions, lenses_of, member_named, with_text, words_of
 from jax_sae.pages.member import shown_examples
 from jax_sae.pages.neighbours import NEAREST, Neighbours, nearest, unit_rows
 from jax_sae.pages.reading import Seen, read, token_ids_of
@@ -153,16 +152,10 @@ def _look(run: Path, names: Sequence[str], step: int | None, n_tokens: int) -> P
     """Read the held-out text for these members."""
     facts, _ = read_facts(run, step)
     config = config_of(run, facts)
-    if config.activations.path:
-        raise BadInput(
-            f"{run} was trained on activations, {config.activations.path}, which hold no token ids, so there is no "
-            "text to show; train on a text and a language model (text.path, model.path)"
-        )
     every = load_members(run, config, facts)
     chosen = {name: member_named(run, every, name) for name in names or every}
     layers = {name: _layer_of(sae) for name, sae in chosen.items()}
-    source, _ = open_inputs(str(run), config, facts, None)
-    assert isinstance(source, StorySource)
+    source = with_text(run, config, open_inputs(str(run), config, facts, None)[0])
     say([f"reading       {source.name}, for {sum(sae.features for sae in chosen.values()):,} features at once"])
     reading = read(source, chosen, n_tokens)
     wanted: set[int] = set()
@@ -181,7 +174,7 @@ def _look(run: Path, names: Sequence[str], step: int | None, n_tokens: int) -> P
     said = [np.concatenate([np.zeros(0, int), *token_ids.values()])]
     said += [np.stack([its.lens.raised, its.lens.lowered]).ravel() for its in found if its.lens is not None]
     words = words_of(source, np.unique(np.concatenate(said)))
-    model, text = public_name(config.model.path), public_name(config.text.path)
+    model, text = public_name(config.model.path), public_name(config.activations.path or config.text.path)
     return Pass(run, model, text, facts["step"], reading.n_tokens, reading.n_stories, found, words, token_ids)
 
 
