@@ -16,6 +16,7 @@ from jax_sae.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
     from jax_sae.analysis.steering import steer
+    from jax_sae.api.importing import import_dictionary
     from jax_sae.api.run import Run, open_run
     from jax_sae.api.train import train
     from jax_sae.config import Config, Member
@@ -35,6 +36,7 @@ __all__ = [
     "TrainedAutoencoder",
     "compare_members",
     "feature_pages",
+    "import_dictionary",
     "load_autoencoder",
     "load_language_model",
     "open_run",
@@ -45,6 +47,7 @@ __all__ = [
 _WHERE = {
     "Config": "jax_sae.config",
     "Member": "jax_sae.config",
+    "import_dictionary": "jax_sae.api.importing",
     "Run": "jax_sae.api.run",
     "open_run": "jax_sae.api.run",
     "steer": "jax_sae.analysis.steering",

@@ -17,10 +17,12 @@ from numpy.typing import ArrayLike
 
 from jax_sae.activations.normalize import (
     Normalization,
+    PerToken,
     denormalize,
     estimate_story,
     estimate_story_traced,
     normalize,
+    normalize_tokens,
     of_places,
 )
 from jax_sae.activations.places import Columns, Place, columns
@@ -37,22 +39,40 @@ from jax_sae.sweep.groups import Group
 from jax_sae.sweep.update import SweepState, member_shapes, unstack
 
 
-def _encode(model: Autoencoder, params: Params, values: Values, normalization: Normalization, x: Any) -> jax.Array:
+def _encode(
+    model: Autoencoder,
+    params: Params,
+    values: Values,
+    normalization: Normalization,
+    x: Any,
+    per_token: PerToken | None = None,
+) -> jax.Array:
     params, values, normalization = widened((params, values, normalization))
     values = {**values, "k": values["k"].astype(jnp.int32)} if "k" in values else values
+    x = x if per_token is None else normalize_tokens(per_token, x)[0]
     return encode(model, params, values, normalize(normalization, x))
 
 
 def _decode(
-    model: Autoencoder, params: Params, of_reads: Normalization, of_writes: Normalization, features: Any, x: Any = None
+    model: Autoencoder,
+    params: Params,
+    of_reads: Normalization,
+    of_writes: Normalization,
+    features: Any,
+    x: Any = None,
+    *,
+    per_token: PerToken | None = None,
 ) -> jax.Array:
     params, of_reads, of_writes = widened((params, of_reads, of_writes))
+    of_token = None if per_token is None else normalize_tokens(per_token, x)
+    x = x if of_token is None else of_token[0]
     inputs = None if x is None else normalize(of_reads, x)
-    return denormalize(of_writes, decode(model, params, features, inputs))
+    y = denormalize(of_writes, decode(model, params, features, inputs))
+    return y if of_token is None else y * of_token[2] + of_token[1]
 
 
-_encode_compiled = jax.jit(_encode, static_argnames="model")
-_decode_compiled = jax.jit(_decode, static_argnames="model")
+_encode_compiled = jax.jit(_encode, static_argnames=("model", "per_token"))
+_decode_compiled = jax.jit(_decode, static_argnames=("model", "per_token"))
 
 
 @lru_cache(maxsize=256)
@@ -128,6 +148,8 @@ class TrainedAutoencoder:
     """Whether the run normalised each story by its own mean and scale."""
     exclude_first_tokens: int = field(default=0, metadata={"static": True})
     """Tokens at the start of a story that do not count for its mean and scale."""
+    per_token: PerToken | None = field(default=None, metadata={"static": True})
+    """How it normalises each token by itself before all else, and what it writes back: only some that were imported."""
     origin: Origin | NoOrigin = field(default=NoOrigin(), metadata={"static": True})
     """The run's name for it, and more, behind `name`, `step`, `member` and `config`."""
     of_written: Normalization | None = None
@@ -212,6 +234,11 @@ class TrainedAutoencoder:
         return "W_skip" in self.params
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether what it writes depends on more than features, so that `decode` needs what was encoded."""
+        return self.skip or self.per_token is not None
+
+    @property
     def features(self) -> int:
         """F, the number of features."""
         return self.params["W_enc"].shape[-1]
@@ -231,10 +258,10 @@ class TrainedAutoencoder:
         """
         x = self._checked(x)
         values, normalization = {**self.settings, **self.memory}, self._normalization_of(x)
+        model, per_token = self._model(), self.per_token
         if is_traced(self, x):
-            return _encode(self._model(), self.params, values, normalization, x)
-        model = self._model()
-        return by_rows(lambda rows: _encode_compiled(model, self.params, values, normalization, rows), x)
+            return _encode(model, self.params, values, normalization, x, per_token)
+        return by_rows(lambda rows: _encode_compiled(model, self.params, values, normalization, rows, per_token), x)
 
     def decode(
         self,
@@ -246,8 +273,8 @@ class TrainedAutoencoder:
     ) -> jax.Array:
         """features [..., F] -> what they write, [..., D_written] float32, in the language model's own scale.
 
-        With `place`, the columns of one of the places in `writes` alone. Where there is a skip, `inputs` are what was
-        encoded; else they are not used.
+        With `place`, the columns of one of the places in `writes` alone. Where there is a skip, or each token was
+        normalised by itself, `inputs` are what was encoded; else they are not used.
 
         Where the run normalised per story, features do not hold the story's mean and scale: `story` gives them, the
         activations [T, D] that were encoded. In other runs it is not used.
@@ -264,23 +291,28 @@ class TrainedAutoencoder:
                 "this run normalised each story by itself, so decode() needs the story's activations: "
                 "decode(features, story=x), or sae(x) for both steps at once"
             )
-        if self.skip and inputs is None:
+        if self.needs_inputs and inputs is None:
+            why = "has a skip" if self.skip else "normalises each token by itself"
             raise BadInput(
-                f"{self.name} has a skip, so what it writes depends on what it reads as well: decode(features, "
-                "inputs=x), or sae(x) for both steps at once"
+                f"{self.name} {why}, so what it writes depends on what it reads as well: decode(features, inputs=x), "
+                "or sae(x) for both steps at once"
             )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
         written = normalization if self.of_written is None else self.of_written
-        model = self._model()
-        x = (self._checked(inputs),) if self.skip and inputs is not None else ()
+        model, per_token = self._model(), self.per_token
+        x = [self._checked(inputs)] if self.needs_inputs and inputs is not None else []
         if x and x[0].shape[:-1] != features.shape[:-1]:
             raise BadInput(
                 f"features have shape {features.shape}, but inputs {x[0].shape}; they are of the same tokens"
             )
         if is_traced(self, features, normalization, *x):
-            y = _decode(model, self.params, normalization, written, features, *x)
+            y = _decode(model, self.params, normalization, written, features, *x, per_token=per_token)
         else:
-            y = by_rows(lambda *rows: _decode_compiled(model, self.params, normalization, written, *rows), features, *x)
+            y = by_rows(
+                lambda *rows: _decode_compiled(model, self.params, normalization, written, *rows, per_token=per_token),
+                features,
+                *x,
+            )
         return y if place is None else y[..., slice(*self._columns_of(place))]
 
     def direction(self, feature: int, place: str | None = None) -> jax.Array:
@@ -289,8 +321,8 @@ class TrainedAutoencoder:
         With `place`, the columns of one of the places in `writes` alone.
 
         Raises:
-            BadInput: if there is no such feature, it does not write that place, or the run normalised each story by
-                itself, so that the scale of what is written changes from story to story.
+            BadInput: if there is no such feature, it does not write that place, or each story or each token is
+                normalised by itself, so that the scale of what is written changes from one to the next.
         """
         if not is_traced(feature) and not 0 <= feature < self.features:
             raise BadInput(f"{self.name} has no feature {feature}; its features are 0 to {self.features - 1}")
@@ -298,6 +330,11 @@ class TrainedAutoencoder:
             raise BadInput(
                 "this run normalised each story by itself, so what a feature adds depends on the story; train with "
                 "activations.normalization 'dataset' or 'none'"
+            )
+        if self.per_token is not None:
+            raise BadInput(
+                f"{self.name} normalises each token by itself, so what a feature adds depends on the token; "
+                "sae.params['W_dec'] has its directions in the scale of normalised tokens"
             )
         written = self.normalization if self.of_written is None else self.of_written
         row, scale = widened((self.params["W_dec"][feature], written.scale))
@@ -329,7 +366,7 @@ class TrainedAutoencoder:
     def __call__(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
         """x[..., D] -> what it writes, decode(encode(x)): of an autoencoder, the reconstruction of x."""
         x = self._checked(x)
-        return self.decode(self.encode(x), story=x if self.per_story else None, inputs=x if self.skip else None)
+        return self.decode(self.encode(x), story=x if self.per_story else None, inputs=x if self.needs_inputs else None)
 
     def _columns_of(self, place: str) -> Columns:
         """Those of a place among the columns that are written."""

@@ -10,7 +10,7 @@ Where activations have the columns of several places side by side, each place ha
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,12 @@ from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
+
+
+PerToken = Literal["layer_norm", "norm"]
+"""Normalisations of each token by itself, which some dictionaries of other tools were trained on: nothing is fitted."""
+
+LAYER_NORM_EPSILON = 1e-5
 
 
 class Normalization(NamedTuple):
@@ -98,6 +104,21 @@ def estimate_stories(x: jax.Array, used: jax.Array, places: Sequence[Place]) -> 
         each.append([jnp.repeat(number[:, None, None], D, axis=-1) for number in (mean, scale)])
         is_equal.append(spread == 0)
     return Normalization(*(jnp.concatenate(numbers, axis=-1) for numbers in zip(*each, strict=True))), is_equal
+
+
+def normalize_tokens(kind: PerToken, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each token x[..., D] normalised by itself, and mean and scale [..., 1] by which it goes back: y scale + mean.
+
+    layer_norm: (x - mean) / (std + 1e-5), with the unbiased std of its D numbers. norm: x sqrt(D) / |x|; 0 stays 0.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    if kind == "norm":
+        norms = jnp.sqrt(jnp.sum(jnp.square(x), -1, keepdims=True))
+        scale = jnp.where(norms > 0, norms / jnp.sqrt(jnp.float32(x.shape[-1])), 1)
+        return x / scale, jnp.zeros_like(scale), scale
+    mean = jnp.mean(x, -1, keepdims=True)
+    scale = jnp.std(x, -1, keepdims=True, ddof=1)
+    return (x - mean) / (scale + LAYER_NORM_EPSILON), mean, scale
 
 
 def of_each_place(

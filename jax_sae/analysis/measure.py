@@ -193,7 +193,7 @@ def _written(
         n = len(part)
         inputs = np.pad(normalize(of_part, part), ((0, ROWS_AT_A_TIME - n), (0, 0)))
         features = normalized.encode(inputs)
-        y_hat = np.asarray(normalized.decode(features, inputs=inputs if sae.skip else None))[:n]
+        y_hat = np.asarray(normalized.decode(features, inputs=inputs if sae.needs_inputs else None))[:n]
         of_y = of_part if sae.of_written is None else Normalization(*map(np.asarray, sae.of_written))
         yield rows, np.asarray(features)[:n], denormalize(of_y, y_hat)
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -15,19 +16,21 @@ COMMANDS = {
     "pages": "write pages on the features of a run, to be opened with a browser",
     "compare": "write a page on members beside each other, and which features they share",
     "steer": "let a language model write with a feature raised, set or taken away",
+    "import": "make a run of a dictionary that another tool wrote, and measure it",
     "probe": "say what features tell of labelled texts, beside raw activations and PCA",
     "export": "write a member for another tool, such as SAELens, with a model card",
     "harvest": "write a GPT-Neo's activations to disk, to train on them often",
     "export-activations": "the same for any Hugging Face causal language model, with torch",
 }
-"""Each subcommand and what it does, as `--help` says it; its file has the same name, with _ for -."""
+"""Each subcommand and what it does, as `--help` says it; its file has the same name, with _ for -, and import_.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the first word says with the others, and return its exit code; 2 for a word that is no command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
-        return int(importlib.import_module(f"jax_sae.commands.{name.replace('-', '_')}").main(rest))
+        file = name.replace("-", "_") + "_" * keyword.iskeyword(name)
+        return int(importlib.import_module(f"jax_sae.commands.{file}").main(rest))
 
     def work() -> int:
         if name not in ("-h", "--help"):

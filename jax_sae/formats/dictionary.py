@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jax_sae.activations.normalize import LAYER_NORM_EPSILON, PerToken
 from jax_sae.errors import BadInput
 
 Kind = Literal["relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"]
+<<<<<<< HEAD
 Normaliser = Literal["layer_norm", "norm"]
 
 Format = Literal["safetensors", "saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
@@ -22,6 +24,8 @@ Tool = Literal["neuronpedia", "circuit_tracer_features"]
 """Those of what is known of features (`pages/for_tools.py`)."""
 
 LAYER_NORM_EPSILON = 1e-5
+=======
+>>>>>>> 46417d4 (Dictionaries of other tools become runs, and are measured on real activations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +62,10 @@ class Dictionary:
     r_mag: np.ndarray | None = None
     """[F], of gated; b_mag too."""
     b_mag: np.ndarray | None = None
-    normaliser: Normaliser | None = None
+    normaliser: PerToken | None = None
     """What each token goes through before all else, and what is written back through afterwards; it cannot be folded.
 
-    layer_norm: (x - mean) / (std + 1e-5), the unbiased std of the token's D numbers. norm: x sqrt(D) / |x|.
+    layer_norm: (x - mean) / (std + 1e-5), the unbiased std of the token's D numbers. norm: x sqrt(D) / |x|; 0 stays 0.
     """
     before_norm_weights: bool = False
     """Whether the N.mlp_in that it reads is without the weights of the norm that makes it: mlp_in / weights."""
@@ -159,7 +163,8 @@ class Dictionary:
             mean, std = x.mean(-1, keepdims=True), x.std(-1, keepdims=True, ddof=1)
             return (x - mean) / (std + np.float32(LAYER_NORM_EPSILON)), mean, std
         if self.normaliser == "norm":
-            scale = np.linalg.norm(x, axis=-1, keepdims=True) / np.float32(np.sqrt(self.width))
+            norms = np.linalg.norm(x, axis=-1, keepdims=True)
+            scale = np.where(norms > 0, norms / np.float32(np.sqrt(self.width)), one)
             return x / scale, zero, scale
         return x, zero, one
 

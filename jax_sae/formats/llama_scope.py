@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from jax_sae.activations.normalize import PerToken
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked
-from jax_sae.formats.dictionary import Dictionary, Normaliser
+from jax_sae.formats.dictionary import Dictionary
 from jax_sae.formats.scaling import row_norms, scaled, scaled_columns, scaled_rows
 from jax_sae.formats.tensors import Facts, Tensors, open_tensors, read_facts
 
@@ -91,7 +92,7 @@ def read_llamascopium(path: Path, asked: Asked = NOTHING) -> Dictionary:
         W_enc, b_enc, W_dec = scaled_columns(W_enc, own), scaled(b_enc, own), scaled_rows(W_dec, 1 / own)
     hooks = [config.text("hook_point_in"), config.text("hook_point_out") or config.text("hook_point_in")]
     keys = [f"dataset_average_activation_norm.{hook}" for hook in hooks]
-    normaliser: Normaliser | None = None
+    normaliser: PerToken | None = None
     if norm == "dataset-wise":
         found = [tensors.number(key) if key in tensors else None for key in keys]
         of_read, of_written = (_scale(each, D, str(tensors.path)) for each in found)

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jax_sae.activations.normalize import PerToken
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked, Hook
-from jax_sae.formats.dictionary import Dictionary, Kind, Normaliser
+from jax_sae.formats.dictionary import Dictionary, Kind
 from jax_sae.formats.tensors import Facts, open_tensors
 from jax_sae.language_model.torch_file import open_torch_notes
 
@@ -36,7 +37,7 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
     state = notes.part("activation_state_dict")
     kind: Kind = "relu"
     more: dict[str, Any] = {}
-    normaliser: Normaliser | None = None
+    normaliser: PerToken | None = None
     if activation == "TopK":
         state.one_of("postact_fn", ("ReLU",), "ReLU")
         kind, normaliser = "topk", "layer_norm"

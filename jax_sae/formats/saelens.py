@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from jax_sae.activations.normalize import PerToken
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked
+<<<<<<< HEAD
 from jax_sae.formats.conventions import hook_name, is_transcoder, one_place, with_b_dec
 from jax_sae.formats.dictionary import Dictionary, Kind, Normaliser
+=======
+from jax_sae.formats.dictionary import Dictionary, Kind
+>>>>>>> 46417d4 (Dictionaries of other tools become runs, and are measured on real activations)
 from jax_sae.formats.scaling import row_norms, scaled, scaled_columns, scaled_rows
 from jax_sae.formats.tensors import Facts, Tensors, as_float32, open_tensors, read_facts
 
@@ -28,7 +33,7 @@ KINDS: dict[str, Kind] = {
     **{"transcoder": "relu", "skip_transcoder": "relu"},
     **{"jumprelu_transcoder": "jumprelu", "jumprelu_skip_transcoder": "jumprelu"},
 }
-NORMALISERS: dict[str, Normaliser | None] = {
+NORMALISERS: dict[str, PerToken | None] = {
     **{"none": None, "expected_average_only_in": None},
     **{"layer_norm": "layer_norm", "constant_norm_rescale": "norm"},
 }
@@ -108,7 +113,7 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
     )
 
 
-def _normalisation(cfg: Facts, asked: Asked) -> tuple[Normaliser | None, float]:
+def _normalisation(cfg: Facts, asked: Asked) -> tuple[PerToken | None, float]:
     """What each token goes through, and what activations are multiplied by."""
     said = cfg.content.get("normalize_activations")
     if isinstance(said, bool | None):  # as early versions wrote it

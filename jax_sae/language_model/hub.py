@@ -93,6 +93,61 @@ def find_tokenizer_files(name: str) -> Path:
     return directory
 
 
+HUB = "hf://"
+"""What stands before the name of a repository on the hub where a path may stand too."""
+
+BESIDE = ("config.json", "config.yaml", "wandb-config.yaml", "wanb-config.yaml")
+"""Configs that stand in a folder above the dictionary that they belong to."""
+
+MOST_FILES = 64
+
+
+def find_dictionary(name: str) -> Path:
+    """The folder or file of a dictionary: a path, or hf://owner/repository/folder, whose files are downloaded.
+
+    Of a repository those in that folder are downloaded, or that file, and the configs in folders above it.
+
+    Raises:
+        BadInput: if there is no such file or folder, it holds too much to be one dictionary, or it cannot be had.
+    """
+    if not name.startswith(HUB):
+        if (local := find_local(name)) is None:
+            raise BadInput(
+                f"{name}: there is no such file or folder; a repository on the hub is {HUB}owner/name/folder"
+            )
+        return local
+    owner, _, rest = name.removeprefix(HUB).strip("/").partition("/")
+    repository, _, inside = rest.partition("/")
+    repository = f"{owner}/{repository}"
+    _check_form(repository, "dictionary")
+    from huggingface_hub import snapshot_download
+
+    above = [Path(inside).parents[i] for i in range(len(Path(inside).parents))] if inside else []
+    configs = [(folder / file).as_posix() for folder in above for file in BESIDE]
+    try:
+        files = ask_hub(repository, "model")
+        folder = f"{inside}/" if inside else ""
+        wanted = [file for file in files if file == inside or file.startswith(folder)] if inside else files
+        if not wanted or len(wanted) > MOST_FILES:
+            shown = ", ".join(sorted({file.removeprefix(folder).partition("/")[0] for file in wanted or files})[:8])
+            raise BadInput(
+                f"{name}: {len(wanted)} files; one dictionary has a few: name its folder or file. There are {shown}"
+            )
+        found = Path(snapshot_download(repository, allow_patterns=[*wanted, *(set(configs) & set(files))]))
+    except NoAnswer as error:
+        try:
+            found = Path(snapshot_download(repository, local_files_only=True))
+        except Exception as missing:  # of which the library has many
+            raise cannot_load(repository, "dictionary", str(error)) from missing
+    except BadInput:
+        raise
+    except Exception as error:  # whatever the network and the disk can do to a download
+        raise BadInput(f"{name} could not be downloaded ({one_line(error)}); try again") from error
+    if not (found / inside).exists():
+        raise BadInput(f"{name}: is not complete in the local Hugging Face cache, and the hub could not be asked")
+    return found / inside
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a tokenizer can be loaded from a directory."""
     there = {name for name in TOKENIZER_FILES if (directory / name).exists()}

@@ -304,7 +304,7 @@ def lenses_of(source: WithText, places: Sequence[str], of: np.ndarray, is_read: 
 def directions(sae: TrainedAutoencoder) -> np.ndarray:
     """What one unit of each feature adds, [F, D_written] float32, in the language model's own scale.
 
-    Where each story was normalised by itself, in the scale of normalised activations.
+    Where each story or token was normalised by itself, in the scale of normalised activations.
     """
     written = sae.normalization if sae.of_written is None else sae.of_written
     scale = 1 if sae.per_story else np.asarray(written.scale, np.float32)

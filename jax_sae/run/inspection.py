@@ -38,6 +38,8 @@ def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:
     lines = [f"run           {run}: {steps:,} steps, {state}"]
     if good:
         facts = good[-1][1]
+        if "imported" in facts:
+            lines = [f"run           {run}: imported from {facts['imported']['source']}"]
         versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("jax_sae", "jax", "orbax-checkpoint"))
         lines.append(f"made with     {versions} on {facts['device']}")
         if any(place["name"] for place in facts.get("places", ())):

@@ -94,6 +94,7 @@ def make_autoencoder(
         written=tuple(last - first for first, last in write or ()),
         per_story=config.activations.normalization == "story",
         exclude_first_tokens=config.activations.exclude_first_tokens or 0,
+        per_token=facts.get("per_token"),
         origin=Origin(name, facts["step"], member, config, l0, fvu, place),
     )
 

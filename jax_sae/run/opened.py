@@ -50,6 +50,8 @@ def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) 
         raise BadInput(f"{error} ({run} was trained on it: its paths stand in its config.json)") from error
     say([f"run           {run} at step {facts['step']:,}", *lines])
     before: dict[str, str] = facts["inputs"]
+    if not before:  # a dictionary of another tool, whose language model was not at hand when it was imported
+        return source, _whole_models(source)
     now = source.digests()
     changed = [name for name in now if now[name] != before.get(f"held-out {name}", before.get(name))]
     if "text" in changed and "tokenizer" in changed:
@@ -59,11 +61,16 @@ def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) 
             f"{run} began with another {' and '.join(changed)}: the sha256 of what is read now differs from the one in "
             "its checkpoint; a file was changed or damaged, or a path in its config.json names something else"
         )
+    return source, _whole_models(source)
+
+
+def _whole_models(source: Source) -> Models:
+    """Its language models with all their blocks; none where it has none."""
     if not isinstance(source, StorySource):
-        return source, {}
+        return {}
     for lm in source.models.values():
         _ = lm.whole  # what is wrong with the other blocks is said now
-    return source, source.models
+    return source.models
 
 
 def load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAutoencoder]:

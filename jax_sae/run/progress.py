@@ -285,6 +285,10 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
 
 def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:
     """Raise BadInput if the run cannot go on with this setup."""
+    if "imported" in run:
+        raise BadInput(
+            f"{out} holds a dictionary that was imported, without the state of an optimiser; it cannot be trained on"
+        )
     if any("metrics" not in member for member in tree["members"].values()):
         raise BadInput(
             f"{out} is a run of jax_sae {run['versions']['jax_sae']}, whose checkpoints lack what a resume needs now; "
