@@ -22,15 +22,19 @@ COMMANDS = {
     "harvest": "write a GPT-Neo's activations to disk, to train on them often",
     "export-activations": "the same for any Hugging Face causal language model, with torch",
 }
-"""Each subcommand and what it does, as `--help` says it; its file has the same name, with _ for -, and import_.py."""
+"""Each subcommand and what it does, as `--help` says it."""
+
+
+def module_of(command: str) -> str:
+    """The module of a subcommand: its name, with _ for -, and one behind a word that Python keeps for itself."""
+    return f"jax_sae.commands.{command.replace('-', '_')}{'_' * keyword.iskeyword(command)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the first word says with the others, and return its exit code; 2 for a word that is no command."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
-        file = name.replace("-", "_") + "_" * keyword.iskeyword(name)
-        return int(importlib.import_module(f"jax_sae.commands.{file}").main(rest))
+        return int(importlib.import_module(module_of(name)).main(rest))
 
     def work() -> int:
         if name not in ("-h", "--help"):

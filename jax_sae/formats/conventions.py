@@ -7,6 +7,7 @@ import numpy as np
 
 from jax_sae.errors import BadInput
 from jax_sae.formats.dictionary import Dictionary
+from jax_sae.formats.scaling import times_matrix
 from jax_sae.language_model.places import transformer_lens_name, when
 
 
@@ -22,7 +23,7 @@ def with_b_dec(dictionary: Dictionary, *, subtracted: bool) -> Dictionary:
         raise BadInput(
             f"b_dec of width {len(dictionary.b_dec)} cannot be subtracted from x of width {dictionary.width}"
         )
-    more = dictionary.b_dec.astype(np.float64) @ dictionary.W_enc.astype(np.float64) * (1 if subtracted else -1)
+    more = times_matrix(dictionary.b_dec, dictionary.W_enc) * (1 if subtracted else -1)
     changed = {"b_enc": dictionary.b_enc + more}
     if dictionary.r_mag is not None and dictionary.b_mag is not None:
         changed["b_mag"] = dictionary.b_mag + np.exp(dictionary.r_mag.astype(np.float64)) * more

@@ -15,17 +15,11 @@ from jax_sae.activations.normalize import LAYER_NORM_EPSILON, PerToken
 from jax_sae.errors import BadInput
 
 Kind = Literal["relu", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"]
-<<<<<<< HEAD
-Normaliser = Literal["layer_norm", "norm"]
 
 Format = Literal["safetensors", "saelens", "dictionary_learning", "sparsify", "circuit_tracer"]
 """Those that are written (`export.py`)."""
 Tool = Literal["neuronpedia", "circuit_tracer_features"]
 """Those of what is known of features (`pages/for_tools.py`)."""
-
-LAYER_NORM_EPSILON = 1e-5
-=======
->>>>>>> 46417d4 (Dictionaries of other tools become runs, and are measured on real activations)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,7 @@ def dictionary_of(sae: Trained) -> Dictionary:
         **as_float32,
         subtracts_b_dec=subtracts,
         k=_k_of(sae),
+        normaliser=sae.per_token,
         reads=reads,
         writes=writes,
         widths_read=several if reads == writes else (),

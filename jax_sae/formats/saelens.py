@@ -16,12 +16,8 @@ from safetensors.numpy import save_file
 from jax_sae.activations.normalize import PerToken
 from jax_sae.errors import BadInput
 from jax_sae.formats.asked import NOTHING, Asked
-<<<<<<< HEAD
 from jax_sae.formats.conventions import hook_name, is_transcoder, one_place, with_b_dec
-from jax_sae.formats.dictionary import Dictionary, Kind, Normaliser
-=======
 from jax_sae.formats.dictionary import Dictionary, Kind
->>>>>>> 46417d4 (Dictionaries of other tools become runs, and are measured on real activations)
 from jax_sae.formats.scaling import row_norms, scaled, scaled_columns, scaled_rows
 from jax_sae.formats.tensors import Facts, Tensors, as_float32, open_tensors, read_facts
 

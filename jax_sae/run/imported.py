@@ -15,8 +15,10 @@ from jax_sae.activations.position import Position
 from jax_sae.config import ActivationsConfig, Config, Member, ModelConfig, SweepConfig, TextConfig, TrainConfig
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
-from jax_sae.formats.dictionary import Dictionary, Kind
-from jax_sae.formats.scaling import scaled_rows, times_matrix
+from jax_sae.formats.conventions import with_b_dec
+from jax_sae.formats.dictionary import Dictionary
+from jax_sae.formats.of_trained import SUBTRACTING
+from jax_sae.formats.scaling import scaled_rows
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.lock import locked
 from jax_sae.run.progress import device, versions
@@ -26,9 +28,6 @@ from jax_sae.sweep.update import METRICS
 
 STEP = 1
 """The only one of an imported run, and its last."""
-
-CENTRES_ITS_INPUT: tuple[Kind, ...] = ("topk", "batchtopk", "matryoshka", "gated")
-"""Kinds whose autoencoders subtract b_dec from what they encode; the others do not, nor does what is no autoencoder."""
 
 NOT_KNOWN: dict[str, dict[str, Any]] = {"gated": {"l1_coefficient": 0.0}, "jumprelu": {"l0_coefficient": 0.0}}
 """Settings of training that a member of a kind has to have; how strong a penalty was does not stand in most files."""
@@ -67,17 +66,12 @@ def member_of(dictionary: Dictionary) -> tuple[Member, dict[str, np.ndarray], di
             kind = "jumprelu"
         else:
             memory = {"threshold": d.threshold[0].reshape(()), "threshold_weight": np.ones((), np.float32)}
-    b_enc = d.b_enc.astype(np.float64)
-    b_mag = None if d.b_mag is None else d.b_mag.astype(np.float64)
-    wanted = kind in CENTRES_ITS_INPUT and is_autoencoder(d)
-    if wanted != d.subtracts_b_dec:
-        shift = times_matrix(d.b_dec, d.W_enc) * (1 if wanted else -1)
-        b_enc = b_enc + shift
-        if b_mag is not None and d.r_mag is not None:
-            b_mag = b_mag + shift * np.exp(d.r_mag.astype(np.float64))
-    params["b_gate" if kind == "gated" else "b_enc"] = _float32(b_enc)
-    if b_mag is not None and d.r_mag is not None:
-        params |= {"b_mag": _float32(b_mag), "r_mag": d.r_mag}
+    centred = kind in SUBTRACTING and is_autoencoder(d)
+    with np.errstate(over="ignore"):  # a bias beyond float32 is refused by the record
+        d = with_b_dec(d, subtracted=centred)
+    params["b_gate" if kind == "gated" else "b_enc"] = d.b_enc
+    if d.b_mag is not None and d.r_mag is not None:
+        params |= {"b_mag": d.b_mag, "r_mag": d.r_mag}
     if kind == "jumprelu":
         assert d.threshold is not None
         smallest = np.finfo(np.float32).tiny  # above which everything is where a threshold is not above 0
@@ -86,14 +80,6 @@ def member_of(dictionary: Dictionary) -> tuple[Member, dict[str, np.ndarray], di
     where |= {"skip": True} if d.W_skip is not None else {}
     where |= {"k": d.k} if kind in ("topk", "batchtopk", "matryoshka") else {}
     return Member(d.features, kind=kind, **where, **NOT_KNOWN.get(kind, {})), params, memory
-
-
-def _float32(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        found = x.astype(np.float32)
-    if not np.isfinite(found).all():
-        raise BadInput("b_dec W_enc, which goes into the encoder's bias, is beyond float32; get the files again")
-    return found
 
 
 def without_norm_weights(dictionary: Dictionary, weights: np.ndarray) -> Dictionary:

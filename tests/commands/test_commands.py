@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import REPOSITORY
 
-from jax_sae.commands import COMMANDS, main
+from jax_sae.commands import COMMANDS, main, module_of
 
 SCRIPTS = {
     "train_all": "train",
@@ -18,6 +18,7 @@ SCRIPTS = {
     "steer": "steer",
     "probe": "probe",
     "export": "export",
+    "import_dictionary": "import",
     "inspect_run": "inspect",
     "harvest_activations": "harvest",
     "export_torch_activations": "export-activations",
@@ -67,5 +68,5 @@ def test_a_script_is_its_command(script: str) -> None:
     """The same function; each command has a script."""
     assert set(SCRIPTS.values()) == set(COMMANDS)
     names = runpy.run_path(str(REPOSITORY / "scripts" / f"{script}.py"))
-    command = importlib.import_module(f"jax_sae.commands.{SCRIPTS[script].replace('-', '_')}")
+    command = importlib.import_module(module_of(SCRIPTS[script]))
     assert names["main"] is command.main and Path(command.__file__).parent.name == "commands"
