@@ -27,6 +27,14 @@ class Active:
     first: np.ndarray
     """[F + 1], where each feature begins among these."""
 
+    def dense(self, tokens: slice) -> np.ndarray:
+        """The features [T, F] float32 of some tokens."""
+        first, last = self.first_of_token[tokens.start], self.first_of_token[tokens.stop]
+        active = np.diff(self.first_of_token[tokens.start : tokens.stop + 1])
+        found = np.zeros((len(active), len(self.first) - 1), np.float32)
+        found[np.repeat(np.arange(len(active)), active), self.columns[first:last]] = self.values[first:last]
+        return found
+
     @cached_property
     def column(self) -> np.ndarray:
         """[n] int64, of the entries one feature after the other: the features."""
@@ -38,15 +46,24 @@ class Active:
         return self.column * self.tokens + self.row
 
 
-def active(dense: np.ndarray) -> Active:
-    """The entries above 0 of features [N, F] float32."""
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Entries above 0, one token after the other: their features, their values, and how many each token has."""
+
+
+def entries(dense: np.ndarray) -> Entries:
+    """Those of features [N, F] float32."""
     N, F = dense.shape
     at = np.flatnonzero(dense > 0)
     rows = at // F
-    columns, values = (at - rows * F).astype(np.int32), dense.ravel()[at]
-    first_of_token = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=N))])
-    by_feature = sparse.csr_matrix((values, columns, first_of_token), (N, F)).tocsc()
-    return Active(N, columns, values, first_of_token, by_feature.indices, by_feature.data, by_feature.indptr)
+    return (at - rows * F).astype(np.int32), dense.ravel()[at], np.bincount(rows, minlength=N)
+
+
+def joined(parts: Sequence[Entries], features: int) -> Active:
+    """Entries of some tokens and of those that follow, of F features."""
+    columns, values, active = (np.concatenate(each) for each in zip(*parts, strict=True))
+    first_of_token = np.concatenate([[0], np.cumsum(active)])
+    by_feature = sparse.csr_matrix((values, columns, first_of_token), (len(active), features)).tocsc()
+    return Active(len(active), columns, values, first_of_token, by_feature.indices, by_feature.data, by_feature.indptr)
 
 
 def side_by_side(several: Sequence[Active]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ The encoders are the jitted ones of `TrainedAutoencoder`; what follows them goes
 Memory holds a piece of the text, and of each member what `examples.py` and `tally.py` keep.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,14 +18,17 @@ from jax_sae.activations.story_sources import StorySource
 from jax_sae.analysis.measure import pieces
 from jax_sae.errors import BadInput
 from jax_sae.language_model.windows import Story
-from jax_sae.pages.active import Active, active, side_by_side
+from jax_sae.pages.active import Active, Entries, entries, joined, side_by_side
 from jax_sae.pages.examples import Chunk, ExampleKeeper, hashed
 from jax_sae.pages.tally import HALVES, Tally, Together, Tokens, TokenTally, place_in_story
 from jax_sae.streams import progress_bar
 from jax_sae.trained import TrainedAutoencoder
 
 NUMBERS_AT_A_TIME = 2**21
-"""Of features, rows times F: they stay near the cores."""
+"""Of features, rows times F, that are encoded at once: they stay near the cores."""
+
+CHUNK_TOKENS = 2**13
+"""That are looked at together: what is done once a chunk for each feature is then little."""
 
 CONTEXT = 5
 """Tokens before an example by which it is the same as another one."""
@@ -108,39 +111,31 @@ def read(
     V = source.vocabulary
     seen = {name: Seen(ExampleKeeper(sae.features), Tally(sae.features, V), []) for name, sae in members.items()}
     tokens = TokenTally(V)
-    names_of: dict[int, list[str]] = {}
-    smallest = min(rows_at_a_time(sae.features) for sae in members.values())
-    for name, sae in members.items():  # those of a group see the same chunks
-        names_of.setdefault(smallest if groups else rows_at_a_time(sae.features), []).append(name)
     together = tuple(Together(sum(members[name].features for name in group)) for group in groups)
-    waiting: dict[int, list[_Story]] = {rows: [] for rows in names_of}
+    waiting: list[_Story] = []
     n_stories = 0
 
-    def look(rows: int, is_last: bool) -> None:
-        """Take chunks of about so many rows from the stories that wait."""
-        for some in _taken(waiting[rows], rows, is_last):
+    def look(is_last: bool) -> None:
+        """Take chunks from the stories that wait."""
+        for some in _taken(waiting, CHUNK_TOKENS, is_last):
             chunk, its_tokens, used, x = _chunk(some)
-            begun = (_encoded(name, members[name], source, chunk, used, x) for name in names_of[rows])
-            looked = {
-                name: _look(seen[name], features(), chunk, its_tokens)
-                for name, features in zip(names_of[rows], _one_ahead(begun), strict=True)
-            }
-            for group, its in zip(groups, together, strict=True):
-                its.add(*side_by_side([looked[name] for name in group]))
+            tokens.add(its_tokens, used)
+            looked = _active(members, source, chunk, used, x)
+            for name, its in looked.items():
+                seen[name].examples.add(chunk, its)
+                seen[name].tally.add(its_tokens, its)
+                seen[name].stories.extend(_shown(chunk, its_tokens, its))
+            for group, counted in zip(groups, together, strict=True):
+                counted.add(*side_by_side([looked[name] for name in group]))
 
     with progress_bar(total=n_tokens, unit=" tokens", desc="features", leave=False) as bar:
         for items in pieces(source, n_tokens):
             stories = list(_stories(source, items, n_stories, _norm_limit(members)))
             n_stories += len(items)
-            for some in _taken(list(stories), 2**14, True):
-                _, its_tokens, used, _ = _chunk(some)
-                tokens.add(its_tokens, used)
-            for rows, its in waiting.items():
-                its += stories
-                look(rows, is_last=False)
+            waiting += stories
+            look(is_last=False)
             bar.update(sum(int(story.used.sum()) for story in stories))
-        for rows in waiting:
-            look(rows, is_last=True)
+        look(is_last=True)
         bar.total = bar.n
         bar.refresh()
     for each in seen.values():
@@ -177,8 +172,8 @@ def story_features(
     for ids, x in zip(all_ids, source.lm.activations(all_ids), strict=True):
         used = np.arange(len(ids)) >= min(source.stories.exclude_first_tokens, len(ids) - 1)
         chunk, _, used, x = _chunk([_Story(0, ids, used, np.where(used[:, None], x, 0))])
-        for name, sae in members.items():
-            found[name].append(_largest(ids, _encoded(name, sae, source, chunk, used, x)()))
+        for name, its in _active(members, source, chunk, used, x).items():
+            found[name].append(_largest(ids, its.dense(slice(0, len(ids)))))
     return found
 
 
@@ -256,45 +251,59 @@ def _chunk(stories: Sequence[_Story]) -> tuple[Chunk, Tokens, np.ndarray, np.nda
     return chunk, tokens, used, x
 
 
-def _look(seen: Seen, dense: np.ndarray, chunk: Chunk, tokens: Tokens) -> Active:
-    """Take the features [N, F] of a chunk into account."""
-    its = active(dense)
-    seen.examples.add(chunk, its)
-    seen.tally.add(tokens, its)
-    for begin in chunk.starts:
-        if chunk.story[begin] < SHOWN_STORIES:
-            story = slice(begin, chunk.end[begin])
-            seen.stories.append(_largest(tokens.ids[story], dense[story]))
-    return its
+def _active(
+    members: Mapping[str, TrainedAutoencoder], source: WithText, chunk: Chunk, used: np.ndarray, x: np.ndarray
+) -> dict[str, Active]:
+    """What is above 0 of each member's features of a chunk; nothing where a token is not used.
 
-
-def _encoded(
-    name: str, sae: TrainedAutoencoder, source: WithText, chunk: Chunk, used: np.ndarray, x: np.ndarray
-) -> Callable[[], np.ndarray]:
-    """Begin to encode a chunk; what is returned waits for its features [N, F], 0 where a token is not used."""
-    x = x_of(source, sae, x)
-    if sae.per_story:
-        its = replace(sae, exclude_first_tokens=0)  # those that are not used are taken out here
-        encoded: Any = np.zeros((len(x), sae.features), np.float32)
-        for begin in chunk.starts:
-            if (rows := begin + np.flatnonzero(used[begin : chunk.end[begin]])).size:
-                encoded[rows] = its.encode(x[rows])
-    else:
-        whole = np.zeros((max(len(x), rows_at_a_time(sae.features)), x.shape[1]), np.float32)
-        whole[: len(x)] = x
-        encoded = sae.encode(whole)
-
-    def features() -> np.ndarray:
-        dense = np.asarray(encoded)[: len(x)]
-        if not used.all():
-            dense = np.where(used[:, None], dense, 0)
+    Raises:
+        BadInput: if a feature is not finite.
+    """
+    parts: dict[str, list[Entries]] = {name: [] for name in members}
+    for name, rows, encoded in _one_ahead(_encoded(members, source, chunk, used, x)):
+        dense = np.asarray(encoded)[: rows.stop - rows.start]
+        if not used[rows].all():
+            dense = np.where(used[rows, None], dense, 0)
         if not np.isfinite(dense.max()):
             raise BadInput(
                 f"{name} has features that are not finite; leave it out with --member, or take an earlier --step"
             )
-        return dense
+        parts[name].append(entries(dense))
+    return {name: joined(its, members[name].features) for name, its in parts.items()}
 
-    return features
+
+def _encoded(
+    members: Mapping[str, TrainedAutoencoder], source: WithText, chunk: Chunk, used: np.ndarray, x: np.ndarray
+) -> Iterator[tuple[str, slice, Any]]:
+    """Of each member the features of the rows of a chunk, a part after the other: (name, which rows, features).
+
+    Rows behind the last one may have been added. What is given may still be computed.
+    """
+    for name, sae in members.items():
+        its_x = x_of(source, sae, x)
+        if sae.per_story:
+            its = replace(sae, exclude_first_tokens=0)  # those that are not used are taken out here
+            for begin in chunk.starts:
+                story = slice(begin, chunk.end[begin])
+                encoded = np.zeros((story.stop - begin, sae.features), np.float32)
+                if used[story].any():
+                    encoded[used[story]] = its.encode(its_x[story][used[story]])
+                yield name, story, encoded
+            continue
+        n = rows_at_a_time(sae.features)
+        for first in range(0, len(x), n):
+            rows = slice(first, min(first + n, len(x)))
+            whole = np.zeros((n, its_x.shape[1]), np.float32)
+            whole[: rows.stop - first] = its_x[rows]
+            yield name, rows, sae.encode(whole)
+
+
+def _shown(chunk: Chunk, tokens: Tokens, its: Active) -> Iterator[StoryFeatures]:
+    """Those stories of a chunk that are shown."""
+    for begin in chunk.starts:
+        if chunk.story[begin] < SHOWN_STORIES:
+            story = slice(begin, chunk.end[begin])
+            yield _largest(tokens.ids[story], its.dense(story))
 
 
 def x_of(source: WithText, sae: TrainedAutoencoder, x: np.ndarray) -> np.ndarray:

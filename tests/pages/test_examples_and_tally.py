@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_sae.pages.active import active
+from jax_sae.pages.active import entries, joined
 from jax_sae.pages.examples import (
     INTERVALS,
     LARGEST,
@@ -71,7 +71,7 @@ def looked_at(stories_at_once: int) -> tuple[ExampleKeeper, Tally, TokenTally]:
     """Of so many stories at once."""
     keeper, tally, all_tokens = ExampleKeeper(F), Tally(F, V), TokenTally(V)
     for n, (chunk, tokens, used, x) in enumerate(chunks(stories_at_once)):
-        its = active(x)
+        its = joined([entries(part) for part in np.array_split(x, 3)], F)
         keeper.add(chunk, its)
         tally.add(tokens, its)
         all_tokens.add(tokens, used)

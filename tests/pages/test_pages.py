@@ -16,7 +16,7 @@ from jax_sae.activations.sources import open_sources
 from jax_sae.activations.stored_stories import stored_stories
 from jax_sae.commands.harvest import main as harvest
 from jax_sae.commands.pages import main
-from jax_sae.pages.active import active
+from jax_sae.pages.active import entries, joined
 from jax_sae.pages.blocks import block
 from jax_sae.pages.lens import lens_of
 from jax_sae.pages.neighbours import fire_together, nearest, unit_rows
@@ -114,7 +114,7 @@ def test_rules_are_found_on_one_half_and_tried_on_the_other() -> None:
     )
     fires[2000:, 0] &= rng.random(2000) < 0.5  # half as often on the other half
     tally, seen = Tally(6, len(words)), TokenTally(len(words))
-    tally.add(tokens, active(fires.astype(np.float32)))
+    tally.add(tokens, joined([entries(fires.astype(np.float32))], 6))
     tally.finish()
     seen.add(tokens, np.ones(n, bool))
     rules = find_rules(tally, seen, words)
