@@ -13,7 +13,7 @@ from refusals import MODEL, SMALL
 from jax_sae.analysis import evaluation
 from jax_sae.commands import main
 from jax_sae.commands.process import caches
-from jax_sae.run import report
+from jax_sae.run import opened, report
 
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR")
 
@@ -74,7 +74,7 @@ def test_a_read_only_run_is_refused_before_it_is_evaluated(
     demo_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one line; nothing was opened."""
-    monkeypatch.setattr(evaluation, "open_sources", None)
+    monkeypatch.setattr(opened, "open_sources", None)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != demo_run)
     assert main(["evaluate", str(demo_run)]) == 2
     error = capsys.readouterr().err

@@ -5,6 +5,7 @@ import difflib
 import os
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Annotated, Any, Literal, TypeVar
@@ -41,7 +42,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         SystemExit: with code 0 after `--help`.
     """
     import tyro
-    from docstring_parser import parse_from_object  # as tyro itself reads the strings after fields
     from tyro import constructors
 
     registry = constructors.ConstructorRegistry()
@@ -68,8 +68,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     def sweep_rule(info: Any) -> constructors.StructConstructorSpec | None:
         if info.type is not SweepConfig:
             return None
-        documented = [*parse_from_object(Member).params, *parse_from_object(SweepConfig).params]
-        texts = {each.arg_name: " ".join(str(each.description).split()) for each in documented}
+        texts = texts_of_sweep()
         fields = [
             constructors.StructFieldSpec(name, hint, getattr(info.default, name), texts[name])
             for name, hint in typing.get_type_hints(SweepConfig).items()
@@ -125,6 +124,15 @@ def parse(argv: Sequence[str]) -> Arguments:
             parsed.process_id,
         )
     )
+
+
+@cache
+def texts_of_sweep() -> dict[str, str]:
+    """What is said of each setting of a sweep; of lists, what is said of the member's setting."""
+    from docstring_parser import parse_from_object  # as tyro itself reads the strings after fields
+
+    documented = [*parse_from_object(Member).params, *parse_from_object(SweepConfig).params]
+    return {each.arg_name: " ".join(str(each.description).split()) for each in documented}
 
 
 def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Options:

@@ -17,6 +17,7 @@ import pytest
 from running import REPOSITORY, initial, never, stop_at
 
 import jax_sae
+from jax_sae.activations.array_sources import array_sources
 from jax_sae.analysis.evaluation import evaluate
 from jax_sae.autoencoder import kinds
 from jax_sae.autoencoder.kinds import kind_name, kind_named, kind_names
@@ -88,21 +89,23 @@ def test_they_are_trained_resumed_loaded_and_evaluated_beside_others(demo_config
     flags = parse(["--sweep.kinds", "tanh", "topk", OWN]).settings
     sweep = config_from_dict(tomllib.loads(toml), "the page").sweep
     sweep = replace(sweep, features=(20,), k=(3,), kinds=flags["sweep.kinds"])
-    config = replace(demo_config, sweep=sweep)
-    jax_sae.train(config, kinds=["tanh", "topk", kind_named(OWN)], out=tmp_path / "whole", quiet=True)
-    assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7))
-    assert train(config, tmp_path / "run", resume=True, stop_requested=never)
+    config, rows = replace(demo_config, sweep=sweep), np.random.default_rng(1).normal(size=(900, 64)).astype("f4")
+    kinds = ["tanh", "topk", kind_named(OWN)]
+    jax_sae.train(config, activations=rows, kinds=kinds, out=tmp_path / "whole", quiet=True)
+    sources = array_sources(config, rows)
+    assert not train(config, tmp_path / "run", resume=False, stop_requested=stop_at(7), sources=sources)
+    assert train(config, tmp_path / "run", resume=True, stop_requested=never, sources=sources)
     sys.modules.pop("my_kinds")  # as in another process
     x = np.random.default_rng(0).normal(size=(3, 64))
-    kinds = {"tanh-F20-lambda2.0": "tanh", "tanh-F20-lambda5.0": "tanh", "topk-F20": "topk"}
-    for name, kind in {**kinds, "ShrunkTopK-F20-lambda2.0": OWN, "ShrunkTopK-F20-lambda5.0": OWN}.items():
+    names = {"tanh-F20-lambda2.0": "tanh", "tanh-F20-lambda5.0": "tanh", "topk-F20": "topk"}
+    for name, kind in {**names, "ShrunkTopK-F20-lambda2.0": OWN, "ShrunkTopK-F20-lambda5.0": OWN}.items():
         sae, same = (jax_sae.load_autoencoder(tmp_path / run, name=name) for run in ("run", "whole"))
         assert sae.member.kind == kind and sae.encode(x).shape == (3, 20)
         assert all(map(np.array_equal, jax.tree.leaves(sae.params), jax.tree.leaves(same.params)))
     assert not np.array_equal(
         sae.params["W_enc"], jax_sae.load_autoencoder(tmp_path / "run", name="topk-F20").params["W_enc"]
     )
-    evaluated = evaluate(tmp_path / "run", n_tokens=300)["members"]
+    evaluated = evaluate(tmp_path / "run", sources=sources)["members"]
     assert {member["kind"] for member in evaluated} == {"tanh", "topk", OWN}
 
 

@@ -39,12 +39,13 @@ X = {
 }
 """Of scales that differ by tens."""
 CROSS, ACROSS = ("1.resid_post", "3.resid_post"), ("0.mlp_out", "3.resid_post")
-COMMON: dict[str, Any] = {"kind": "topk", "features": 16, "k": 2, "resamples": 1, "dead_after_tokens": 64}
+COMMON: dict[str, Any] = {"kind": "topk", "features": 16, "k": 2}
+RESAMPLED = COMMON | {"resamples": 1, "dead_after_tokens": 64}
 MEMBERS = {
     "1.resid_post": Member(place="1.resid_post", **COMMON),
     "0.transcoder": Member(reads=("0.mlp_in",), writes=("0.mlp_out",), **COMMON),
-    "0.skip_transcoder": Member(reads=("0.mlp_in",), writes=("0.mlp_out",), skip=True, **COMMON),
-    "crosscoder": Member(reads=CROSS, **COMMON),
+    "0.skip_transcoder": Member(reads=("0.mlp_in",), writes=("0.mlp_out",), skip=True, **RESAMPLED),
+    "crosscoder": Member(reads=CROSS, **RESAMPLED),
     "0.mlp_in-to-0.mlp_out": Member(reads=("0.mlp_in", "1.resid_post"), writes=ACROSS, **COMMON),
 }
 CONFIG = Config(

@@ -16,7 +16,7 @@ from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, init_sweep, member_shapes, unstack, update_many
 
 D_IN, D_OUT, D_BOTH, TRUE_F, ACTIVE, F = 24, 20, 16, 32, 2, 64
-B, BATCHES, STEPS = 128, 250, 1250
+B, BATCHES, STEPS = 128, 250, 1000
 PLACES = [Place("0.mlp_in", D_IN), Place("0.mlp_out", D_OUT), Place("a", D_BOTH), Place("b", D_BOTH)]
 MLP, BOTH = (("0.mlp_in",), ("0.mlp_out",)), (("a", "b"), ("a", "b"))
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="linear", decay=0.3)
