@@ -23,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 
 from jax_sae.errors import BadInput
 from jax_sae.language_model import families
-from jax_sae.language_model import harvest as harvest_module
 from jax_sae.language_model.decoder import Decoder
 from jax_sae.language_model.families import FAMILIES, read_architecture
 from jax_sae.language_model.harvest import harvest, read_places
@@ -157,8 +156,9 @@ def test_a_document_is_read_by_itself_whatever_stands_beside_it(
     [(_, packed)] = harvest(lm.model, lm.places, lm.params, [together], [segments])
     assert error(packed, np.concatenate(alone)) < 5e-6
     monkeypatch.setattr("jax_sae.language_model.decoder.QUERIES_AT_A_TIME", 10)
-    with jax.disable_jit():
-        [(_, in_parts)] = harvest_module.harvest(lm.model, lm.places, lm.params, [together], [segments])
+    read_places.clear_cache()  # or the program of before is run
+    [(_, in_parts)] = harvest(lm.model, lm.places, lm.params, [together], [segments])
+    read_places.clear_cache()
     assert error(in_parts, packed) < 5e-6
 
 
@@ -173,7 +173,7 @@ def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, 
     def tap(place: str, x: jax.Array) -> jax.Array:
         return x * 0.9 if place == "1.mlp_out" else x
 
-    for change in (lambda place, x: x, tap):
+    for change in (lambda place, x: x, tap) if name == "gpt_neo" else (tap,):
         expected = np.array(ids, np.int32)
         read = jax.jit(lambda rows, change=change: lm.run(rows, change))
         while len(expected) < 26:
@@ -181,7 +181,7 @@ def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, 
             row[: len(expected)] = expected
             expected = np.append(expected, np.int32(np.argmax(read(row)[len(expected) - 1])))
         np.testing.assert_array_equal(lm.generate(ids, 23, tap=change), expected)
-    np.testing.assert_array_equal(lm.generate(ids, 5, tap=tap), expected[:8])
+    np.testing.assert_array_equal(lm.generate(ids, 14, tap=tap), expected[:17])
     np.testing.assert_array_equal(lm.generate(ids, 23, until=int(expected[7]), tap=tap)[-1], expected[7])
 
 
