@@ -86,6 +86,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
         "processes.py",
         "run/held_out.py",
         "run/report.py",
+        "sweep/mesh.py",
         "sweep/update.py",
         "trained.py",
     }

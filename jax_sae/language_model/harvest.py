@@ -6,6 +6,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_sae.language_model.decoder import Decoder
 
@@ -104,10 +106,13 @@ def harvest_on_device(
         (numbers in `stories` of those in the first rows, their activations [rows, T, sum of widths] float32), longest
         stories first; a story without tokens is in none. rows and T take few values, so that few programs are compiled.
     """
+    devices = devices_of(params)
     longest_first = sorted((i for i in range(len(stories)) if len(stories[i])), key=lambda i: -len(stories[i]))
     while longest_first:
         length = min(padded_length(len(stories[longest_first[0]])), model.architecture.max_position_embeddings)
         rows = min(max(1, tokens_at_a_time() // length), 1 << (len(longest_first) - 1).bit_length())
+        if len(devices) > 1:  # so many tokens on each of them
+            rows = len(devices) * min(max(1, tokens_at_a_time() // length), -(-len(longest_first) // len(devices)))
         batch, longest_first = longest_first[:rows], longest_first[rows:]
         token_ids = np.zeros((rows, length), np.int32)  # the model is causal: what is right of a story does not matter
         its = None if segments is None else np.zeros((rows, length), np.int32)
@@ -115,4 +120,22 @@ def harvest_on_device(
             token_ids[row, : len(stories[i])] = stories[i]
             if its is not None and segments is not None and (of_story := segments[i]) is not None:
                 its[row, : len(stories[i])] = of_story
-        yield batch, read_places(model, places, params, token_ids, its)
+        yield batch, read_places(model, places, params, *_on(devices, token_ids, its))
+
+
+def spread(params: Mapping[str, Any], devices: Sequence[jax.Device]) -> Mapping[str, Any]:
+    """Parameters on each of the devices; `harvest` then runs stories on all of them at once."""
+    return cast(Mapping[str, Any], jax.device_put(params, NamedSharding(Mesh(np.array(devices), ("rows",)), P())))
+
+
+def devices_of(params: Mapping[str, Any]) -> list[jax.Device]:
+    """Where parameters are, in the order of the devices' numbers."""
+    first = jax.tree.leaves(params)[0]
+    return sorted(first.devices(), key=lambda device: device.id) if isinstance(first, jax.Array) else jax.devices()[:1]
+
+
+def _on(devices: Sequence[jax.Device], *arrays: np.ndarray | None) -> Any:
+    """Arrays [rows, T] with as many rows on each of several devices; as they are for one."""
+    if len(devices) == 1:
+        return arrays
+    return jax.device_put(arrays, NamedSharding(Mesh(np.array(devices), ("rows",)), P("rows")))

@@ -27,6 +27,7 @@ from jax_sae.activations.sources import (
     refuse_large_batch,
     with_known_places,
 )
+from jax_sae.activations.story_sources import StorySource
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
 from jax_sae.config_tables import flatten
@@ -126,6 +127,11 @@ def train(
     groups = make_groups(members, source.places)
     mesh, of_mesh = choose_mesh(config, groups, total_width(source.places))
     setup = Setup(config, groups, source.places, inputs(source, held_out_source), mesh)
+    if mesh is not None:
+        source, held_out_source = (
+            each.spread(mesh.local_devices) if isinstance(each, StorySource) else each
+            for each in (source, held_out_source)
+        )
     say([*first_lines, *lines, *changed, *report.describe(setup), *of_mesh])
     progress: Progress | None = None
     with ExitStack() as stack:
@@ -286,7 +292,7 @@ def begin(setup: Setup, source: Source) -> Progress:
     metrics = np.zeros((config.train.steps, len(setup.names()), len(METRICS)), np.float32)
     normalized = [normalize(for_story(kind, normalization, x, setup.places), x) for x in sample]
     centres = find_centres(setup, normalized)
-    state = setup.put(init_sweep(setup.groups, setup.width, config.train, centres))
+    state = init_sweep(setup.groups, setup.width, config.train, centres, setup.mesh)
     return Progress(0, 0, Position(), Position(), state, metrics, normalization)
 
 

@@ -11,9 +11,11 @@ those sums where `jax_sae/autoencoder/shards.py` is asked for them. A state is i
 checkpoint does not know on how many devices it was made.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,6 +68,20 @@ def spread(state: Any, mesh: Mesh) -> Any:
     """States of a sweep, stacked by groups, put onto a mesh; each device is given its part alone."""
     state = tuple(filled(group, mesh.shape[MEMBER]) for group in state)
     return jax.tree.map(lambda array, spec: _put(array, NamedSharding(mesh, spec)), state, specs(state))
+
+
+def computed_on(mesh: Mesh, states: Callable[[], Any]) -> Any:
+    """What `states` gives, stacked states, computed on a mesh: each device computes its part, as far as XLA can."""
+    parts = mesh.shape[MEMBER]
+
+    def begun() -> Any:
+        def fill(array: jax.Array) -> jax.Array:
+            return jnp.concatenate([array, *[array[-1:]] * (-len(array) % parts)])
+
+        return jax.tree.map(fill, states())
+
+    where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(jax.eval_shape(begun)))
+    return jax.jit(begun, out_shardings=where)()
 
 
 def batches_on(mesh: Mesh, x: Any, weights: Any) -> tuple[jax.Array, jax.Array]:

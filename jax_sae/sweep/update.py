@@ -1,6 +1,6 @@
 """One optimiser step of a member; many steps of a group (the only vmap), and of the sweep, in one dispatch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple, get_args
@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from jax_sae.autoencoder.loss import Terms, loss_per_element
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, along_the_sphere, init_params, loss, unit_rows
-from jax_sae.autoencoder.shards import DATA, WHOLE, Shards
+from jax_sae.autoencoder.shards import DATA, FEATURE, WHOLE, Shards
 from jax_sae.config import SETTINGS, DecoderBias, Member, TrainConfig
 from jax_sae.sweep.groups import Form, Group, inputs_and_targets
 from jax_sae.sweep.members import settings_of
-from jax_sae.sweep.mesh import of_members, shards_of, specs
+from jax_sae.sweep.mesh import computed_on, of_members, shards_of, specs, spread
 from jax_sae.sweep.optimizer import Compiled, clipping, make_optimizer, penalty_ramp, traced_settings
 from jax_sae.sweep.resampling import OF_NO_FEATURE, resample
 
@@ -90,6 +90,18 @@ def stack(states: list[MemberState], padded: MemberState) -> MemberState:
     return jax.tree.map(pad, padded, *states)
 
 
+def stack_traced(states: list[MemberState], padded: MemberState) -> MemberState:
+    """`stack` of members that are traced."""
+
+    def pad(like: jax.Array, *leaves: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((len(leaves), *like.shape), like.dtype)
+        for i, leaf in enumerate(leaves):
+            zeros = zeros.at[(i, *map(slice, jnp.shape(leaf)))].set(leaf)
+        return zeros
+
+    return jax.tree.map(pad, padded, *states)
+
+
 def unstack(stacked: MemberState, shapes: list[MemberState]) -> list[MemberState]:
     """The members of a group, each trimmed to its own shapes."""
 
@@ -119,12 +131,15 @@ def padded_shape(shapes: list[MemberState]) -> MemberState:
     return max(shapes, key=lambda shape: shape.params["W_enc"].shape)
 
 
-def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centres: Centres) -> SweepState:
+def init_sweep(
+    groups: tuple[Group, ...], width: int, train: TrainConfig, centres: Centres, mesh: Mesh | None = None
+) -> SweepState:
     """The state of every member at step 0; a member's initial values do not depend on the others.
 
     Arguments are as for `init_member`, but `width` and `centres` are those of the batches, which may have the columns
     of several places. Of each group, every array has a leading axis M, and F of the widest member; `unstack` gives back
-    the members at their own.
+    the members at their own. On a `mesh` each device is given its part; where features lie in parts, no device ever
+    holds more.
     """
 
     def own(group: Group) -> Centres:
@@ -133,17 +148,23 @@ def init_sweep(groups: tuple[Group, ...], width: int, train: TrainConfig, centre
             for name, centre in centres.items()
         }
 
-    states = (
-        stack(
-            [
-                init_member(member, group.width(width), train, own(group), group.form.written)
-                for member in group.members
-            ],
-            padded_shape(member_shapes(group, width, train)),
+    def begun(combine: Callable[[list[MemberState], MemberState], MemberState]) -> SweepState:
+        return tuple(
+            combine(
+                [
+                    init_member(member, group.width(width), train, own(group), group.form.written)
+                    for member in group.members
+                ],
+                padded_shape(member_shapes(group, width, train)),
+            )
+            for group in groups
         )
-        for group in groups
-    )
-    return jax.device_put(tuple(states))
+
+    if mesh is None:
+        return jax.device_put(begun(stack))
+    if mesh.shape[FEATURE] == 1:
+        return spread(begun(stack), mesh)
+    return computed_on(mesh, partial(begun, stack_traced))
 
 
 def update_member(

@@ -87,7 +87,8 @@ def main(folder: Path) -> None:
         program = compiled(mesh)
         sent[name] = sends(program)
         for again in ("", " again"):
-            state, found = program(spread(begun(), mesh), *batches_on(mesh, x, weights), 0, STEPS, 0)
+            own = init_sweep(groups, 2 * D, TRAIN, centres, mesh)  # computed there
+            state, found = program(own, *batches_on(mesh, x, weights), 0, STEPS, 0)
             filled = [-(-len(group.names) // layout[1]) * layout[1] for group in groups]
             firsts = np.cumsum([0, *filled[:-1]])
             own = np.concatenate([at + np.arange(len(group.names)) for at, group in zip(firsts, groups, strict=True)])
