@@ -27,6 +27,7 @@ Dictionary = Literal["autoencoder", "transcoder", "skip_transcoder", "crosscoder
 PrependBos = Literal["auto", "on", "off"]
 WeightsDtype = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
+Moments = Literal["float32", "bfloat16"]
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 3.4028235e38  # the former the smallest normal one: less may become zero
 LARGEST_BELOW_1 = 1 - 2.0**-24  # in float32, in which Adam divides by 1 - beta**step
@@ -422,6 +423,9 @@ class TrainConfig:
     """Seed of the order of stories and of the shuffling of tokens."""
     precision: Precision = "float32"
     """What matrix products round their factors to; parameters, sums, losses and Adam stay float32."""
+    moments: Moments = "float32"
+    """What Adam's two moments are kept in; with bfloat16 a sweep takes two thirds of the memory, and FVU is a little
+    worse (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from jax_sae.autoencoder.shards import WHOLE, Shards
 
 BOUNDS = (16, 64, 256)
 """Of k, for each of which there is a program where k is not known when it is compiled."""
+
+MOST_SENT = 1024
+"""Candidates of a row that parts of the features send each other; instead of more they send counts, some 30 times."""
 
 
 def keep_largest_of_rows(candidates: jax.Array, k: jax.Array, most_k: int, shards: Shards = WHOLE) -> jax.Array:
@@ -22,10 +26,24 @@ def keep_largest_of_rows(candidates: jax.Array, k: jax.Array, most_k: int, shard
         shards: in how many parts features lie; F is the number of this part's.
     """
     F = candidates.shape[-1]
+    if sends_counts(F, most_k, shards):
+        return kept_by_counts(candidates, k, shards)
     largest, places = jax.lax.top_k(jax.lax.stop_gradient(candidates), min(most_k, F))
     value, place = last_kept(largest, places, F, k, most_k, shards)
     is_before = jnp.arange(F) <= place
     return jnp.where((candidates > value) | ((candidates == value) & is_before), candidates, 0.0)
+
+
+def sends_counts(F: int, most_k: int, shards: Shards) -> bool:
+    """Whether parts of F features each, which send their largest, would send more than MOST_SENT numbers of a row."""
+    return shards.feature > 1 and shards.feature * min(most_k, F) > MOST_SENT
+
+
+def kept_by_counts(candidates: jax.Array, k: jax.Array, shards: Shards) -> jax.Array:
+    """`keep_largest_of_rows` where parts of the features send each other counts, for any number of candidates."""
+    of_row = partial(keep_largest_of_batch, shards=Shards(feature=shards.feature))
+    rows = jax.vmap(of_row, (0, None))(candidates.reshape(-1, candidates.shape[-1]), k)
+    return rows.reshape(candidates.shape)
 
 
 def last_kept(
@@ -80,7 +98,7 @@ def keep_largest_of_batch(candidates: jax.Array, count: jax.Array, shards: Shard
     Where tokens or features lie in several parts, a pass sends a number, how many there are.
 
     Args:
-        candidates: [B, F] float32, none below 0, fewer than 2^31 of all parts.
+        candidates: [B, F] or [F] float32, none below 0, fewer than 2^31 of all parts.
         count: [] int32, at least 1.
         shards: in how many parts tokens and features lie; B and F are the numbers of this part's.
     """
@@ -123,6 +141,9 @@ def _order(shape: tuple[int, ...], shards: Shards) -> tuple[jax.Array, int]:
     size = math.prod(shape) * shards.data * shards.feature
     if shards == WHOLE:
         return jnp.arange(size, dtype=jnp.int32).reshape(shape), size
+    columns = shards.feature_numbers(shape[-1])
+    if len(shape) == 1:
+        return columns.astype(jnp.int32), size
     B, F = shape
-    rows, columns = jnp.arange(B) + B * shards.data_part(), shards.feature_numbers(F)
+    rows = jnp.arange(B) + B * shards.data_part()
     return (rows[:, None] * (F * shards.feature) + columns).astype(jnp.int32), size

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jax_sae.autoencoder.selection import last_kept
+from jax_sae.autoencoder.selection import kept_by_counts, last_kept, sends_counts
 from jax_sae.autoencoder.shards import WHOLE, Shards
 from jax_sae.config import Precision
 from jax_sae.precision import dot_general
@@ -60,6 +60,8 @@ def topk_reconstruct(
     values, indices = jax.lax.top_k(jax.nn.relu(pre), min(most_k, F))
     if shards.feature == 1:
         is_kept = jnp.arange(most_k) < k
+    elif sends_counts(F, most_k, shards):
+        is_kept = kept_by_counts(values, k, shards) > 0
     else:
         value, place = last_kept(values, indices, F, k, most_k, shards)
         is_kept = (values > value) | ((values == value) & (indices <= place))

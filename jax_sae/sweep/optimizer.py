@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jax_sae.autoencoder.model import Values
-from jax_sae.config import SETTINGS, Member, Precision, Schedule, TrainConfig
+from jax_sae.config import SETTINGS, Member, Moments, Precision, Schedule, TrainConfig
 from jax_sae.sweep.members import settings_of
 from jax_sae.sweep.resampling import resampling_steps
 
@@ -21,6 +21,10 @@ class Compiled(Protocol):
     @property
     def precision(self) -> Precision:
         """Of the products."""
+
+    @property
+    def moments(self) -> Moments:
+        """What Adam's are kept in."""
 
     @property
     def beta1(self) -> float:
@@ -99,30 +103,55 @@ def clipping(squared_norm: jax.Array, tokens: jax.Array, clip: jax.Array) -> jax
     return jnp.where((clip > 0) & (norm > clip), clip / norm, 1.0)
 
 
-def scale_by_adam(beta1: float, beta2: float, epsilon: float = 1e-8) -> optax.GradientTransformation:
+def scale_by_adam(
+    beta1: float, beta2: float, epsilon: float = 1e-8, moments: Moments = "float32"
+) -> optax.GradientTransformation:
     """Gradients g -> m^ / (sqrt(v^) + epsilon), as `optax.scale_by_adam` and with its state, in fewer operations.
 
     m and v are the averages of g and of g^2; m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t) with the number of the
     step t, from 1. Optax divides three times for each parameter; here the two corrections are reciprocals, computed
     once. At small batches that is a fifth of a training step (docs/performance.md).
+
+    With `moments` 'bfloat16' m and v are kept in 16 bits. A step changes v by less than these can tell, so v is rounded
+    up or down at random, in proportion: on average it is right. The same step rounds the same way each time.
     """
+    dtype = jnp.dtype(moments)
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.int32(0), zeros, jax.tree.map(jnp.zeros_like, params))
+        def zeros() -> optax.Updates:
+            return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+
+        return optax.ScaleByAdamState(jnp.int32(0), zeros(), zeros())
 
     def update(
         gradients: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, gradients)
+        mu = jax.tree.map(lambda m, g: beta1 * m.astype(jnp.float32) + (1 - beta1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: beta2 * v.astype(jnp.float32) + (1 - beta2) * jnp.square(g), state.nu, gradients)
         correct_mu, correct_nu = (1 / (1 - jnp.float32(beta) ** count) for beta in (beta1, beta2))
         updates = jax.tree.map(lambda m, v: m * correct_mu / (jnp.sqrt(v * correct_nu) + epsilon), mu, nu)
+        if moments == "bfloat16":
+            mu = jax.tree.map(lambda m: m.astype(dtype), mu)
+            nu = jax.tree.map(lambda v, g: rounded_at_random(v, g, count), nu, gradients)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def rounded_at_random(v: jax.Array, g: jax.Array, count: jax.Array) -> jax.Array:
+    """v, float32 and none below 0, as bfloat16: up or down in proportion to how near it is, so right on average.
+
+    The 16 bits that are lost are compared with 16 that are mixed of the step's number and of the bits of g: random for
+    most purposes, without a generator's cost, and the same each time (the mixing is that of MurmurHash3, A. Appleby).
+    """
+    bits = jax.lax.bitcast_convert_type(g, jnp.uint32) ^ (count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
+    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(factor)
+        bits = bits ^ (bits >> shift)
+    up = jax.lax.bitcast_convert_type(v, jnp.uint32) + (bits & jnp.uint32(0xFFFF))
+    return jax.lax.bitcast_convert_type(up & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def make_optimizer(settings: Values, train: Compiled) -> optax.GradientTransformation:
@@ -134,4 +163,6 @@ def make_optimizer(settings: Values, train: Compiled) -> optax.GradientTransform
     def schedule(step: jax.Array) -> jax.Array:
         return settings["learning_rate"] * relative_learning_rate(step, settings)
 
-    return optax.chain(scale_by_adam(train.beta1, train.beta2), optax.scale_by_learning_rate(schedule))
+    return optax.chain(
+        scale_by_adam(train.beta1, train.beta2, moments=train.moments), optax.scale_by_learning_rate(schedule)
+    )

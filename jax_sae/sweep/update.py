@@ -270,7 +270,7 @@ def terms_and_gradient(
         return terms, gradient
 
     batch = (weights, x) if targets is None or targets is x else (weights, x, targets)
-    rows = rows_at_a_time(len(x), model.couples_tokens)
+    rows = rows_at_a_time(len(x), model.couples_tokens or model.shards.feature > 1)  # what is sent is sent at once
     if rows == len(x):
         return of_rows(*batch)
 
@@ -420,7 +420,9 @@ def update_many(
         The state after them, and METRICS [batches, M, 3] float32, 0 outside first to last; M are the members of all
         groups, in the groups' order. On a mesh each group's are followed by those that fill its last part.
     """
-    compiled_for = TrainConfig(precision=train.precision, beta1=train.beta1, beta2=train.beta2)  # the rest is traced
+    compiled_for = TrainConfig(
+        precision=train.precision, moments=train.moments, beta1=train.beta1, beta2=train.beta2
+    )  # the rest is traced
     return _update_many(state, x, weights, first, last, step, forms=forms, train=compiled_for, mesh=mesh)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jax_sae.activations.places import Place
-from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows
+from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows, kept_by_counts
 from jax_sae.autoencoder.shards import WHOLE
 from jax_sae.config import Member, SweepConfig, TrainConfig
 from jax_sae.sweep.groups import make_groups
@@ -121,9 +121,12 @@ def kept_as_on_one_device(data: int, member: int, feature: int) -> dict[str, boo
     def of_batch(shards: Any) -> Any:
         return lambda x, k: keep_largest_of_batch(x, k * B, shards)
 
+    def of_rows_by_counts(shards: Any) -> Any:
+        return of_rows(shards) if shards == WHOLE else lambda x, k: kept_by_counts(x, k, shards)
+
     return {
         f"{name} {k}": bool((on_mesh(keep(shards_of(mesh)))(numbers, k) == keep(WHOLE)(numbers, k)).all())
-        for name, keep in (("rows", of_rows), ("batch", of_batch))
+        for name, keep in (("rows", of_rows), ("rows by counts", of_rows_by_counts), ("batch", of_batch))
         for k in map(jnp.int32, (1, 7, 23, 40))
     }
 
