@@ -1,7 +1,7 @@
 """Settings and devices -> the mesh on which a sweep lies, and why."""
 
+import math
 from collections.abc import Sequence
-from math import gcd
 
 import jax
 from jax.sharding import Mesh
@@ -21,9 +21,9 @@ PART_OF_MEMORY = 0.5
 def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Mesh | None, list[str]]:
     """The mesh that the settings ask for, None for one device; and lines that say what lies where, and why.
 
-    With `mesh.auto`, sizes that are not given are chosen, one after the other: `feature` as small as the memory of a
-    device allows, since it sends what features write at each step; then `member` as large as it can be without
-    computing a member twice, since it sends nothing; then `data`, as far as it divides a batch.
+    With `mesh.auto`, and for several processes that name none, sizes that are not given are chosen: of the layouts of
+    all devices whose state fits into the devices and in which no member is computed twice, the one in which a device
+    sends least in a step (`bytes_sent`). Where none has all devices, of those with most.
 
     Args:
         config: of the run.
@@ -39,19 +39,10 @@ def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Me
     data, member, feature = asked.data, asked.member, asked.feature
     why: list[str] = []
     if asked.auto:
-        left = devices // ((data or 1) * (member or 1) * (feature or 1))
-        if feature is None:
-            feature, reason = _feature_parts(config, groups, width, left, (data or 1) * (member or 1))
-            left //= feature
-            why.append(reason)
-        if member is None:
-            member = max(n for n in range(1, left + 1) if left % n == 0 and _fits_members(groups, n))
-            left //= member
-            why.append(f"member {member}, which sends nothing and computes no member twice")
-        if data is None:
-            data = gcd(left, config.train.batch_tokens) if config.train.batching == "tokens" else 1
-            data = data if all(_splits_tokens(group) for group in groups) else 1
-            why.append(f"data {data}, what divides a batch of what is left")
+        possible = _layouts(config, asked, groups, width, devices)
+        data, member, feature = possible[0] if possible else (data or 1, member or 1, feature or 1)
+        sends = bytes_sent(config, groups, width, data, feature) / member
+        why.append(f"a device sends {size(sends)} in a step, the least of {len(possible)} layouts of as many devices")
     data, member, feature = data or 1, member or 1, feature or 1
     needed = data * member * feature
     if needed > devices:
@@ -66,7 +57,7 @@ def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Me
             "that it divides"
         )
     if needed == 1:
-        return None, [f"mesh          one device of {devices}: {'; '.join(why)}"] if asked.auto else []
+        return None, [f"mesh          one device of {devices}"] if asked.auto else []
     _refuse(config, groups, data, feature)
     lines = [f"mesh          data {data} x member {member} x feature {feature} of {devices} devices"]
     lines += [f"              {reason}" for reason in why]
@@ -111,19 +102,48 @@ def _splits_tokens(group: Group) -> bool:
     return group.form.kind.splits_features or not group.form.kind.couples_tokens
 
 
-def _fits_members(groups: Sequence[Group], parts: int) -> bool:
-    """Whether so many parts have equally many members of each group."""
-    return all(len(group.names) % parts == 0 for group in groups)
-
-
-def _feature_parts(config: Config, groups: Sequence[Group], width: int, most: int, others: int) -> tuple[int, str]:
-    """The smallest number of parts of the features with which the sweep fits into the devices; and why."""
+def _layouts(
+    config: Config, asked: MeshConfig, groups: Sequence[Group], width: int, devices: int
+) -> list[tuple[int, int, int]]:
+    """Parts (data, member, feature), with what is asked for, of as many devices as can be; the least sent is first."""
     shapes = [padded_shape(member_shapes(group, width, config.train)) for group in groups]
     needed = sum(2 * len(group.names) * n_bytes(shape) for group, shape in zip(groups, shapes, strict=True))
-    widest = [max(member.features for member in group.members) for group in groups]
-    fitting = [n for n in range(1, most + 1) if most % n == 0 and all(F % n == 0 for F in widest)]
-    if not all(group.form.kind.splits_features for group in groups):
-        fitting = [1]
     room = PART_OF_MEMORY * memory_of_device()
-    parts = next((n for n in fitting if needed / n <= room * max(1, others)), fitting[-1])
-    return parts, f"feature {parts}, as the sweep takes {size(needed)} and a device has {size(memory_of_device())}"
+    found = [
+        (data, member, feature)
+        for member in ([asked.member] if asked.member else range(1, devices + 1))
+        for feature in ([asked.feature] if asked.feature else range(1, devices // member + 1))
+        for data in ([asked.data] if asked.data else range(1, devices // (member * feature) + 1))
+        if data * member * feature <= devices and _can_be(config, asked, groups, data, member, feature)
+    ]
+    fitting = [its for its in found if needed / (its[1] * its[2]) <= room]
+    fitting = fitting or [its for its in found if its[1] * its[2] == max(each[1] * each[2] for each in found)]
+    most = max((math.prod(its) for its in fitting), default=0)
+    by_sent = lambda its: (bytes_sent(config, groups, width, its[0], its[2]) / its[1], its[2], its[0])  # noqa: E731
+    return sorted((its for its in fitting if math.prod(its) == most), key=by_sent)
+
+
+def _can_be(config: Config, asked: MeshConfig, groups: Sequence[Group], data: int, member: int, feature: int) -> bool:
+    """Whether batch, features and kinds can lie in so many parts, with no member computed twice unless asked for."""
+    if not asked.member and any(len(group.names) % member for group in groups):
+        return False
+    try:
+        _refuse(config, groups, data, feature)
+    except BadInput:
+        return False
+    return True
+
+
+def bytes_sent(config: Config, groups: Sequence[Group], width: int, data: int, feature: int) -> float:
+    """About how many bytes a device sends in a step: of each member its gradients, and what its features write.
+
+    2 (n - 1) / n of an array that n devices sum, as in a ring (docs/scaling.md); what else is sent is small.
+    """
+    B, total = config.train.batch_tokens, 0.0
+    for group in groups:
+        read = group.width(width)
+        written = sum(group.form.written) or read
+        gradients = 4 * (read + written) * group.features / feature
+        total += len(group.names) * 2 * (data - 1) / data * gradients
+        total += len(group.names) * 2 * (feature - 1) / feature * 4 * B / data * written
+    return total

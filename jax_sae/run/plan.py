@@ -8,6 +8,7 @@ import jax
 from jax_sae.activations.places import described, total_width
 from jax_sae.activations.sources import Source
 from jax_sae.activations.story_sources import StorySource, StreamSource
+from jax_sae.autoencoder.kinds.batchtopk import BatchTopK
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
 from jax_sae.run.checkpoints import SPACE_TO_SPARE
@@ -33,7 +34,20 @@ def plan(setup: Setup, source: Source, out: Path | None, done: int) -> list[str]
                 f"sweep.resamples is {member.resamples}, but train.steps is {setup.config.train.steps}; features are "
                 "resampled between steps, so give a smaller number"
             )
+    _refuse_large_counts(setup)
     return [_tokens(setup, source, done), *_places(setup), _memory(setup), *([_disk(setup, out, done)] if out else [])]
+
+
+def _refuse_large_counts(setup: Setup) -> None:
+    """Raise BadInput where the features of a batch are counted and are more than a count of 32 bits has room for."""
+    train = setup.config.train
+    for group in setup.groups:
+        B = train.batch_tokens if train.batching == "tokens" else 2048
+        if issubclass(group.form.kind, BatchTopK) and B * group.features >= 2**31:
+            raise BadInput(
+                f"kind {group.members[0].kind} counts the features of a batch, but {B} tokens with {group.features} "
+                f"features are 2^31 or more; give train.batch_tokens up to {(2**31 - 1) // group.features}"
+            )
 
 
 def _refuse_missing_precision(config: Config) -> None:

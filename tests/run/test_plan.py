@@ -10,10 +10,10 @@ import pytest
 from running import never, stop_at
 
 from jax_sae.activations.places import Place
-from jax_sae.config import Config
+from jax_sae.config import Config, SweepConfig
 from jax_sae.errors import BadInput
 from jax_sae.run import plan as plan_module
-from jax_sae.run.plan import size
+from jax_sae.run.plan import _refuse_large_counts, size
 from jax_sae.run.progress import Setup
 from jax_sae.run.train import train
 from jax_sae.sweep.groups import make_groups
@@ -114,3 +114,14 @@ def test_the_memory_of_a_cpu_is_that_of_the_machine() -> None:
 def test_sizes_are_shown_with_three_digits(count: float, text: str) -> None:
     """In decimal units."""
     assert size(count).replace("2.5e+03", "2,500") == text
+
+
+def test_counts_beyond_32_bits_are_refused(demo_config: Config) -> None:
+    """On one device as on many: more features of a batch than batchtopk can count."""
+    sweep = SweepConfig(kinds=("batchtopk",), features=(2**20,), k=(4,))
+    config = replace(demo_config, sweep=sweep, train=replace(demo_config.train, batch_tokens=2**11))
+    setup = Setup(config, make_groups(sweep_members(config.sweep)), (Place("", 64),), {})
+    with pytest.raises(BadInput, match=r"give train\.batch_tokens up to 2047"):
+        _refuse_large_counts(setup)
+    fits = replace(config, train=replace(config.train, batch_tokens=2**11 - 1))
+    _refuse_large_counts(replace(setup, config=fits))
