@@ -58,6 +58,8 @@ class Clock:
     """Where the time of this process goes; a run that is resumed begins a new one."""
 
     harvest_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """Of these what training waited for; where blocks are made ahead, they are made while it goes on."""
     harvest_tokens: int = 0
     train_seconds: float = 0.0
     train_tokens: int = 0

@@ -203,7 +203,8 @@ def finish(
         [
             *lines,
             *advice(summary["members"]),
-            f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s",
+            f"harvest       {summary['harvest_tokens_per_second']:,.0f} tokens/s; training waited for it for "
+            f"{summary['waited_for_activations_seconds']:,.1f} s",
             f"training      {summary['train_tokens_per_second']:,.0f} tokens/s, all members together",
         ]
     )
@@ -317,6 +318,7 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
     over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
     return {
         "members": found,
+        "waited_for_activations_seconds": clock.waited_seconds,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
         "train_tokens_per_second": clock.train_tokens / max(clock.train_seconds, 1e-9),
         "held_out_tokens": len(held_out[0].x),

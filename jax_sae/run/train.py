@@ -4,7 +4,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, TypeVar, cast
 import jax
 import numpy as np
 
-from jax_sae.activations.batches import batch_runs, first_activations
+from jax_sae.activations.batches import BatchRun, batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize, of_each_place
 from jax_sae.activations.norms import norm_lines, norm_statistics
@@ -329,13 +331,11 @@ def dispatches(
     config, forms, mesh = setup.config, tuple(group.form for group in setup.groups), setup.mesh
     its_columns = setup.columns_of_metrics()
     source = Interruptible(source, lambda: not several() and stop_requested(progress.step))
-    runs = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
+    made = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
+    runs = ahead(made, clock, lambda run: config.train.steps - progress.step > len(run.after) - run.used)
     while progress.step < config.train.steps:
-        start = time.perf_counter()
         run = next(runs)
         x, weights = jax.device_put((run.x, run.weights)) if mesh is None else batches_on(mesh, run.x, run.weights)
-        clock.harvest_seconds += time.perf_counter() - start
-        clock.harvest_tokens += int(run.weights.sum())
         first = run.used
         while first < len(run.after) and progress.step < config.train.steps:
             start = time.perf_counter()
@@ -363,6 +363,40 @@ def dispatches(
             yield progress, tokens
             first = last
         del run, x  # the next block takes their memory
+
+
+def ahead(made: Iterator[BatchRun], clock: Clock, is_more_needed: Callable[[BatchRun], bool]) -> Iterator[BatchRun]:
+    """The same batches; where `reads_ahead()`, what follows a run is made while the run is trained on.
+
+    So there are two blocks at a time. `is_more_needed` tells, of a run, whether training goes on after it.
+    """
+
+    def timed() -> tuple[BatchRun, float]:
+        start = time.perf_counter()
+        return next(made), time.perf_counter() - start
+
+    following: Future[tuple[BatchRun, float]] | None = None
+    with ThreadPoolExecutor(1, "harvest") as thread:
+        while True:
+            start = time.perf_counter()
+            run, seconds = following.result() if following else timed()
+            clock.waited_seconds += time.perf_counter() - start
+            clock.harvest_seconds += seconds
+            clock.harvest_tokens += int(run.weights.sum())
+            following = None
+            if reads_ahead() and is_more_needed(run):  # in a copy of the context, which knows whether it is quiet
+                following = thread.submit(copy_context().run, timed)
+            yield run
+            del run
+
+
+def reads_ahead() -> bool:
+    """Whether the next block is read and harvested while the batches of the one before are trained on.
+
+    Not on a CPU, which has its cores for one of the two, nor by several processes, which send each other rows of a
+    block and must not do so while they send each other sums of a step.
+    """
+    return jax.default_backend() != "cpu" and not several()
 
 
 def steps_of_a_dispatch(step: int, config: Config, seconds_a_step: float) -> int:

@@ -1,6 +1,7 @@
 """A run from start to end: what it leaves, that resuming changes nothing, and that PCA is never beaten."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from processes import outcome
 from running import never, stop_at
 
 from jax_sae.activations.blocks import filled
@@ -199,3 +201,27 @@ def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="not finite"):
         train(config, tmp_path / "run", resume=False, stop_requested=never)
     assert not (tmp_path / "run").exists()
+
+
+def test_blocks_made_ahead_give_the_same_bits(
+    demo_config: Config, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator; also after a stop, and no block is made that no step needs."""
+    made: list[str] = []
+
+    def harvest(*given: Any) -> Any:
+        made.append(threading.current_thread().name)
+        return filled(*given)
+
+    monkeypatch.setattr("jax_sae.activations.batches.filled", harvest)
+    of_each = {}
+    for is_ahead in (True, False):
+        monkeypatch.setattr("jax_sae.run.train.reads_ahead", lambda is_ahead=is_ahead: is_ahead)
+        made.clear()
+        out = tmp_path / str(is_ahead)
+        assert not train(demo_config, out, resume=False, stop_requested=stop_at(4))
+        assert train(demo_config, out, resume=True, stop_requested=never)
+        assert outcome(out) == outcome(demo_run)
+        of_each[is_ahead] = len(made)
+        assert any(name.startswith("harvest") for name in made) == is_ahead
+    assert 0 <= of_each[True] - of_each[False] <= 1  # the one that was made when the stop came
