@@ -20,6 +20,8 @@ from jax_sae.processes import CLUSTERS, Meeting, detected, meeting
 
 TWO_DEVICES = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 NEVER = 100_000
+CLOSE = 1e-4
+"""Of losses on different layouts: W_enc begins as W_dec's transpose here, where roundings weigh more (test_mesh.py)."""
 
 
 def test_where_processes_meet_is_said_whole_or_not_at_all() -> None:
@@ -109,7 +111,7 @@ def losses(run: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_losses_are_those_of_one_process(one_run: Path, two_run: Path) -> None:
-    np.testing.assert_allclose(losses(two_run), losses(one_run), rtol=1e-5)
+    np.testing.assert_allclose(losses(two_run), losses(one_run), rtol=CLOSE)
     one, both = (json.loads((run / "summary.json").read_text())["members"] for run in (one_run, two_run))
     np.testing.assert_allclose([m["fvu"] for m in both], [m["fvu"] for m in one], rtol=1e-4)
     assert [m["dead_features"] for m in both] == [m["dead_features"] for m in one]
@@ -147,7 +149,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(
     one = ["--mesh.data", "1", "--mesh.feature", "1"]
     said = finish(start(["--out", "one", "--resume", *one], tmp_path), 0)
     assert "not the same bits" in said
-    np.testing.assert_allclose(losses(tmp_path / "one"), losses(one_run), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(one_run), rtol=CLOSE)
 
 
 @pytest.mark.slow
