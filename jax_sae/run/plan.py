@@ -103,27 +103,29 @@ def _places(setup: Setup) -> list[str]:
 
 
 def _memory(setup: Setup) -> str:
-    """Of the device and, where that is a CPU, of the process."""
+    """Of each device and, where that is a CPU, of the process, in whose memory all parts of a mesh lie."""
     config, D = setup.config, setup.width
+    on_devices = setup.mesh is not None and jax.default_backend() != "cpu"
+    data, member, feature = tuple(setup.mesh.shape.values()) if setup.mesh is not None and on_devices else (1, 1, 1)
     padded = [
         (len(group.names), padded_shape(shapes)) for group, shapes in zip(setup.groups, setup.shapes(), strict=True)
     ]
-    state = sum(n * n_bytes(shape) for n, shape in padded)
-    gradients = sum(n * n_bytes(shape.params) for n, shape in padded)
-    B = config.train.batch_tokens if config.train.batching == "tokens" else 2048
+    state = sum(-(-n // member) * n_bytes(shape) // feature for n, shape in padded)
+    gradients = sum(-(-n // member) * n_bytes(shape.params) // feature for n, shape in padded)
+    B = (config.train.batch_tokens if config.train.batching == "tokens" else 2048) // data
     step = 0
     for group in setup.groups:
-        at_once = 1 if jax.default_backend() == "cpu" else len(group.names)
+        at_once = 1 if jax.default_backend() == "cpu" else -(-len(group.names) // member)
         couples_tokens = group.form.kind.couples_tokens
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
         width = group.width(D) + (sum(group.form.written) if group.reads != group.writes else 0)
-        step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features + 3 * width) * 4
+        step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features // feature + 3 * width) * 4
     block = 2 * config.activations.block_tokens * D * 4  # on the host and on the device, or there alone
     held_out = 2 * config.activations.held_out_tokens * D * 4
     metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())
     needed = 2 * state + gradients + step  # twice: a copy is taken to be saved
     for what, bytes_of_it, there, advice in (
-        ("the sweep", needed, memory_of_device(), "give fewer or narrower members"),
+        ("the sweep", needed, memory_of_device(), "give fewer or narrower members, or more devices (mesh.auto)"),
         ("a block", block, memory_of_device(), "lower activations.block_tokens"),
         ("the metrics of all steps", metrics, memory_of_machine(), "lower train.steps"),
     ):

@@ -4,6 +4,8 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,3 +127,16 @@ def test_counts_beyond_32_bits_are_refused(demo_config: Config) -> None:
         _refuse_large_counts(setup)
     fits = replace(config, train=replace(config.train, batch_tokens=2**11 - 1))
     _refuse_large_counts(replace(setup, config=fits))
+
+
+def test_a_device_of_a_mesh_needs_memory_for_its_part(demo_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that one accelerator cannot hold is refused there, and not on a mesh that holds it."""
+    sweep = SweepConfig(kinds=("relu",), features=(2**16,), seeds=(0, 1))
+    config = replace(demo_config, sweep=sweep)
+    setup = Setup(config, make_groups(sweep_members(sweep)), (Place("", 64),), {})
+    monkeypatch.setattr(plan_module.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(plan_module, "memory_of_device", lambda: 200_000_000)
+    with pytest.raises(BadInput, match="the sweep would take"):
+        plan_module._memory(setup)
+    mesh: Any = SimpleNamespace(shape={"data": 2, "member": 2, "feature": 4})
+    assert "sweep" in plan_module._memory(replace(setup, mesh=mesh))
