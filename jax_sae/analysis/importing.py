@@ -37,7 +37,7 @@ from jax_sae.run.load import load_autoencoder
 from jax_sae.run.progress import device
 from jax_sae.run.report import finite_or_none, write_json
 from jax_sae.streams import say
-from jax_sae.sweep.members import complete, settings_of
+from jax_sae.sweep.members import settings_of
 from jax_sae.trained import TrainedAutoencoder
 
 STORIES = "jax_sae/demo/stories"
@@ -87,13 +87,13 @@ def import_files(
         text = TextConfig(path=STORIES)
         if isinstance(bos := dictionary.metadata.get("prepend_bos"), bool):
             text = replace(text, prepend_bos="on" if bos else "off")
-    member = complete(member_of(dictionary)[0])
-    config = config_of_import(member, dictionary.model or UNNAMED, text, tokens)
+    made = member_of(dictionary)
+    config = config_of_import(made[0], dictionary.model or UNNAMED, text, tokens)
     sources: Sources | None = None
     if model is not None:
         sources = open_sources(config)
     inputs = sources[1].digests() if sources else {}
-    its_name = write_run(out, dictionary, config, inputs, source)
+    its_name = write_run(out, dictionary, made, config, inputs, source)
     say([f"written       {out}, member {its_name}"])
     if sources is None:
         return out

@@ -50,9 +50,9 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
     tensors.refuse_others()
     return Dictionary(
         act,  # type: ignore[arg-type]
-        scaled_rows(W_enc, of_read),
+        scaled_rows(W_enc, of_read, is_copy=True),
         b_enc,
-        scaled_rows(W_dec, 1 / of_written),
+        scaled_rows(W_dec, 1 / of_written, is_copy=True),
         scaled(b_dec, 1 / of_written),
         subtracts_b_dec=False,
         **more,
@@ -89,14 +89,18 @@ def read_llamascopium(path: Path, asked: Asked = NOTHING) -> Dictionary:
             more["threshold"] = scaled(np.exp(tensors.vector(*(logs or ["log_jumprelu_threshold"]), length=F)), 1 / own)
     elif act == "topk":
         more["k"] = asked.k_or(config.size("top_k"), config.where)
-        W_enc, b_enc, W_dec = scaled_columns(W_enc, own), scaled(b_enc, own), scaled_rows(W_dec, 1 / own)
+        W_enc, b_enc, W_dec = (
+            scaled_columns(W_enc, own, is_copy=True),
+            scaled(b_enc, own),
+            scaled_rows(W_dec, 1 / own, is_copy=True),
+        )
     hooks = [config.text("hook_point_in"), config.text("hook_point_out") or config.text("hook_point_in")]
     keys = [f"dataset_average_activation_norm.{hook}" for hook in hooks]
     normaliser: PerToken | None = None
     if norm == "dataset-wise":
         found = [tensors.number(key) if key in tensors else None for key in keys]
         of_read, of_written = (_scale(each, D, str(tensors.path)) for each in found)
-        W_enc, W_dec = scaled_rows(W_enc, of_read), scaled_rows(W_dec, 1 / of_written)
+        W_enc, W_dec = scaled_rows(W_enc, of_read, is_copy=True), scaled_rows(W_dec, 1 / of_written, is_copy=True)
         b_dec = scaled(b_dec, 1 / of_written)
     elif norm == "token-wise":
         if hooks[0] != hooks[1]:

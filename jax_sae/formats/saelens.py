@@ -83,10 +83,18 @@ def read(path: Path, asked: Asked = NOTHING) -> Dictionary:
         norms = row_norms(W_dec)
         if not norms.all():
             raise BadInput(f"{tensors.path}: W_dec has rows of zeros, but features are divided by their norms")
-        W_enc, b_enc, W_dec = scaled_columns(W_enc, norms), scaled(b_enc, norms), scaled_rows(W_dec, 1 / norms)
+        W_enc, b_enc, W_dec = (
+            scaled_columns(W_enc, norms, is_copy=True),
+            scaled(b_enc, norms),
+            scaled_rows(W_dec, 1 / norms, is_copy=True),
+        )
     k = cfg.size("k") or kwargs.size("k")
     if scale != 1:  # which a skip goes through both ways
-        W_enc, W_dec, b_dec = scaled_rows(W_enc, scale), scaled_rows(W_dec, 1 / scale), scaled(b_dec, 1 / scale)
+        W_enc, W_dec, b_dec = (
+            scaled_rows(W_enc, scale, is_copy=True),
+            scaled_rows(W_dec, 1 / scale, is_copy=True),
+            scaled(b_dec, 1 / scale),
+        )
     its = cfg.part("metadata") if "metadata" in cfg.content else cfg
     reads = its.text("hf_hook_name") if its.text("hook_name").endswith("hook_mlp_in") else ""
     return Dictionary(

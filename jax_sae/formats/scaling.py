@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 
 
-def scaled_rows(W: np.ndarray, by: Any) -> np.ndarray:
-    """W[N, M] with row i multiplied by `by`[i], or all by one number; computed in float64, kept in float32."""
-    out = np.empty(W.shape, np.float32)
+def scaled_rows(W: np.ndarray, by: Any, is_copy: bool = False) -> np.ndarray:
+    """W[N, M] with row i multiplied by `by`[i], or all by one number; computed in float64, kept in float32.
+
+    If W is a copy that nobody else has, it is scaled where it is.
+    """
+    out = W if is_copy and W.flags.writeable else np.empty(W.shape, np.float32)
     by = np.broadcast_to(np.asarray(by, np.float64), len(W))
     with np.errstate(over="ignore"):
         for start in range(0, len(W), 1024):
@@ -16,9 +19,9 @@ def scaled_rows(W: np.ndarray, by: Any) -> np.ndarray:
     return out
 
 
-def scaled_columns(W: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """W[N, M] with column j multiplied by `by`[j]; computed in float64, kept in float32."""
-    out = np.empty(W.shape, np.float32)
+def scaled_columns(W: np.ndarray, by: np.ndarray, is_copy: bool = False) -> np.ndarray:
+    """W[N, M] with column j multiplied by `by`[j]; as `scaled_rows`."""
+    out = W if is_copy and W.flags.writeable else np.empty(W.shape, np.float32)
     with np.errstate(over="ignore"):
         for start in range(0, len(W), 1024):
             rows = slice(start, start + 1024)

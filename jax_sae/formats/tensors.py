@@ -64,7 +64,8 @@ class Tensors:
         if x.ndim != 1 or x.size == 0 or length not in (None, len(x)):
             wanted = "[n]" if length is None else f"[{length}]"
             raise BadInput(f"{self.path}: {names[0]} has shape {x.shape}; {wanted} was expected")
-        return as_float32(x)
+        with np.errstate(over="ignore"):
+            return np.array(x, np.float32)  # a copy: a view would keep the whole file mapped
 
     def number(self, name: str) -> float:
         """A tensor of one number, whole or not."""

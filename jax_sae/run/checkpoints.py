@@ -19,9 +19,10 @@ disk, and one that is not what was saved ends the run.
 
 import errno
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -44,6 +45,13 @@ SPACE_TO_SPARE = 1_000_000
 """Bytes that a checkpoint may need beyond its arrays: JSON, Orbax's index, block sizes of the file system."""
 
 
+PIECE_BYTES = 16 << 20
+"""Larger arrays are written and read in pieces, so that not all of one is in memory a second time."""
+
+FILE_BYTES = 64 << 20
+"""About how much of a checkpoint is held back before it goes into a file; one of less has a single file."""
+
+
 class Damaged(BadInput):
     """A checkpoint is not what was saved."""
 
@@ -51,6 +59,27 @@ class Damaged(BadInput):
         """`what` is amiss with it, of which the message says more."""
         super().__init__(message)
         self.what = what
+
+
+def _parts(names: Tree) -> list[Tree]:
+    """A tree of names in parts that are read one after another: each array of more than FILE_BYTES, and the others."""
+    flat = dict(named_leaves(names))
+    sizes = {name: math.prod(its.shape) * np.dtype(its.dtype).itemsize for name, its in flat.items()}
+    large = [name for name in flat if sizes[name] > FILE_BYTES]
+    parts = [[name] for name in large] + [[name for name in flat if name not in large]]
+    return [_nested({name: flat[name] for name in part}) for part in parts if part]
+
+
+def _nested(flat: Mapping[str, Any]) -> Tree:
+    """{path: leaf} as a tree."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = leaf
+    return tree
 
 
 def by_itself() -> ocp.options.MultiprocessingOptions:
@@ -159,10 +188,15 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             try:
                 if needed > shutil.disk_usage(self.directory).free:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                arrays = {name: array_digest(array) for name, array in named_leaves(state)}
-                digests = {"arrays": arrays, "run": json_digest(run)}
+                arrays = dict(named_leaves(state))
+                with ThreadPoolExecutor() as pool:
+                    of_arrays = dict(zip(arrays, pool.map(array_digest, arrays.values()), strict=True))
+                digests = {"arrays": of_arrays, "run": json_digest(run)}
+                pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), state)
                 arguments = ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run), digests=ocp.args.JsonSave(digests)
+                    state=ocp.args.PyTreeSave(state, save_args=pieces, ocdbt_target_data_file_size=FILE_BYTES),
+                    run=ocp.args.JsonSave(run),
+                    digests=ocp.args.JsonSave(digests),
                 )
                 if not self._manager.save(step, args=arguments, force=True):
                     problem = f"Orbax declined, and there are checkpoints at {self.steps()}"
@@ -251,15 +285,15 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return self._read_arrays(step, wanted(names), digests)
 
     def verify(self, step: int) -> Tree:
-        """Read all of a checkpoint, one member's arrays at a time, and return its digests.
+        """Read all of a checkpoint, one member's arrays at a time, large ones one by one, and return its digests.
 
         Raises:
             Damaged: if something is not what was saved.
         """
         names, digests = self._read_names(step)
         members = names.pop("members", {})
-        for part in [names, *({"members": {name: its}} for name, its in members.items())]:
-            if part:
+        for whole in [names, *({"members": {name: its}} for name, its in members.items())]:
+            for part in _parts(whole):
                 self._read_arrays(step, part, digests)
         return digests
 

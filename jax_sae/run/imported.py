@@ -46,7 +46,11 @@ def is_autoencoder(dictionary: Dictionary) -> bool:
     return len(dictionary.reads) == 1 and dictionary.reads == dictionary.writes
 
 
-def member_of(dictionary: Dictionary) -> tuple[Member, dict[str, np.ndarray], dict[str, np.ndarray]]:
+Made = tuple[Member, dict[str, np.ndarray], dict[str, np.ndarray]]
+"""A complete member, its parameters, and what its kind remembers."""
+
+
+def member_of(dictionary: Dictionary) -> Made:
     """The member that computes what a dictionary does: its settings, its parameters, and what its kind remembers.
 
     Where its kind here subtracts b_dec and the dictionary does not, or the other way round, b_dec W_enc goes into the
@@ -79,7 +83,7 @@ def member_of(dictionary: Dictionary) -> tuple[Member, dict[str, np.ndarray], di
     where: dict[str, Any] = {"place": d.reads[0]} if is_autoencoder(d) else {"reads": d.reads, "writes": d.writes}
     where |= {"skip": True} if d.W_skip is not None else {}
     where |= {"k": d.k} if kind in ("topk", "batchtopk", "matryoshka") else {}
-    return Member(d.features, kind=kind, **where, **NOT_KNOWN.get(kind, {})), params, memory
+    return complete(Member(d.features, kind=kind, **where, **NOT_KNOWN.get(kind, {}))), params, memory
 
 
 def without_norm_weights(dictionary: Dictionary, weights: np.ndarray) -> Dictionary:
@@ -106,10 +110,11 @@ def config_of_import(member: Member, model: str, text: TextConfig, tokens: int) 
     )
 
 
-def content(dictionary: Dictionary, config: Config, inputs: Mapping[str, str], source: str) -> tuple[Tree, Tree, str]:
+def content(
+    dictionary: Dictionary, made: Made, config: Config, inputs: Mapping[str, str], source: str
+) -> tuple[Tree, Tree, str]:
     """What the checkpoint holds, arrays and JSON, as `progress.content` makes them; and the member's name."""
-    member, params, memory = member_of(dictionary)
-    member = complete(member)
+    member, params, memory = made
     [name] = member_names([member])
     reads, writes = places_of(dictionary)
     places = tuple(dict.fromkeys([*reads, *writes]))
@@ -139,14 +144,16 @@ def content(dictionary: Dictionary, config: Config, inputs: Mapping[str, str], s
     return state, facts, name
 
 
-def write_run(out: Path, dictionary: Dictionary, config: Config, inputs: Mapping[str, str], source: str) -> str:
+def write_run(
+    out: Path, dictionary: Dictionary, made: Made, config: Config, inputs: Mapping[str, str], source: str
+) -> str:
     """Write the run's `config.json` and its checkpoint, which is read back; returns the member's name.
 
     Raises:
         BadInput: if `out` is in use.
         RunFailed: if it cannot be written.
     """
-    state, facts, name = content(dictionary, config, inputs, source)
+    state, facts, name = content(dictionary, made, config, inputs, source)
     with locked(out):
         write_config(out, config)
         with Checkpoints(out / "checkpoints") as checkpoints:

@@ -29,8 +29,9 @@ TOKENS, D, F, K = 1500, 64, 128, 24
 
 def as_trained(dictionary: Dictionary) -> TrainedAutoencoder:
     """The member that an import makes of it, without a directory."""
-    config = config_of_import(member_of(dictionary)[0], "m", TextConfig(path="t"), 1)
-    return make_autoencoder(*content(dictionary, config, {}, "files"))
+    made = member_of(dictionary)
+    config = config_of_import(made[0], "m", TextConfig(path="t"), 1)
+    return make_autoencoder(*content(dictionary, made, config, {}, "files"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
