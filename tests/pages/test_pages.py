@@ -205,8 +205,11 @@ def test_pages_of_a_store_show_the_text_that_it_kept(
     source = stored_stories(Path("store"), training)
     reading = read(source, {name: sae}, 1500)
     lm = jax_sae.load_language_model(str(demo / "model"), layer=2)
-    stories = [story.token_ids for story in source.read(range(reading.n_stories))]
-    fires = np.concatenate([np.asarray(sae.encode(x))[1:] > 0 for x in lm.activations(stories)])
+    items = source.read(range(reading.n_stories))
+    x = lm.activations([story.token_ids for story in items])
+    for i, stored in source.activations(items):
+        np.testing.assert_allclose(stored, x[i][1:], atol=1e-3)
+    fires = np.concatenate([np.asarray(sae.encode(story))[1:] > 0 for story in x])
     np.testing.assert_array_equal(reading.members[name].tally.fired, fires.sum(0))
     page = jax_sae.feature_pages("run", training_text=True, tokens=1500)
     [facts] = re.findall(r'id="facts">(.*?)</script>', page.read_text())
