@@ -120,7 +120,8 @@ def find_dictionary(name: str) -> Path:
     repository, _, inside = rest.partition("/")
     repository = f"{owner}/{repository}"
     _check_form(repository, "dictionary")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
 
     above = [Path(inside).parents[i] for i in range(len(Path(inside).parents))] if inside else []
     configs = [(folder / file).as_posix() for folder in above for file in BESIDE]
@@ -135,16 +136,15 @@ def find_dictionary(name: str) -> Path:
             )
         found = Path(snapshot_download(repository, allow_patterns=[*wanted, *(set(configs) & set(files))]))
     except NoAnswer as error:
-        try:
-            found = Path(snapshot_download(repository, local_files_only=True))
-        except Exception as missing:  # of which the library has many
-            raise cannot_load(repository, "dictionary", str(error)) from missing
+        snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "snapshots")
+        there = [snapshot for snapshot in snapshots.glob("*") if inside and (snapshot / inside).exists()]
+        if not there:
+            raise cannot_load(repository, "dictionary", str(error)) from error
+        return max(there, key=lambda snapshot: snapshot.stat().st_mtime) / inside
     except BadInput:
         raise
     except Exception as error:  # whatever the network and the disk can do to a download
         raise BadInput(f"{name} could not be downloaded ({one_line(error)}); try again") from error
-    if not (found / inside).exists():
-        raise BadInput(f"{name}: is not complete in the local Hugging Face cache, and the hub could not be asked")
     return found / inside
 
 

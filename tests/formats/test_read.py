@@ -178,7 +178,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
     return found
 
 
-FEWER = settings(FUZZ, max_examples=150)
+FEWER = settings(FUZZ, max_examples=80)
 
 
 @FEWER

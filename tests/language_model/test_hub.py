@@ -38,6 +38,10 @@ FILES = {
     },
     "/models/a/torch": {"config.json": b"{}", "pytorch_model.bin": b"weights", "flax_model.msgpack": b"the same"},
     "/models/a/empty": {"README.md": b""},
+    "/models/a/saes": {
+        "config.json": b"{}",
+        **{f"layers.{n}/{file}": b"5" for n in (5, 6) for file in ("cfg.json", "sae.safetensors")},
+    },
     "/models/a/gated": {},
     "/datasets/a/stories": {"train.txt": b"Once.\nTwice.\n", "test.txt": b"No.\n"},
 }
@@ -105,7 +109,7 @@ def show(function, *arguments):
 hub.ANSWER_SECONDS = float(sys.argv[1])
 calls = json.loads(sys.argv[2])
 functions = {"model": hub.find_model_files, "tokenizer": hub.find_tokenizer_files, "dataset": dataset.open_split}
-functions["stream"] = stream.open_shards
+functions |= {"stream": stream.open_shards, "dictionary": hub.find_dictionary}
 print(json.dumps([show(functions[what], *arguments) for what, *arguments in calls]))
 """
 
@@ -141,7 +145,8 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     no_split, absent = ["dataset", "a/stories", "dev", "text"], ["dataset", "a/absent", "train", "text"]
     refused = [no_split, ["model", "a/absent"], absent, ["model", "a/gated"], ["model", "a/empty"]]
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    results, _ = in_a_process(tmp_path, endpoint, [*calls, *refused, streamed])
+    dictionaries = [["dictionary", f"hf://a/saes/{folder}"] for folder in ("layers.5", "layers.7")]
+    results, _ = in_a_process(tmp_path, endpoint, [*calls, *refused, *dictionaries, streamed])
     server.shutdown()
     server.server_close()
     assert results[:4] == with_hub
@@ -150,14 +155,20 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     for message in results[5:7]:
         assert "'a/absent': no such file or directory, and the hub gives none of that name (HTTP 404)" in message
     assert "ask for access" in results[7] and "has none of model.safetensors" in results[8]
+    assert results[9] == ["cfg.json", "sae.safetensors"]
+    assert results[10].endswith("name its folder or file. There are config.json, layers.5, layers.6")
+    [there] = (tmp_path / "home" / "hub" / "models--a--saes").glob("snapshots/*")
+    assert sorted(path.name for path in there.iterdir()) == ["config.json", "layers.5"]  # the config above it too
 
     # Now with a hub that takes calls and never answers, and with one weight file gone from the cache
     next((tmp_path / "home").glob("**/snapshots/*/pytorch_model.bin")).unlink()
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        results, _ = in_a_process(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", calls, answer_seconds=0.5)
-    assert [results[0], *results[2:]] == [with_hub[0], *with_hub[2:]]
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        results, _ = in_a_process(tmp_path, endpoint, [*calls, *dictionaries], answer_seconds=0.5)
+    assert [results[0], *results[2:4]] == [with_hub[0], *with_hub[2:]]
+    assert results[4] == ["cfg.json", "sae.safetensors"] and "not complete in the local Hugging Face" in results[5]
     assert "not complete in the local Hugging Face cache, and the hub did not answer (TimeoutError" in results[1]
 
 
