@@ -32,7 +32,15 @@ from jax_sae.language_model.files import ModelFiles, open_model
 from jax_sae.language_model.hub import find_dictionary, hub_switched_off
 from jax_sae.language_model.places import read_place, when, width_of
 from jax_sae.run.directory import choose_directory
-from jax_sae.run.imported import STEP, config_of_import, is_autoencoder, member_of, without_norm_weights, write_run
+from jax_sae.run.imported import (
+    STEP,
+    UNNAMED,
+    config_of_import,
+    is_autoencoder,
+    member_of,
+    without_norm_weights,
+    write_run,
+)
 from jax_sae.run.load import load_autoencoder
 from jax_sae.run.progress import device
 from jax_sae.run.report import finite_or_none, write_json
@@ -42,8 +50,6 @@ from jax_sae.trained import TrainedAutoencoder
 
 STORIES = "jax_sae/demo/stories"
 TOKENS = 16_384
-UNNAMED = "the/language-model"
-"""In the settings of a run of which neither the files nor anybody says it."""
 
 
 def import_files(

@@ -266,6 +266,9 @@ class Run:
         for name in [names] if isinstance(names, str) else names:
             its = dictionary_of(self.autoencoder(name, step))
             known = {key: value for key, value in rows.get(name, {}).items() if key not in ("kind", "features")}
+            widths = {place["name"]: place["width"] for place in facts.get("places", ())}
+            if len(its.reads) > 1 and all(place in widths for place in its.reads):
+                its = replace(its, widths_read=tuple(widths[place] for place in its.reads))
             more = {"run": self._name, "inputs": facts["inputs"], **({"evaluation": known} if known else {})}
             found[name] = replace(its, metadata={**its.metadata, **more})
         export(found, format, folder, [{"name": name, **row} for name, row in rows.items()])

@@ -74,6 +74,14 @@ def read_dictionary(path: Path, format: str = "", asked: Asked = NOTHING) -> Dic
         return FORMATS[format or recognised(path)].read(path, asked)
 
 
+def is_dictionary(path: Path) -> bool:
+    """Whether a folder or file looks like one of a known format."""
+    try:
+        return bool(recognised(path))
+    except BadInput:
+        return False
+
+
 def recognised(path: Path) -> str:
     """The format that a folder's or a file's names and tensors look like.
 

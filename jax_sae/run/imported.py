@@ -29,6 +29,9 @@ from jax_sae.sweep.update import METRICS
 STEP = 1
 """The only one of an imported run, and its last."""
 
+UNNAMED = "the/language-model"
+"""The language model, in the settings of a run of which neither the files nor anybody says it."""
+
 NOT_KNOWN: dict[str, dict[str, Any]] = {"gated": {"l1_coefficient": 0.0}, "jumprelu": {"l0_coefficient": 0.0}}
 """Settings of training that a member of a kind has to have; how strong a penalty was does not stand in most files."""
 
@@ -57,9 +60,14 @@ def member_of(dictionary: Dictionary) -> Made:
     encoder's bias, in float64. A threshold that differs between features makes it jumprelu.
 
     Raises:
-        BadInput: if a number overflows float32.
+        BadInput: if a number overflows float32, or it is a topk dictionary that writes several places.
     """
     d, kind = dictionary, dictionary.kind
+    if kind == "topk" and len(d.writes) > 1:
+        raise BadInput(
+            f"a topk dictionary that writes {', '.join(d.writes)} ranks features by their values, and here by what they "
+            "write in the scale of each place in training, which no file keeps; use the run that it was exported from"
+        )
     params = {"W_enc": d.W_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
     memory: dict[str, np.ndarray] = {}
     if d.W_skip is not None:

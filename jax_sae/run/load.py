@@ -1,7 +1,8 @@
-"""A member of a run's directory -> a trained autoencoder."""
+"""A member of a run's directory, or a dictionary in files of a tool -> a trained autoencoder."""
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -10,11 +11,15 @@ import numpy as np
 from jax_sae.activations.normalize import Normalization, of_places
 from jax_sae.activations.places import Place, columns
 from jax_sae.autoencoder.kinds import kind_named
+from jax_sae.config import TextConfig
 from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
-from jax_sae.language_model.hub import read_json
+from jax_sae.formats.conventions import is_transcoder
+from jax_sae.formats.read import is_dictionary, read_dictionary
+from jax_sae.language_model.hub import HUB, find_dictionary, read_json
 from jax_sae.run.checkpoints import Checkpoints, Tree
-from jax_sae.sweep.members import recorded_member
+from jax_sae.run.imported import UNNAMED, config_of_import, content, member_of
+from jax_sae.sweep.members import complete, recorded_member
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.trained import Origin, TrainedAutoencoder
 
@@ -22,22 +27,31 @@ from jax_sae.trained import Origin, TrainedAutoencoder
 def load_autoencoder(
     run: str | Path, features: int | None = None, step: int | None = None, name: str | None = None
 ) -> TrainedAutoencoder:
-    """Load one member of a run; only its arrays are read from disk.
+    """Load one member of a run; only its arrays are read from disk. Or a dictionary that was exported.
+
+    That is the folder by `export`, or one of SAELens or another tool (docs/import_export.md), here or on the hub:
+    `load_autoencoder("hf://user/repo")`. A run that `import_dictionary` makes of it can also be measured and looked at.
 
     Args:
-        run: the run's directory; ~ is the home directory.
+        run: the run's directory; ~ is the home directory. Or a folder or file of a dictionary, or hf://user/repo/folder.
         features: the member's number of features F, where that says which.
         step: of the checkpoint; the newest if left out.
         name: the member's name as in `summary.json`, such as F768 or F768-seed1.
 
     Raises:
         BadInput: if there is no such run, checkpoint or member, several members fit, or what is read is damaged; an
-            older checkpoint never takes the place of a damaged one.
+            older checkpoint never takes the place of a damaged one. Of a dictionary, if it does not say enough.
 
     Warns:
         UserWarning: if the member had diverged; it is then as it was before that step.
     """
+    if str(run).startswith(HUB):
+        run = find_dictionary(str(run))
     run = Path(os.path.expanduser(run))  # which, unlike Path.expanduser, leaves the name of an unknown user as it is
+    if run.exists() and not (run / "checkpoints").exists() and is_dictionary(run):
+        if not (features is step is name is None):
+            raise BadInput(f"{run} holds one dictionary, and no run; leave features, step and name out")
+        return _of_files(run)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.step_or_newest(step)
         facts = checkpoints.read_run(step)
@@ -52,6 +66,28 @@ def load_autoencoder(
 
         state = checkpoints.read_state(step, only_that_member)
     return make_autoencoder(state, facts, found, *_measured(run, found, step))
+
+
+def _of_files(path: Path) -> TrainedAutoencoder:
+    """The dictionary in a folder or file. What it reads has a name of its own where the files do not say it."""
+    found = read_dictionary(path)
+    if found.before_norm_weights:
+        raise BadInput(
+            f"{path} reads {found.reads[0]} without the weights of the norm, by which its encoder has to be divided; "
+            "import it, which asks its language model for them: jax_sae.import_dictionary"
+        )
+    if not found.reads:
+        found = replace(found, reads=("activations",), writes=found.writes or ("written",) * is_transcoder(found))
+    found = replace(found, writes=found.writes or found.reads)
+    for places, widths in ((found.reads, found.widths_read), (found.writes, found.widths_written)):
+        if len(places) > 1 and len(places) != len(widths):
+            raise BadInput(f"{path} has {', '.join(places)} side by side, but does not say how wide each of them is")
+    config = config_of_import(complete(member_of(found)[0]), found.model or UNNAMED, TextConfig(), 1)
+    state, facts, name = content(found, config, {}, str(path))
+    measured = found.metadata.get("evaluation")
+    numbers = measured if isinstance(measured, dict) else {}
+    l0, fvu = (value if isinstance(value := numbers.get(key), float) else None for key in ("l0", "fvu"))
+    return make_autoencoder(state, facts, name, l0, fvu)
 
 
 def make_autoencoder(

@@ -14,6 +14,7 @@ import pytest
 from formats.made import KINDS, PLACEMENTS, far, made
 from formats.rules import circuit_tracer, dictionary_learning, saelens, sparsify
 
+import jax_sae
 from jax_sae.api.run import open_run
 from jax_sae.commands import main
 from jax_sae.errors import BadInput, RunFailed
@@ -62,6 +63,12 @@ def by_reader(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return f, found.decode(f, x)
 
 
+def by_loading(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is loaded as one's own computes."""
+    sae = jax_sae.load_autoencoder(folder)
+    return np.asarray(sae.encode(x)), np.asarray(sae(x))
+
+
 @pytest.mark.parametrize("format", HELD)
 def test_every_kind_is_what_it_was_by_the_rule_of_the_tool(format: str, tmp_path: Path) -> None:
     """Features and what is written to 1e-5 of their size; the activations' mean is 20 times as large as they vary."""
@@ -83,7 +90,12 @@ def test_every_kind_is_what_it_was_by_the_rule_of_the_tool(format: str, tmp_path
             if format != "sparsify":  # which has no words for them
                 assert (found.reads, found.writes, found.model) == (sae.reads, sae.writes, "a/model")
             cards = [by_readme] if format != "dictionary_learning" or find_spec("torch") else []
-            for rule in [*cards, by_reader, *([RULES[format]] if format in RULES else [])]:
+            loads = [by_loading] if format in ("safetensors", "saelens") else []
+            if kind == "topk" and placement == "crosscoder":
+                loads = []
+                with pytest.raises(BadInput, match="in the scale of each place in training, which no file keeps"):
+                    by_loading(folder, x)
+            for rule in [*cards, *loads, by_reader, *([RULES[format]] if format in RULES else [])]:
                 f, y = rule(folder, x)
                 assert far(f, features) < 1e-5 and far(y, written) < 1e-5, (kind, placement, rule)
                 assert ((f > 0) == (features > 0)).all() and 0.02 < (f > 0).mean() < 0.9, (kind, placement, rule)

@@ -9,8 +9,9 @@ import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
-from formats.made import made
+from formats.made import far, made
 from language_model.test_hub import FILES, SHA, StandIn
 from running import REPOSITORY
 
@@ -50,11 +51,16 @@ class Writable(StandIn):
 SCRIPT = """
 import sys
 from pathlib import Path
+import numpy as np
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import push_folder
+from jax_sae.run.load import load_autoencoder
+folder = Path(sys.argv[1])
 try:
-    push_folder(Path(sys.argv[1]), "a/made")
-    print("pushed")
+    push_folder(folder, "a/made")
+    sae = load_autoencoder("hf://a/made")
+    np.save("features", sae.encode(np.load("x.npy")))
+    print(sae)
 except (BadInput, RunFailed) as error:
     print(error)
 """
@@ -73,7 +79,8 @@ def in_a_process(folder: Path, endpoint: str, token: str) -> str:
 
 def test_a_folder_is_uploaded_and_loaded_from_there(tmp_path: Path) -> None:
     """All its files; a hub that refuses, or does not answer, is said in a line."""
-    sae, _ = made("topk", "autoencoder")
+    sae, x = made("topk", "autoencoder")
+    np.save(tmp_path / "x", x)
     folder = sae.export("saelens", tmp_path / "made")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Writable)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -81,7 +88,9 @@ def test_a_folder_is_uploaded_and_loaded_from_there(tmp_path: Path) -> None:
     try:
         assert "the hub refuses" in (said := in_a_process(folder, endpoint, "wrong")) and "hf auth login" in said
         assert "\n" not in said
-        assert in_a_process(folder, endpoint, "right") == "pushed"
+        said = in_a_process(folder, endpoint, "right")
+        assert said == "TrainedAutoencoder('F40', kind topk, F 40, D 12, k 4, step 1)"
+        assert far(np.load(tmp_path / "features.npy"), sae.encode(x)) < 1e-5
         assert FILES["/models/a/made"] == {file.name: file.read_bytes() for file in folder.iterdir()}
     finally:
         server.shutdown()
