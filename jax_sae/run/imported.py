@@ -65,8 +65,8 @@ def member_of(dictionary: Dictionary) -> Made:
     d, kind = dictionary, dictionary.kind
     if kind == "topk" and len(d.writes) > 1:
         raise BadInput(
-            f"a topk dictionary that writes {', '.join(d.writes)} ranks features by their values, and here by what they "
-            "write in the scale of each place in training, which no file keeps; use the run that it was exported from"
+            f"a topk dictionary that writes {', '.join(d.writes)} ranks features by their values, and here by what "
+            "they write in the scale of each place in training, which no file keeps; use the run that it is from"
         )
     params = {"W_enc": d.W_enc, "W_dec": d.W_dec, "b_dec": d.b_dec}
     memory: dict[str, np.ndarray] = {}
