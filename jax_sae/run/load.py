@@ -19,7 +19,7 @@ from jax_sae.formats.read import is_dictionary, read_dictionary
 from jax_sae.language_model.hub import HUB, find_dictionary, read_json
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.imported import UNNAMED, config_of_import, content, member_of
-from jax_sae.sweep.members import complete, recorded_member
+from jax_sae.sweep.members import recorded_member
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.trained import Origin, TrainedAutoencoder
 
@@ -82,8 +82,9 @@ def _of_files(path: Path) -> TrainedAutoencoder:
     for places, widths in ((found.reads, found.widths_read), (found.writes, found.widths_written)):
         if len(places) > 1 and len(places) != len(widths):
             raise BadInput(f"{path} has {', '.join(places)} side by side, but does not say how wide each of them is")
-    config = config_of_import(complete(member_of(found)[0]), found.model or UNNAMED, TextConfig(), 1)
-    state, facts, name = content(found, config, {}, str(path))
+    made = member_of(found)
+    config = config_of_import(made[0], found.model or UNNAMED, TextConfig(), 1)
+    state, facts, name = content(found, made, config, {}, str(path))
     measured = found.metadata.get("evaluation")
     numbers = measured if isinstance(measured, dict) else {}
     l0, fvu = (value if isinstance(value := numbers.get(key), float) else None for key in ("l0", "fvu"))
