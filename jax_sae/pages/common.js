@@ -98,10 +98,15 @@ function section(title, ...content) {
   return make("section", {}, make("h3", { textContent: title }), ...content);
 }
 
-function ticks(from, to) { // of a logarithmic axis
-  const found = [];
-  for (let e = Math.floor(from); e <= to; e++) for (const m of to - from > 2.5 ? [1] : [1, 2, 5]) found.push(m * 10 ** e);
-  return found.filter((each) => Math.log10(each) >= from && Math.log10(each) <= to);
+function ticks(from, to) { // of a logarithmic axis; where it is short, at equal distances
+  const all = [];
+  for (let e = Math.floor(from); e <= to; e++) for (const m of to - from > 2.5 ? [1] : [1, 2, 5]) all.push(m * 10 ** e);
+  const found = all.filter((each) => Math.log10(each) >= from && Math.log10(each) <= to);
+  if (found.length > 1) return found;
+  const [low, high] = [10 ** from, 10 ** to];
+  const decade = 10 ** Math.floor(Math.log10(high - low));
+  const step = [1, 0.5, 0.2].map((part) => part * decade).find((each) => (high - low) / each > 2);
+  return Array.from({ length: 12 }, (_, i) => (Math.ceil(low / step) + i) * step).filter((each) => each <= high);
 }
 
 // ---- tables -----------------------------------------------------------------------------------------------------------

@@ -143,6 +143,8 @@ def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
     look.look(1280, 900)
     look.open(page)
     assert look.run("document.title") == "Members of run" and look.run("document.querySelectorAll('.mark').length") >= 3
+    assert look.run("ticks(Math.log10(30.2), Math.log10(31.9)).map((each) => number(each))") == ["30.5", "31", "31.5"]
+    assert look.run("ticks(-2, 0)") == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
     rows = look.run("[...document.querySelectorAll('#list tbody tr')].map((row) => row.children[0].textContent)")
     assert rows == [A, B, RELU]
     assert f"{A} and {B}" in look.run("$('seeds').textContent")
