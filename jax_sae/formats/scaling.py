@@ -1,8 +1,12 @@
 """Scales that are taken into a dictionary's parameters, in float64, so that it works on raw activations."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+
+ROWS_AT_A_TIME = 64
+"""So little is in float64 at once."""
 
 
 def scaled_rows(W: np.ndarray, by: Any, is_copy: bool = False) -> np.ndarray:
@@ -10,22 +14,24 @@ def scaled_rows(W: np.ndarray, by: Any, is_copy: bool = False) -> np.ndarray:
 
     If W is a copy that nobody else has, it is scaled where it is.
     """
-    out = W if is_copy and W.flags.writeable else np.empty(W.shape, np.float32)
-    by = np.broadcast_to(np.asarray(by, np.float64), len(W))
-    with np.errstate(over="ignore"):
-        for start in range(0, len(W), 1024):
-            rows = slice(start, start + 1024)
-            out[rows] = W[rows] * by[rows, None]
-    return out
+    return _times(W, np.broadcast_to(np.asarray(by, np.float64), len(W))[:, None], is_copy)
 
 
 def scaled_columns(W: np.ndarray, by: np.ndarray, is_copy: bool = False) -> np.ndarray:
     """W[N, M] with column j multiplied by `by`[j]; as `scaled_rows`."""
+    return _times(W, np.broadcast_to(np.asarray(by, np.float64), (len(W), W.shape[1])), is_copy)
+
+
+def _times(W: np.ndarray, by: np.ndarray, is_copy: bool) -> np.ndarray:
     out = W if is_copy and W.flags.writeable else np.empty(W.shape, np.float32)
-    with np.errstate(over="ignore"):
-        for start in range(0, len(W), 1024):
-            rows = slice(start, start + 1024)
-            out[rows] = W[rows] * np.asarray(by, np.float64)
+
+    def part(start: int) -> None:
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        with np.errstate(over="ignore"):
+            out[rows] = W[rows] * by[rows]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(part, range(0, len(W), ROWS_AT_A_TIME)))
     return out
 
 

@@ -5,6 +5,7 @@ Whatever is in a file and is not taken is refused: it would be part of the dicti
 
 import re
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
@@ -152,12 +153,14 @@ def as_float32(x: np.ndarray) -> np.ndarray:
     if x.dtype == np.float32 and x.flags.c_contiguous:
         return x
     out = np.empty(x.shape, np.float32)
-    with np.errstate(over="ignore"):
-        if x.ndim < 2:
-            out[...] = x
-        for start in range(0, x.shape[1] if x.ndim == 2 else 0, COLUMNS_AT_A_TIME):  # quick for x that is turned round
-            columns = slice(start, start + COLUMNS_AT_A_TIME)
-            out[:, columns] = x[:, columns]
+
+    def copy(start: int) -> None:
+        part = (..., slice(start, start + COLUMNS_AT_A_TIME))  # quick for x that is turned round too
+        with np.errstate(over="ignore"):
+            out[part] = x[part]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(copy, range(0, x.shape[-1] if x.ndim else 0, COLUMNS_AT_A_TIME)))
     return out
 
 

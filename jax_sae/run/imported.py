@@ -164,6 +164,6 @@ def write_run(
     state, facts, name = content(dictionary, made, config, inputs, source)
     with locked(out):
         write_config(out, config)
-        with Checkpoints(out / "checkpoints") as checkpoints:
+        with Checkpoints(out / "checkpoints", compressed=False) as checkpoints:
             checkpoints.save(STEP, lambda: (state, facts))
     return name
