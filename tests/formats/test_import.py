@@ -180,3 +180,16 @@ def test_what_does_not_belong_to_the_language_model_is_refused(write: Write, tmp
     found = jax_sae.import_dictionary(unnamed, run, place="3.resid_post")  # nothing to measure it on
     assert found.summary is None and found["F10"].place == "3.resid_post"
     assert Asked().k is None
+
+
+@pytest.mark.parametrize(
+    "name", ["openai topk", "saelens jumprelu", "saelens gated, x itself", "circuit_tracer jumprelu"]
+)
+def test_what_was_imported_is_exported_and_imported_again(name: str, tmp_path: Path) -> None:
+    """A member of a run goes to SAELens and back with the same features, its normaliser too."""
+    sae = as_trained(read_dictionary(LAYOUTS[name].write(tmp_path)))
+    again = read_dictionary(sae.export("saelens", tmp_path / "exported"))
+    assert again.normaliser == sae.per_token
+    features, written = LAYOUTS[name].computed()
+    np.testing.assert_allclose(again.encode(X), features, rtol=0, atol=2e-6 * np.abs(features).max())
+    np.testing.assert_allclose(again.decode(again.encode(X), X), written, rtol=0, atol=2e-6 * np.abs(written).max())
