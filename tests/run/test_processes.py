@@ -1,7 +1,6 @@
 """Two processes train one run: the losses of one, the same bits each time, and one end for both."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ from jax_sae import load_autoencoder
 from jax_sae.errors import BadInput
 from jax_sae.processes import CLUSTERS, Meeting, detected, meeting
 
-TWO_DEVICES = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
+TWO_DEVICES = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
 NEVER = 100_000
 CLOSE = 1e-4
 """Of losses on different layouts: W_enc begins as W_dec's transpose here, where roundings weigh more (test_mesh.py)."""
