@@ -36,7 +36,7 @@ APART: dict[str, Any] = {"initialization": "independent", **SOON}
 MEMBERS = (
     Member(features=F, kind="relu", l1_coefficient=1.0, **AT_A),
     Member(features=F - 2, kind="relu", l1_coefficient=2.0, **AT_A),  # padded to F
-    Member(features=F, kind="gated", l1_coefficient=1.0, resamples=2, **AT_A, **SOON),
+    Member(features=F, kind="gated", l1_coefficient=8.0, resamples=2, dead_after_tokens=B, **AT_A),  # many die
     Member(features=F, kind="jumprelu", target_l0=4.0, frequency_coefficient=0.01, **AT_A),
     Member(features=512, kind="topk", k=2, **AT_A, **APART),  # without dense work on others
     Member(features=F, kind="topk", k=5, skip=True, **THERE, **SOON),
