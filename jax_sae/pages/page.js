@@ -269,8 +269,9 @@ function drawScatter() {
   }
   if (x0 > x1) return;
   const margin = { left: 44, right: 12, top: 10, bottom: 24 };
-  const pad = [(x1 - x0) * 0.04 + 0.02, (y1 - y0) * 0.06 + 0.02];
-  const bounds = { x0: x0 - pad[0], x1: x1 + pad[0], y0: y0 - pad[1], y1: y1 + pad[1], margin, W, H };
+  [x0, x1] = [Math.floor(x0 * BARS_A_DECADE) / BARS_A_DECADE, (Math.floor(x1 * BARS_A_DECADE) + 1) / BARS_A_DECADE]; // whole bars of the histogram below, which has the same axis
+  const pad = (y1 - y0) * 0.06 + 0.02;
+  const bounds = { x0, x1, y0: y0 - pad, y1: y1 + pad, margin, W, H };
   scatter.bounds = bounds;
   const style = getComputedStyle(document.documentElement);
   const across = (x) => margin.left + ((x - bounds.x0) / (bounds.x1 - bounds.x0)) * (W - margin.left - margin.right);
