@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,25 @@ def two(flags: list[str], directory: Path, *each: list[str]) -> list[subprocess.
         port = free.getsockname()[1]
     meet = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
     own = each or ([], [])
-    return [
+    begun = [
         start([*flags, *its, *meet, str(i)], directory, XLA_FLAGS=TWO_DEVICES, JAX_PLATFORMS="cpu")
         for i, its in enumerate(own)
     ]
+    BEGUN.extend(begun)
+    return begun
+
+
+BEGUN: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def none_is_left_behind() -> Iterator[None]:
+    """Whatever a test that fails leaves running."""
+    yield
+    for process in BEGUN:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
