@@ -14,7 +14,7 @@ from jax_sae.formats.dictionary import Dictionary
 class Loading:
     """How the files of a format are loaded: by the library of the format, and by NumPy alone."""
 
-    library: str
+    tool: str
     """Its name; empty where it is this one."""
     tag: str
     """What the hub calls it."""
@@ -220,11 +220,11 @@ def _how_to_load(held: Dictionary, names: Sequence[str], format: str, layers: in
                 f"features = sae.encode(x)  # x [..., {held.width}]\nwritten = sae(x)",
             )
         )
-    if its.library:
+    if its.tool:
         hooks = [(hook_name(places) or "").split(".", 2)[-1] for places in (held.reads, held.writes)]
         facts = {"width": held.width, "layers": layers, "scan": held.metadata.get("run") or "jax_sae"}
         facts |= {"hook_in": hooks[0], "hook_out": hooks[1], "model": held.model, "folder": "FOLDER"}
-        parts.append(_code(f"With {its.library}", its.code.format(**facts)))
+        parts.append(_code(f"With {its.tool}", its.code.format(**facts)))
     loads = "NumPy" if "torch" not in its.numpy else "torch and NumPy"
     parts.append(_code(f"With {loads} alone", numpy_code(held, format)))
     return "\n\n".join(parts)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.analysis.evaluation import config_of, load_members, open_inputs, read_facts, stabilities
+from jax_sae.analysis.evaluation import stabilities
 from jax_sae.analysis.meta_structure import FRACTION, K, MetaStructure, meta_structure
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
@@ -26,6 +26,7 @@ from jax_sae.pages.neighbours import firing_match, nearest, unit_rows
 from jax_sae.pages.reading import Reading, read
 from jax_sae.pages.rules import find_rules
 from jax_sae.run.checkpoints import Tree
+from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.streams import say
 from jax_sae.sweep.members import placement_labels
 from jax_sae.trained import TrainedAutoencoder

@@ -119,8 +119,12 @@ def _layouts(
     fitting = [its for its in found if needed / (its[1] * its[2]) <= room]
     fitting = fitting or [its for its in found if its[1] * its[2] == max(each[1] * each[2] for each in found)]
     most = max((math.prod(its) for its in fitting), default=0)
-    by_sent = lambda its: (bytes_sent(config, groups, width, its[0], its[2]) / its[1], its[2], its[0])  # noqa: E731
-    return sorted((its for its in fitting if math.prod(its) == most), key=by_sent)
+
+    def sent_by(its: tuple[int, int, int]) -> tuple[float, int, int]:
+        data, member, feature = its
+        return bytes_sent(config, groups, width, data, feature) / member, feature, data
+
+    return sorted((its for its in fitting if math.prod(its) == most), key=sent_by)
 
 
 def _can_be(config: Config, asked: MeshConfig, groups: Sequence[Group], data: int, member: int, feature: int) -> bool:

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from jax_sae import load_language_model
 from jax_sae.activations.places import Place
 from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows, kept_by_counts
 from jax_sae.autoencoder.shards import WHOLE
 from jax_sae.config import Member, SweepConfig, TrainConfig
+from jax_sae.language_model.harvest import harvest
+from jax_sae.language_model.harvest import spread as shared_out
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.mesh import batches_on, make_mesh, shards_of, spread
@@ -97,8 +100,29 @@ def main(folder: Path) -> None:
     np.savez(folder / "metrics.npz", **metrics)
     same = {name: bool((states[name] == states[f"{name} again"]).all()) for name in LAYOUTS}
     ties = {name: kept_as_on_one_device(*layout) for name, layout in LAYOUTS.items()}
-    found = {"sent": sent, "same": same, "ties": ties, "names": names_of(groups), "groups": len(groups)}
+    found = {
+        "sent": sent,
+        "same": same,
+        "ties": ties,
+        "harvest": largest_difference_of_harvests(),
+        "names": names_of(groups),
+        "groups": len(groups),
+    }
     (folder / "sent.json").write_text(json.dumps(found))
+
+
+def largest_difference_of_harvests() -> float:
+    """Of activations of stories that eight devices share out among them, from those of one, relative."""
+    demo = Path(__file__).parents[2] / "jax_sae" / "demo" / "model"
+    lm = load_language_model(str(demo), places=["1.resid_post"])
+    rng = np.random.default_rng(0)
+    stories = [rng.integers(0, 500, n) for n in (5, 60, 17, 130, 1, 44, 31, 90, 12, 3, 77)]
+    one, all_of_them = (
+        dict(harvest(lm.model, lm.places, params, stories))
+        for params in (lm.params, shared_out(lm.params, jax.devices()))
+    )
+    assert {i: x.shape for i, x in one.items()} == {i: x.shape for i, x in all_of_them.items()}
+    return max(float(np.abs(all_of_them[i] - x).max() / np.abs(x).max()) for i, x in one.items())
 
 
 def names_of(groups: Any) -> list[str]:

@@ -24,7 +24,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     script = Path(__file__).with_name("on_a_mesh.py")
     flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # most of its time goes into compiling seven small groups
     done = subprocess.run(
-        [sys.executable, script, folder], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
+        [sys.executable, script, folder],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return {"metrics": np.load(folder / "metrics.npz"), **json.loads((folder / "sent.json").read_text())}
@@ -47,6 +50,10 @@ def test_the_same_bits_each_time(found: dict[str, Any], layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_of_equal_numbers_the_first_are_kept(found: dict[str, Any], layout: str) -> None:
     assert all(found["ties"][layout].values()), found["ties"][layout]
+
+
+def test_a_language_model_reads_on_all_devices_what_it_reads_on_one(found: dict[str, Any]) -> None:
+    assert found["harvest"] < 1e-5
 
 
 def shapes(sent: str) -> list[tuple[int, ...]]:
