@@ -173,9 +173,10 @@ def describe(setup: Setup) -> list[str]:
 def finish(
     out: Path | None, setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock
 ) -> dict[str, Any]:
-    """Print the closing table; where a run has a directory, write `summary.json`, then the figures, and how to use it.
+    """Print the closing table; where a run has a directory, draw its figures, write `summary.json`, say how to use it.
 
-    `held_out` are the tokens at each of the setup's places.
+    `summary.json` comes last: with it a run is finished, and one that is killed before has its figures drawn when it is
+    resumed. `held_out` are the tokens at each of the setup's places.
 
     Returns:
         The contents of `summary.json`.
@@ -184,8 +185,6 @@ def finish(
     in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
     summary = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
-    if out:
-        write_json(out / "summary.json", summary)
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
         lines.append(
@@ -211,6 +210,7 @@ def finish(
     if out:
         good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
         say(save_each(run_figures(out, setup, progress, held_out, summary["members"], in_order)))
+        write_json(out / "summary.json", summary)
         say(
             [f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"]
         )
