@@ -20,7 +20,7 @@ import jax_sae
 from jax_sae.config_tables import config_names
 
 PACKAGE = REPOSITORY / "jax_sae"
-PAGES = {path: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
+PAGES = {path: path.read_text() for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"))}
 API = PAGES[REPOSITORY / "docs" / "api.md"]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 LAYERS = {
@@ -143,7 +143,7 @@ def test_a_page_lists_every_public_method_and_attribute(cls: Any) -> None:
 
 
 def test_pages_lead_somewhere() -> None:
-    """Relative links go to files and headings that are there; README links every page; examples use what is public."""
+    """Relative links go to files and headings that are there; the index has every page; examples use what is public."""
     for path, text in PAGES.items():
         prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
         for file, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", prose):
@@ -157,8 +157,10 @@ def test_pages_lead_somewhere() -> None:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax_sae"):
                     for alias in node.names:
                         assert f"`{node.module}.{alias.name}" in API, f"{path.name} imports {alias.name}"
-    (_, readme), *others = PAGES.items()
-    assert [path.name for path, _ in others if f"](docs/{path.name})" not in readme] == []
+    index = PAGES[REPOSITORY / "docs" / "index.md"]
+    others = [path for path in (*PAGES, *REPOSITORY.glob("notebooks/*.ipynb")) if path.name != "index.md"]
+    missing = [path.name for path in others if f"]({os.path.relpath(path, REPOSITORY / 'docs')})" not in index]
+    assert missing == [], "each page has a line in docs/index.md"
 
 
 def test_a_wheel_holds_every_package_and_the_configs() -> None:
