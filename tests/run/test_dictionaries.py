@@ -1,6 +1,5 @@
 """Autoencoders, transcoders and crosscoders in one run: each is what it is alone, and is used as it was trained."""
 
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import REPOSITORY, never, stop_at
+from running import never, stop_at
 
 import jax_sae
 from jax_sae.activations.array_sources import array_sources
@@ -219,14 +218,6 @@ def test_the_language_model_reads_a_text_once_for_all(demo_config: Config, monke
         widths = [inputs_and_targets(x, group)[0].shape[-1] for group in groups]
         assert len(set(passes)) == 1 and len(widths) == (1 if sweep.layers == (3,) else 13)
     assert counts[0] == counts[1] > 0 and len(passes[0]) == 12
-
-
-@pytest.mark.usefixtures("learning_nothing")
-def test_the_page_about_places_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code on dictionaries."""
-    code = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "places.md").read_text(), re.DOTALL)[-1]
-    monkeypatch.chdir(REPOSITORY)
-    exec(code, {})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

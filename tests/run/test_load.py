@@ -1,15 +1,13 @@
 """A trained autoencoder takes and gives activations in the language model's own scale."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from running import REPOSITORY, never
+from running import never
 
 import jax_sae
 from jax_sae.config import Config
@@ -118,16 +116,3 @@ def test_members_are_found_by_features_or_name(demo_run: Path) -> None:
         jax_sae.load_autoencoder(demo_run, features=65)
     with pytest.raises(BadInput, match="4 members; say name="):
         jax_sae.load_autoencoder(demo_run)
-
-
-def test_the_python_of_the_page_runs(demo_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """That of docs/api.md, as it stands there, in a directory that holds runs/demo."""
-    [code] = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "api.md").read_text(), re.DOTALL)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo").symlink_to(demo_run)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    effects = names["effects"]
-    assert effects.shape == (len(names["token_ids"]), 64) and np.abs(effects[:-1]).max() > 0
-    assert not effects[-1].any()  # of no next token
