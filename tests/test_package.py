@@ -1,4 +1,4 @@
-"""What the package says of itself: one version, extras as a page explains them, least versions that can be installed."""
+"""What the package says of itself: one version, extras as a page explains them, least versions that can be pinned."""
 
 import re
 import tomllib
