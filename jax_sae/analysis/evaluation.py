@@ -36,7 +36,7 @@ from jax_sae.config import Config, DecoderBias
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import Figures, save_each
-from jax_sae.figures.frontier import FrontierPoint, frontier_figure
+from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.figures.relative_norms import relative_norms_figure
 from jax_sae.language_model.several import Models, split_place
 from jax_sae.run.checkpoints import Tree
@@ -364,12 +364,7 @@ def _figures(
     frontier, density, norms = (
         run / "figures" / f"{name}{behind}.png" for name in ("frontier", "feature_density", "relative_norms")
     )
-    points = [
-        FrontierPoint(
-            _named(member), member["kind"], member["l0"], member["fvu"], member.get("ce_loss_score_zero_ablation")
-        )
-        for member in good
-    ]
+    kinds = {_named(member): member["kind"] for member in good}
     histograms = {
         _named(member): (np.array(of["log10_density_edges"]), np.array(of["features"]))
         for member in good
@@ -380,9 +375,9 @@ def _figures(
     linear = None if floors.linear is None else regression_fvu(floors.linear, len(floors.linear.explained))
     of_places = {_named(member): member["relative_norms"] for member in good if member.get("relative_norms")}
     return {
-        frontier: lambda: frontier_figure(points, pca, where, linear),
-        density: lambda: density_figure(histograms, dead, record["tokens"], DENSE, where),
-        **({norms: lambda: relative_norms_figure(of_places, where)} if of_places else {}),
+        frontier: lambda: frontier_figure(points_of(good), pca, where, linear),
+        density: lambda: density_figure(histograms, kinds, dead, record["tokens"], DENSE, where),
+        **({norms: lambda: relative_norms_figure(of_places, kinds, where)} if of_places else {}),
     }
 
 

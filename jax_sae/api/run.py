@@ -279,6 +279,8 @@ class Run:
     def plot_frontier(self, place: str | None = None) -> Any:
         """A matplotlib `Figure` of FVU against L0 on held-out tokens, with the line of PCA.
 
+        Where `evaluate` has measured the last step, loss recovered against L0 stands beside it.
+
         Args:
             place: of whose members; where the run has several, since an FVU at one is no measure of that at another.
 
@@ -287,14 +289,15 @@ class Run:
                 none is said.
         """
         summary, names = self._summary("the frontier"), self._names_at(place)
-        points = points_of([member for member in summary["members"] if member["name"] in names])
+        found = self._evaluation(self.config.train.steps) or {**summary, "tokens": summary["held_out_tokens"]}
+        points = points_of([member for member in found["members"] if member["name"] in names])
         if not points:
             raise BadInput(f"{self._name}: not one member gives finite numbers, so there is no frontier")
         pca = summary.get("pca")  # some older runs do not have it
         if pca and "fvu" not in pca:
             pca = pca[place or next(iter(pca))]
         curve = (pca["directions"], pca["fvu"]) if pca else None
-        title = f"{self._name}{f', {place}' if place else ''}: {summary['held_out_tokens']:,} held-out tokens"
+        title = f"{self._name}{f', {place}' if place else ''}: {found['tokens']:,} held-out tokens"
         return frontier_figure(points, curve, title)
 
     def plot_training(self, step: int | None = None, place: str | None = None) -> Any:
@@ -311,7 +314,7 @@ class Run:
         metrics = self.metrics(step)
         members = [self.members[name] for name in names]
         stacked = np.stack([np.stack([metrics[name][metric] for metric in METRICS], -1) for name in names], 1)
-        colours = member_colours(members, self[names[0]].width)
+        colours = member_colours(members)
         features = [member.features for member in members]
         title = f"{self._name}{f', {place}' if place else ''}: training"
         return training_figure(names, colours, stacked, features, title)

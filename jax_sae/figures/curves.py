@@ -1,49 +1,26 @@
 """Loss curves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jax_sae.config import Member
-from jax_sae.figures.drawing import COLOURS, import_matplotlib, new_figure, write_title
+from jax_sae.figures.colours import GREY, shades
+from jax_sae.figures.drawing import new_figure, plain_logarithms, write_title
 from jax_sae.sweep.update import METRICS
 
 CURVE_POINTS = 500
 
 
-def member_colours(members: Sequence[Member], width: int) -> list[str]:
-    """Green, blue, red and orange for F far below, one below, equal to and above D, as in the starting experiment.
+def member_colours(members: Sequence[Member]) -> list[str]:
+    """Each kind has its colour, in shades from light to full; of one kind, each F has one of a sequence.
 
-    The first member of each such width has its colour; the others share out cividis, a colour-blind-safe map, from dark
-    blue to yellow. Where there are several kinds, each has its colour of the frontier, in shades from light to full.
+    Members that differ in their seed alone share one.
     """
-    matplotlib = import_matplotlib()
-    kinds = list(dict.fromkeys(member.kind for member in members))
-    if len(kinds) > 1:
-        return [_shade(kinds, members, i) for i in range(len(members))]
-    free = {"tab:green", "tab:blue", "tab:red", "tab:orange"}
-    colours = []
-    for member in members:
-        difference = member.features - width
-        colour = "tab:red" if difference == 0 else "tab:orange" if difference > 0 else "tab:green"
-        colour = "tab:blue" if difference == -1 else colour
-        colours.append(colour if colour in free else "")
-        free.discard(colour)
-    further = iter(np.linspace(0, 0.95, max(2, colours.count(""))))
-    cividis = matplotlib.colormaps["cividis"]
-    return [colour or matplotlib.colors.to_hex(cividis(next(further))) for colour in colours]
-
-
-def _shade(kinds: Sequence[str], members: Sequence[Member], i: int) -> str:
-    """The colour of the kind of member i, the lighter, the earlier it stands among those of its kind."""
-    from matplotlib.colors import to_hex, to_rgb
-
-    alike = [j for j, member in enumerate(members) if member.kind == members[i].kind]
-    full = np.array(to_rgb(COLOURS[kinds.index(members[i].kind) % len(COLOURS)]))
-    white = 0.6 * (1 - (alike.index(i) + 1) / len(alike))
-    red, green, blue = (full + white * (1 - full)).tolist()
-    return to_hex((red, green, blue))
+    variants = [replace(member, seed=0) for member in members]
+    return shades([member.kind for member in members], [member.features for member in members], variants)
 
 
 PANELS = (
@@ -83,6 +60,7 @@ def training_figure(
         lines = [axes.plot(steps, shown[:, i], color=colours[i], linewidth=1.2)[0] for i in range(len(names))]
         if np.isfinite(shown).any():
             axes.set_yscale("log")
+            plain_logarithms(axes.yaxis)
         else:
             axes.text(0.5, 0.5, "0 for all members", ha="center", transform=axes.transAxes)
         _over_steps(axes, len(metrics), width)
@@ -142,10 +120,19 @@ def loss_figure(
         last = f"{curves[-1, i]:.2g}" if finite.all() else f"diverged at step {finite.argmin() + 1}"
         axes.plot(steps, curves[:, i], color=colour, linewidth=1.5, label=f"{name}: {last}")
         if floors[i] > 0 and floors[i] not in floors[:i]:  # members of one width have one floor
-            axes.axhline(floors[i], color=colour, linestyle="--", linewidth=1, label=f"   PCA floor: {floors[i]:.2g}")
+            of = {its for its, floor in zip(colours, floors, strict=True) if floor == floors[i]}
+            axes.axhline(
+                floors[i],
+                color=colour if len(of) == 1 else GREY,
+                linestyle="--",
+                linewidth=1,
+                label=f"   PCA floor: {floors[i]:.2g}",
+            )
     axes.set_yscale("log" if zoomed else "linear")
     if not zoomed and len(first):
         axes.set_ylim(0, 1.05 * first.max())
+    if zoomed:
+        plain_logarithms(axes.yaxis)
     _over_steps(axes, len(losses), width)
     axes.set_ylabel("loss per element (normalised units)" + (", logarithmic" if zoomed else ""))
     write_title(figure, title)

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_sae.figures.drawing import COLOURS, MARKERS, new_figure, write_title
+from jax_sae.figures.colours import GREY, looks, shades
+from jax_sae.figures.drawing import ink, new_figure, write_title
 
 
 def probe_figure(record: Mapping[str, Any], title: str) -> Any:
     """Mean AUC against k: a line for each member, dashed ones for raw activations and PCA, a level for all of raw.
+
+    Members have shades of the colour of their kind.
 
     Args:
         record: the contents of `probing.json`.
@@ -17,25 +20,23 @@ def probe_figure(record: Mapping[str, Any], title: str) -> Any:
         A matplotlib `Figure`.
     """
     ks, members = record["ks"], record["members"]
-    kinds = list(dict.fromkeys(member["kind"] for member in members))
+    kinds = [member["kind"] for member in members]
+    colours, look = shades(kinds, [0] * len(kinds), [member["name"] for member in members]), looks(kinds)
     figure = new_figure(
         figsize=(10, max(5.0, 1 + 0.22 * (len(members) + len(record["baselines"])))), layout="constrained"
     )
     axes = figure.subplots()
-    drawn: dict[str, int] = {}
-    for member in members:
-        i, n = kinds.index(member["kind"]) % len(COLOURS), drawn.get(member["kind"], 0)
-        drawn[member["kind"]] = n + 1
+    for member, colour in zip(members, colours, strict=True):
         values = [member["mean_auc"][str(k)] for k in ks]
-        axes.plot(ks, values, color=COLOURS[i], marker=MARKERS[n % len(MARKERS)], linewidth=0.9, label=member["name"])
+        axes.plot(ks, values, color=colour, marker=look[member["kind"]].marker, linewidth=0.9, label=member["name"])
     for number, each in enumerate(record["baselines"]):
         style = ("--", ":", "-.")[number % 3]
         if str(ks[0]) in each["mean_auc"]:
             values = [each["mean_auc"][str(k)] for k in ks]
-            axes.plot(ks, values, style, color="black", linewidth=1.6, label=each["name"])
+            axes.plot(ks, values, style, color=ink(), linewidth=1.6, label=each["name"])
         else:
             [(D, value)] = each["mean_auc"].items()
-            axes.axhline(value, color="grey", linewidth=1, label=f"{each['name']} {D}")
+            axes.axhline(value, color=GREY, linewidth=1, label=f"{each['name']} {D}")
     axes.set_xscale("log")
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.figures.drawing import COLOURS, new_figure, write_title
+from jax_sae.figures.colours import looks
+from jax_sae.figures.drawing import new_figure, write_title
 
 MOST_COLUMNS = 3
 
 
-def relative_norms_figure(found: Mapping[str, Mapping[str, Any]], title: str) -> Any:
+def relative_norms_figure(found: Mapping[str, Mapping[str, Any]], kinds: Mapping[str, str], title: str) -> Any:
     """Relative decoder norms, a panel for each dictionary.
 
     Of two sides, the histogram of the second one's: features of the first alone stand at 0, shared ones at a half,
@@ -18,6 +19,7 @@ def relative_norms_figure(found: Mapping[str, Mapping[str, Any]], title: str) ->
 
     Args:
         found: what `analysis.relative_norms` says of each dictionary, by its name; at least one.
+        kinds: of the dictionaries, by name; a histogram has the colour of its kind.
         title: of the figure.
 
     Returns:
@@ -27,12 +29,13 @@ def relative_norms_figure(found: Mapping[str, Mapping[str, Any]], title: str) ->
     down = -(-len(found) // across)
     figure = new_figure(figsize=(5 * across, 1 + 3.4 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).ravel()
+    look = looks(kinds.values())
     for axes, (name, its) in zip(panels, found.items(), strict=False):
         axes.set_title(f"{name}: {its['compared']:,} features", fontsize="small", parse_math=False)
         edges = np.array(its["edges"])
         if len(its["sides"]) == 2:
             first, second = its["sides"]
-            axes.stairs(its["histograms"][1], edges, fill=True, color=COLOURS[0])
+            axes.stairs(its["histograms"][1], edges, fill=True, color=look[kinds[name]].colour)
             axes.set_xlabel(f"norm at {second} / (at {first} + at {second})", parse_math=False)
             axes.set_ylabel("features")
             axes.set_xlim(0, 1)

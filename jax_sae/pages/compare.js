@@ -31,11 +31,11 @@ function named(member, f) { // a feature's number, which leads to its page where
 
 // ---- members ----------------------------------------------------------------------------------------------------------
 
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "currentColor"];
-const MARKS = [ // told apart by those who see no colours too
-  "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0 -5 0Z", "M-4.5 -4.5H4.5V4.5H-4.5Z", "M0 -6L6 0L0 6L-6 0Z", "M0 -6L6 5H-6Z",
-  "M0 6L6 -5H-6Z", "M-6 -2H-2V-6H2V-2H6V2H2V6H-2V2H-6Z", "M-5 -5L5 5M5 -5L-5 5",
-];
+const MARKS = { // by their names in matplotlib; told apart by those who see no colours too
+  o: "M-5 0A5 5 0 1 0 5 0A5 5 0 1 0 -5 0Z", s: "M-4.5 -4.5H4.5V4.5H-4.5Z", D: "M0 -6L6 0L0 6L-6 0Z", "^": "M0 -6L6 5H-6Z",
+  v: "M0 6L6 -5H-6Z", P: "M-6 -2H-2V-6H2V-2H6V2H2V6H-2V2H-6Z", X: "M-5 -5L5 5M5 -5L-5 5", "<": "M-6 0L5 -6V6Z",
+  ">": "M6 0L-5 -6V6Z", p: "M0 -6L5.7 -1.9L3.5 4.9H-3.5L-5.7 -1.9Z",
+};
 
 function frontier(members, title) {
   const points = members.filter(({ l0, fvu }) => l0 > 0 && fvu > 0);
@@ -62,23 +62,22 @@ function frontier(members, title) {
     drawn("text", { transform: `translate(14 ${H / 2}) rotate(-90)`, "text-anchor": "middle" }, "FVU (lower is better)"));
   const path = (line, y) => line.map((p, i) => `${i ? "L" : "M"}${across(p.l0).toFixed(1)} ${up(y(p)).toFixed(1)}`).join("");
   if (floors.length > 1) picture.append(drawn("path", { class: "floor", d: path(floors, (p) => p.pca_fvu) }, drawn("title", {}, "PCA with as many directions")));
-  const kinds = [...new Set(points.map(({ kind }) => kind))];
-  kinds.forEach((kind, i) => {
-    const colour = COLOURS[i % COLOURS.length];
-    const its = points.filter((p) => p.kind === kind).sort((p, q) => p.l0 - q.l0);
+  const of = ({ kind, features }) => `${kind} ${features}`;
+  const key = make("ul", { className: "key" });
+  for (const line of new Set(points.map(of))) { // of one kind and number of features
+    const its = points.filter((p) => of(p) === line).sort((p, q) => p.l0 - q.l0);
+    const [{ kind, features, colour, marker }] = its;
     picture.append(drawn("path", { class: "line", stroke: colour, d: path(its, (p) => p.fvu) }));
     for (const p of its) {
       const said = `${p.name}: L0 ${number(p.l0)}, FVU ${number(p.fvu)}`;
-      const mark = drawn("path", { class: "mark", d: MARKS[i % MARKS.length], fill: colour, stroke: colour, transform: `translate(${across(p.l0).toFixed(1)} ${up(p.fvu).toFixed(1)})` }, drawn("title", {}, said));
+      const mark = drawn("path", { class: "mark", d: MARKS[marker], fill: colour, stroke: colour, transform: `translate(${across(p.l0).toFixed(1)} ${up(p.fvu).toFixed(1)})` }, drawn("title", {}, said));
       const other = memberNamed(p.others[0]);
       picture.append(other ? drawn("a", { href: linkTo(p, other), "aria-label": said }, mark) : mark);
     }
-  });
-  const key = make("ul", { className: "key" });
-  kinds.forEach((kind, i) => {
-    const colour = COLOURS[i % COLOURS.length];
-    key.append(make("li", {}, drawn("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, drawn("path", { d: MARKS[i % MARKS.length], fill: colour, stroke: colour })), kind));
-  });
+    const several = points.some((p) => p.kind === kind && p.features !== features);
+    key.append(make("li", {}, drawn("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, drawn("path", { d: MARKS[marker], fill: colour, stroke: colour })),
+      several ? `${kind}, F = ${features.toLocaleString("en")}` : kind));
+  }
   if (floors.length > 1) key.append(make("li", {}, drawn("svg", { viewBox: "-7 -7 14 14", "aria-hidden": "true" }, drawn("path", { class: "floor", d: "M-7 0H7" })), "PCA with as many directions"));
   return make("figure", { ariaLabel: title }, make("h3", { textContent: title }), picture, key);
 }

@@ -17,6 +17,7 @@ from jax_sae.analysis.evaluation import stabilities
 from jax_sae.analysis.meta_structure import FRACTION, K, MetaStructure, meta_structure
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
+from jax_sae.figures.colours import line_looks
 from jax_sae.language_model.hub import read_json
 from jax_sae.pages.blocks import block, whole_numbers
 from jax_sae.pages.files import COMPARISON, FEATURES, Pages, prepared
@@ -148,8 +149,15 @@ def _write(
     pages = Pages(directory, matches <= MOST_IN_ONE_FILE, COMPARISON)
     measured = _measured(run, facts["step"], suffix)
     labels = placement_labels([its.sae.member for its in compared.values()])
+    lines = {
+        label: line_looks(
+            [(its.sae.kind, its.sae.features) for its, at in zip(compared.values(), labels, strict=True) if at == label]
+        )
+        for label in labels
+    }
     described = []
     for number, (name, its) in enumerate(compared.items()):
+        look = lines[labels[number]][its.sae.kind, its.sae.features]
         others = [other for other in group_of[name] if other != name]
         by_direction = [nearest(its.unit, compared[other].unit, 1) for other in others]
         there = its.is_there
@@ -162,6 +170,8 @@ def _write(
                 "kind": its.sae.kind,
                 "features": its.sae.features,
                 "placement": labels[number],
+                "colour": look.colour,
+                "marker": look.marker,
                 **numbers,
                 "never": int((~there).sum()),
                 "others": others,

@@ -17,6 +17,7 @@ from jax_sae.activations.stored_stories import stored_stories
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.config import Config
 from jax_sae.errors import BadInput
+from jax_sae.figures.colours import looks
 from jax_sae.language_model.hub import read_json
 from jax_sae.pages.blocks import block
 from jax_sae.pages.files import Pages, prepared
@@ -185,6 +186,7 @@ def _write(
         wanted |= set(np.unique(its.examples.largest.story)) | set(np.unique(its.examples.samples().story))
     token_ids = token_ids_of(source, n_tokens, wanted - {-1})
     pages = Pages(directory, sum(sae.features for sae in chosen.values()) <= MOST_IN_ONE_FILE)
+    look = looks(sae.kind for sae in every.values())
     described = []
     for number, (name, sae) in enumerate(chosen.items()):
         looked = _look(name, every, units, reading, source, words, given.get(name, {}))
@@ -197,6 +199,7 @@ def _write(
             {
                 "name": name,
                 "kind": sae.kind,
+                "colour": look[sae.kind].colour,
                 "features": sae.features,
                 "reads": sae.reads if is_no_autoencoder(sae) else [],
                 "writes": sae.writes,

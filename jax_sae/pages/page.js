@@ -66,6 +66,7 @@ async function useMember(member) {
   state.member = member;
   state.table = null;
   $("member").value = member.name;
+  document.documentElement.style.setProperty("--bar", member.colour); // as in figures
   const its = member.seeds.length ? "its mean cosine with the best ones of other seeds" : "its cosine with the best one of any other member";
   COLUMNS.find(({ key }) => key === "match").help = `By decoder direction, ${its}`;
   const [table] = await Promise.all([load(member.table), wordsAreThere]);

@@ -260,7 +260,7 @@ def _figures_at_a_place(
     title = f"{run}: reconstruction of activations of width {width}"
 
     def curves() -> tuple[list[str], list[str]]:
-        return names, member_colours(members, width)
+        return names, member_colours(members)
 
     figures: Figures = {
         folder / f"loss{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
