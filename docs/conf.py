@@ -46,6 +46,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 def page_read(app: Sphinx, page: str, source: list[str]) -> None:
     """Put in what is made of the index, of the settings and of the docstrings."""
+    source[0] = site_pages.with_markdown_pictures(source[0])
     if page == "docs/index":
         source[0] = site_pages.with_navigation(source[0])
     if page == "docs/settings":

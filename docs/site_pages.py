@@ -160,6 +160,11 @@ def plain_rst(lines: list[str]) -> list[str]:
     return text.split("\n")
 
 
+def with_markdown_pictures(text: str) -> str:
+    """Each `<picture>`, which a repository shows light or dark, as a picture in Markdown, of which Sphinx knows."""
+    return re.sub(r'<picture>.*?<img alt="([^"]*)" src="([^"]*)">\s*</picture>', r"![\1](\2)", text, flags=re.DOTALL)
+
+
 def dark_variant(picture: Path) -> Path | None:
     """The picture for a dark page, where there is one beside a light one: loss.svg and loss-dark.svg."""
     dark = picture.with_name(f"{picture.stem}-dark{picture.suffix}")

@@ -191,6 +191,7 @@ def empty_figures(figures: Mapping[Path, object]) -> list[str]:
 
 
 def empty_figure(figure: object, file: Path) -> None:
-    """A file where the figure would be."""
+    """Files where the figure would be."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"\x89PNG")
+    file.with_suffix(".svg").touch()

@@ -146,7 +146,8 @@ def test_pages_lead_somewhere() -> None:
     """Relative links go to files and headings that are there; the index has every page; examples use what is public."""
     for path, text in PAGES.items():
         prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
-        for file, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", prose):
+        links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)", prose)
+        for file, heading in [*links, *re.findall(r'src(?:set)?="([^"]*)()"', prose)]:
             target = (path.parent / file).resolve() if file else path
             assert target.exists(), f"{path.name} links {file}"
             titles = re.findall(r"^#+ (.*)$", PAGES.get(target, ""), re.MULTILINE)

@@ -8,7 +8,6 @@ An SVG stands beside the PNG, and NAME-dark.png and NAME-dark.svg are the same o
 import json
 import sys
 from pathlib import Path
-
 from typing import Any
 
 from jax_sae.figures.colours import GREY, OWN

@@ -37,13 +37,13 @@ SEQUENCE = ("#6A46D2", "#2E8FDB", "#2EB398", "#A3C72C")
 
 def looks(kinds: Iterable[str]) -> dict[str, Look]:
     """By kind; of one from elsewhere what its name says, or the next that is free where another one has that."""
-    names = set(kinds)
-    found = {kind: KINDS[kind] for kind in sorted(names & set(KINDS))}
-    for kind in sorted(names - set(KINDS)):
+    names = list(dict.fromkeys(kinds))
+    found = {kind: KINDS[kind] for kind in names if kind in KINDS}
+    for kind in sorted(set(names) - set(KINDS)):
         first = int(sha256(kind.encode()).hexdigest(), 16) % len(OWN)
         in_turn = OWN[first:] + OWN[:first]
         found[kind] = next((look for look in in_turn if look not in found.values()), in_turn[0])
-    return found
+    return {kind: found[kind] for kind in names}
 
 
 def line_looks(lines: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Look]:

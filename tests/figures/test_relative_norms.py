@@ -20,7 +20,7 @@ def test_each_dictionary_has_its_panel(sides: int) -> None:
         rng = np.random.default_rng(0)
         names, relative = relative_norms(rng.normal(size=(40, 3 * sides)), places)
         found[name] = asdict(summarized(names, relative, rng.uniform(size=40) < fired))
-    figure = relative_norms_figure(found, "a run")
+    figure = relative_norms_figure(found, dict.fromkeys(found, "topk"), "a run")
     assert figure._repr_png_().startswith(b"\x89PNG")
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == [f"{name}: {its['compared']} features" for name, its in found.items()] and "b" in found

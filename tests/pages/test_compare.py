@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import jax_sae
 from jax_sae.activations.sources import open_sources
 from jax_sae.analysis.meta_structure import meta_structure
 from jax_sae.commands.compare import main
+from jax_sae.figures.colours import KINDS, OWN
+from jax_sae.figures.drawing import DARK
 
 A, B, RELU = "topk-F96-seed0", "topk-F96-seed1", "relu-F32"
 TOKENS = 3000
@@ -135,6 +138,21 @@ def in_browser() -> Iterator[Browser]:
         yield found
 
 
+def test_colours_are_those_of_figures(page: Path) -> None:
+    """Of kinds and of paper; the page can draw each marker; no other file of pages has a kind's colour of its own."""
+    facts, _ = facts_and_blocks(page)
+    looks = [KINDS["topk"], KINDS["topk"], KINDS["relu"]]
+    assert [(each["colour"], each["marker"]) for each in facts["members"]] == [
+        (its.colour, its.marker) for its in looks
+    ]
+    sources = {file.name: file.read_text() for file in resources.files("jax_sae.pages").iterdir() if file.is_file()}
+    markers = sources["compare.js"].split("const MARKS = {")[1].split("};")[0]
+    assert set(re.findall(r'"?([\w^<>]+)"?: "M', markers)) == {look.marker for look in (*KINDS.values(), *OWN)}
+    assert f"--paper: {DARK['figure.facecolor']}; --ink: {DARK['text.color']}" in sources["page.css"]
+    own = {look.colour.lower() for look in (*KINDS.values(), *OWN)}
+    assert not any(colour in text.lower() for text in sources.values() for colour in own)
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(chromium() is None, reason="no Chromium: install one, or name it by CHROMIUM")
 def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
@@ -145,6 +163,8 @@ def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
     assert look.run("document.title") == "Members of run" and look.run("document.querySelectorAll('.mark').length") >= 3
     assert look.run("ticks(Math.log10(30.2), Math.log10(31.9)).map((each) => number(each))") == ["30.5", "31", "31.5"]
     assert look.run("ticks(-2, 0)") == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    strokes = look.run("[...document.querySelectorAll('path.line')].map((line) => line.getAttribute('stroke'))")
+    assert strokes == [KINDS["topk"].colour, KINDS["relu"].colour]
     rows = look.run("[...document.querySelectorAll('#list tbody tr')].map((row) => row.children[0].textContent)")
     assert rows == [A, B, RELU]
     assert f"{A} and {B}" in look.run("$('seeds').textContent")

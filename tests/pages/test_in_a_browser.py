@@ -9,6 +9,7 @@ import pytest
 from browser import Browser, browser, chromium
 
 import jax_sae
+from jax_sae.figures.colours import KINDS
 
 pytestmark = [
     pytest.mark.browser,
@@ -233,6 +234,8 @@ def test_nothing_is_wider_than_the_screen(page: Browser, width: int, height: int
     for view in ("v=overview", "f=1", "v=stories&s=1"):
         page.go(f"#m={A}&{view}")
         assert page.run("document.documentElement.scrollWidth") <= width
+    look = page.run("getComputedStyle(document.documentElement).getPropertyValue('--bar')")
+    assert look == KINDS["topk"].colour
     paper = page.run("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") is not dark
 
