@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
 import jax_sae
@@ -40,7 +39,7 @@ html_title = "jax_sae"
 html_static_path = ["site"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = False
-html_math_renderer = "mathml"
+html_math_renderer = "drawn"
 html_theme_options = {"navigation_with_keys": True}
 
 
@@ -74,14 +73,15 @@ def docstring_read(app: Sphinx, what: str, name: str, value: Any, options: Any, 
 
 
 def inline_math(translator: Any, node: nodes.math) -> None:
-    """A formula in a line as MathML, which browsers show without a script."""
-    translator.body.append(convert(node.astext()))
+    """A formula in a line, as a drawing."""
+    translator.body.append(site_pages.drawn_formula(node.astext()))
     raise nodes.SkipNode
 
 
 def display_math(translator: Any, node: nodes.math_block) -> None:
     """A formula of its own."""
-    translator.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    formula = " ".join(node.astext().split())
+    translator.body.append(f'<div class="formula">{site_pages.drawn_formula(formula)}</div>')
     raise nodes.SkipNode
 
 
@@ -99,5 +99,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", pictures_have_two_looks)
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before Napoleon makes fields of sections
     app.connect("build-finished", front_door)
-    app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
+    app.add_html_math_renderer("drawn", (inline_math, None), (display_math, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -5,6 +5,7 @@ source when the site is built, so nothing of it can be out of date. Text in, tex
 """
 
 import dataclasses
+import html
 import inspect
 import math
 import pkgutil
@@ -163,6 +164,39 @@ def plain_rst(lines: list[str]) -> list[str]:
 def with_markdown_pictures(text: str) -> str:
     """Each `<picture>`, which a repository shows light or dark, as a picture in Markdown, of which Sphinx knows."""
     return re.sub(r'<picture>.*?<img alt="([^"]*)" src="([^"]*)">\s*</picture>', r"![\1](\2)", text, flags=re.DOTALL)
+
+
+def drawn_formula(tex: str) -> str:
+    """A formula as a drawing that stands in HTML: it needs no font, script or network, and has the colour of the text.
+
+    Matplotlib draws it, which knows most of TeX's mathematics. Sizes are in em; what is below the line hangs below it.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path as Outline
+    from matplotlib.textpath import TextToPath
+
+    size = 100
+    points, codes = TextToPath().get_text_path(FontProperties(size=size, math_fontfamily="cm"), f"${tex}$", ismath=True)
+    outline = Outline(points, codes)
+    box = outline.get_extents()
+    letters = {
+        Outline.MOVETO: "M",
+        Outline.LINETO: "L",
+        Outline.CURVE3: "Q",
+        Outline.CURVE4: "C",
+        Outline.CLOSEPOLY: "Z",
+    }
+    drawn = "".join(
+        letters[code] + ("" if code == Outline.CLOSEPOLY else " ".join(f"{number:.0f}" for number in 10 * points))
+        for points, code in outline.iter_segments(simplify=False)
+    )
+    view = " ".join(f"{number:.0f}" for number in (10 * box.x0, -10 * box.y1, 10 * box.width, 10 * box.height))
+    width, height, below = (f"{number / size:.3f}em" for number in (box.width, box.height, box.y0))
+    return (
+        f'<svg class="formula" role="img" aria-label="{html.escape(tex)}" viewBox="{view}" '
+        f'style="width:{width};height:{height};vertical-align:{below}">'
+        f'<path transform="scale(1,-1)" d="{drawn}"/></svg>'
+    )
 
 
 def dark_variant(picture: Path) -> Path | None:
