@@ -96,7 +96,7 @@ def front_door(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of what stands above."""
     app.connect("source-read", page_read)
-    app.connect("doctree-read", pictures_have_two_looks)
+    app.connect("doctree-read", pictures_have_two_looks, priority=400)  # before Sphinx gathers the files of pictures
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before Napoleon makes fields of sections
     app.connect("build-finished", front_door)
     app.add_html_math_renderer("drawn", (inline_math, None), (display_math, None))

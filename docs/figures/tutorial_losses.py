@@ -20,7 +20,7 @@ metrics, members = run.metrics(), run.members
 losses = np.stack([metrics[name]["loss_per_element"] for name in members], axis=1)
 # Of normalised activations, whose variance per element is 1, the loss that PCA leaves is its FVU.
 floors = [member["pca_floor_fvu"] for member in run.summary["members"]]
-colours = member_colours(list(members.values()), run[run.names[0]].width)
+colours = member_colours(list(members.values()))
 
 title = "four autoencoders of activations of width 64, while training"
 save_light_and_dark(lambda: loss_figure(list(members), colours, losses, floors, title, zoomed=True), picture)
