@@ -60,7 +60,8 @@ ELSEWHERE = {
 """Pages whose Python is run by another test, which takes all blocks out of the page."""
 READ = {"python", "pycon", "toml", "sh", "json"}
 OTHER_PROGRAMS = {
-    *("pip", "pytest", "sphinx-build", "ruff", "mypy", "git", "cd", "export", "tensorboard", "trackio", "wandb", "tail", "chromium")
+    *("pip", "pytest", "sphinx-build", "ruff", "mypy", "git", "cd", "export", "tail", "chromium"),
+    *("tensorboard", "trackio", "wandb"),
 }
 
 
