@@ -55,6 +55,7 @@ ELSEWHERE = {
     "README.md": "test_api.py",
     "docs/add_a_kind.md": "autoencoder/test_add_a_kind.py",
     "docs/add_a_language_model.md": "language_model/test_families.py",
+    "docs/coming_from.md": "test_coming_from.py",
     "docs/own_loop.md": "sweep/test_own_loop.py",
 }
 """Pages whose Python is run by another test, which takes all blocks out of the page."""
