@@ -122,11 +122,12 @@ def small(config: Config, beginnings: str) -> Config:
 
 @pytest.fixture(scope="module")
 def sparse_run(beginnings: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of configs/demo_sparse.toml, with all of its members, that learned nothing."""
+    """A run of configs/demo_sparse.toml, with those of its kinds of which pages speak, that learned nothing."""
     out = tmp_path_factory.mktemp("runs") / "demo_sparse"
     with nothing_learned():
         config = small(load_config(Path("demo_sparse")), beginnings)
-        config = replace(config, model=replace(config.model, path=str(REPOSITORY / config.model.path)))
+        sweep = replace(config.sweep, kinds=("topk", "batchtopk"), l1_coefficient=(), target_l0=())
+        config = replace(config, sweep=sweep, model=replace(config.model, path=str(REPOSITORY / config.model.path)))
         assert train(config, out, resume=False, stop_requested=never)
     return out
 
@@ -322,6 +323,15 @@ def test_files_of_a_page_can_be_read(block: Block) -> None:
     config = config_from_dict(tomllib.loads(block.code), named(block))
     if block.page not in ELSEWHERE:  # it has a kind of its own
         sweep_members(replace(config.sweep, features=config.sweep.features or (() if config.sweep.members else (64,))))
+
+
+def test_pictures_are_there() -> None:
+    """Light and dark; the site shows the dark one that stands beside a light one."""
+    for page, text in PAGES.items():
+        for file in re.findall(r'\b(?:src|srcset)="([^"]*)"', text):
+            assert (REPOSITORY / page).parent.joinpath(file).exists(), f"{page}: {file}"
+        shown = site_pages.with_markdown_pictures(text)
+        assert "<img" not in shown, f"{page}: an <img> outside of <picture>, which the site would not show"
 
 
 def test_links_outwards_have_the_form_of_addresses() -> None:
