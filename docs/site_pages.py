@@ -54,7 +54,7 @@ def kind_of_value(hint: Any) -> str:
     """A type in words; the values of a Literal."""
     hint = config.without_none(hint)
     if typing.get_origin(hint) is tuple:
-        return f"list of {kind_of_value(typing.get_args(hint)[0])}"
+        return f"list of {kind_of_value(typing.get_args(hint)[0])}s".replace("`s", "`").replace("texts", "names")
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(hint))
     names = {int: "whole number", float: "number", str: "text", bool: "yes or no", config.Member: "`Member`"}
@@ -114,8 +114,11 @@ def texts_of(cls: type) -> dict[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Plain text as Markdown in a table."""
-    return re.sub(r"([|*_\[\]<$^])", r"\\\1", text)
+    """Plain text as Markdown in a table; a page that it names is linked."""
+    parts = re.split(r"docs/(\w+\.md)", text)
+    parts[::2] = [re.sub(r"([|*_\[\]<$^])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"[{page}]({page})" for page in parts[1::2]]
+    return "".join(parts)
 
 
 def docstrings(api: str) -> str:
