@@ -6,7 +6,8 @@ What is done with a block goes by its language; one of a language that nobody re
   `runs/demo` and `runs/demo_sparse`, the embedded language model, `activations.npy`. Training is cut to a few steps of
   short texts in which nothing is learned, since its numbers do not matter here; a language model or a text that is not
   on this machine is replaced by the embedded one. `pycon` is compared with what it shows. The blocks of the pages in
-  ELSEWHERE are run by the tests that are named there, which look at what comes of them.
+  ELSEWHERE are run by the tests that are named there, which look at what comes of them; those of other libraries only
+  where these are installed.
 - `toml`: read as settings, whose members have to be possible.
 - `sh`: bash reads it. Each command in it is known; of `jax-sae` and its scripts every flag and value is read by the
   command's own parser, settings are merged and checked, and a member of a run of `configs/` is one that it has. NOT
