@@ -36,6 +36,8 @@ def train(
     mask: Any = None,
     on_step: OnStep | None = None,
     quiet: bool = False,
+    tensorboard: bool = False,
+    wandb: bool = False,
     **settings: Any,
 ) -> Run:
     """Train every autoencoder of a sweep at once, as `jax-sae train` does.
@@ -63,6 +65,8 @@ def train(
         on_step: is called with the number of steps done and a line of metrics, {member: {"loss_per_element", "l0",
             ...}}, every `log_every` steps and at the end. If it returns something true, the run is stopped and saved.
         quiet: print nothing and show no progress bar; warnings are issued by the module `warnings`.
+        tensorboard: show losses, densities and the frontier in TensorBoard too, from files in `out` (docs/logs.md).
+        wandb: the same in Weights & Biases, as one run.
         **settings: any setting of `jax-sae train --help` by its last name, such as steps, k, features or layer. Where
             several tables have a setting of that name, it is the sweep's; write the table's name before it for another
             one: model_path, text_path, train_seed. Where the sweep takes a list, one value will do. Kinds may be
@@ -118,6 +122,7 @@ def train(
                 sources=sources,
                 first_lines=merged.lines,
                 on_step=on_step,
+                loggers=["tensorboard"] * tensorboard + ["wandb"] * wandb,
             )
         except Stopped as error:
             raise KeyboardInterrupt("stopped before training began") from error

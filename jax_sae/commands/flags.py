@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from jax_sae.config import Config, Member, SweepConfig, without_none
 from jax_sae.config_tables import expected, flatten, option_types
 from jax_sae.errors import BadInput
+from jax_sae.run.loggers import LOGGERS
 
 Options = TypeVar("Options")
 
@@ -32,6 +33,8 @@ class Arguments:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    loggers: tuple[str, ...] = ()
+    """Where metrics are shown too: tensorboard, wandb."""
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -94,6 +97,10 @@ def parse(argv: Sequence[str]) -> Arguments:
         """Directory of the run; without it runs/NAME of the config, with -2, -3, ... where that is taken."""
         resume: bool = False
         """Go on from the newest checkpoint of the run in --out (or in the newest runs/NAME)."""
+        tensorboard: bool = False
+        """Show losses, densities and the frontier in TensorBoard too: tensorboard/ in --out (docs/logs.md)."""
+        wandb: bool = False
+        """The same in Weights & Biases, as one run."""
         debug: bool = False
         """Show the traceback of an error, above its one line."""
         coordinator: str | None = None
@@ -122,6 +129,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             parsed.coordinator,
             parsed.num_processes,
             parsed.process_id,
+            tuple(name for name in LOGGERS if getattr(parsed, name)),
         )
     )
 
@@ -161,7 +169,7 @@ def expand_home(options: Options) -> Options:
 
 def check_flags(argv: Sequence[str]) -> dict[str, list[str]]:
     """The values that are given to each flag of `jax-sae train`; errors as for `values_given`."""
-    own = {"config": Path, "out": Path, "resume": bool, "debug": bool}
+    own = {"config": Path, "out": Path, "resume": bool, "debug": bool, **dict.fromkeys(LOGGERS, bool)}
     of_processes = {"coordinator": str | None, "num_processes": int | None, "process_id": int | None}
     return values_given(argv, {**own, **of_processes, **option_types()})
 

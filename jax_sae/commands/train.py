@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
                         resume=arguments.resume,
                         stop_requested=stop_requested,
                         first_lines=(*settings.lines, *joined),
+                        loggers=arguments.loggers,
                     )
                 )
             except Stopped:

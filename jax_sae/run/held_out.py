@@ -154,6 +154,8 @@ class Measured(NamedTuple):
     """Mean number of active features."""
     dead_features: int
     """Features that are active on none of the tokens."""
+    fired: np.ndarray
+    """[F] int64: on how many of the tokens each feature is active."""
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
@@ -254,6 +256,7 @@ def measure_held_out(
             tuple(map(fraction_of_variance_unexplained, error.T, totals.tolist())),
             float(on.mean()),
             int(np.sum(of_feature[:F] == 0)),
+            of_feature[:F],
         )
         for error, on, of_feature, F in each
     ]

@@ -19,14 +19,17 @@ from jax_sae.errors import RunFailed
 from jax_sae.figures.curves import loss_figure, member_colours, training_figure
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import frontier_figure, points_of
+from jax_sae.processes import several
 from jax_sae.run.advice import advice
 from jax_sae.run.held_out import HeldOut, linear_regression, measure_held_out, side_by_side
+from jax_sae.run.loggers import Line, Loggers, Result, Silence, density_histogram, silence
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
 from jax_sae.streams import progress_bar, say
 from jax_sae.sweep.members import describe_member, member_names, placement_labels, settings_of, sweep_members
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.update import METRICS
 
+NO_LOGGERS = Loggers((), None)
 _relative_learning_rate = jax.jit(relative_learning_rate)  # one program; its operations by themselves are eight
 
 
@@ -44,12 +47,17 @@ def write_config(out: Path, config: Config) -> None:
 
 
 class Log:
-    """The progress bar, and `metrics.jsonl` with a line every `log_every` steps."""
+    """The progress bar, and `metrics.jsonl` with a line every `log_every` steps, which loggers are given too."""
 
-    def __init__(self, path: Path | None, setup: Setup, progress: Progress) -> None:
+    def __init__(self, path: Path | None, setup: Setup, progress: Progress, loggers: Loggers = NO_LOGGERS) -> None:
         """Go on after `progress`; lines of later steps, from before a resume, are removed. Without a path: the bar."""
         if path and path.exists():
             _cut(path, progress.step)
+        self._loggers = loggers
+        if path and loggers:
+            loggers.begin(progress.step, path, setup.names())
+            if progress.step:
+                self.checkpoint(progress, setup)
         train = setup.config.train
         self._every = train.log_every
         self._names, self._members = setup.names(), setup.members()
@@ -106,11 +114,20 @@ class Log:
         self._bar.update(step - self._bar.n)
         if not self._file:
             return
-        for at, tokens_so_far in enumerate(tokens.tolist(), step - len(tokens) + 1):
-            if at % self._every == 0:
-                line = {"step": at, "tokens": tokens_so_far, "members": self.metrics(progress, at)}
-                self._file.write(json.dumps(line) + "\n")
+        lines: list[Line] = [
+            {"step": at, "tokens": tokens_so_far, "members": self.metrics(progress, at)}
+            for at, tokens_so_far in enumerate(tokens.tolist(), step - len(tokens) + 1)
+            if at % self._every == 0
+        ]
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
         self._file.flush()
+        self._loggers.tell(lambda logger: logger.write(lines))
+
+    def checkpoint(self, progress: Progress, setup: Setup) -> None:
+        """Tell loggers, at a checkpoint, for how long the features of those members have been silent that count it."""
+        if self._loggers:
+            silences = silences_of(setup, progress)
+            self._loggers.tell(lambda logger: logger.silences(progress.step, silences))
 
     def metrics(self, progress: Progress, step: int) -> dict[str, dict[str, float | None]]:
         """Of each member by its name, METRICS averaged over the `log_every` steps up to this one; the learning rate."""
@@ -127,6 +144,17 @@ class Log:
 
     def _means(self, progress: Progress, step: int) -> np.ndarray:
         return progress.metrics[max(0, step - self._every) : step].mean(0, dtype=np.float64)
+
+
+def silences_of(setup: Setup, progress: Progress) -> dict[str, Silence]:
+    """By name, of the members that count tokens since their features fired; none where processes have a part each."""
+    found: dict[str, Silence] = {}
+    for group, state in zip(setup.groups, progress.state, strict=True):
+        if "tokens_since_fired" in state.memory and not several():
+            counts, limits = map(np.asarray, (state.memory["tokens_since_fired"], state.settings["dead_after_tokens"]))
+            for i, (name, member) in enumerate(zip(group.names, group.members, strict=True)):
+                found[name] = silence(counts[i, : member.features], int(limits[i]))
+    return found
 
 
 def _cut(path: Path, step: int) -> None:
@@ -171,19 +199,24 @@ def describe(setup: Setup) -> list[str]:
 
 
 def finish(
-    out: Path | None, setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock
+    out: Path | None,
+    setup: Setup,
+    progress: Progress,
+    held_out: Sequence[HeldOut],
+    clock: Clock,
+    loggers: Loggers = NO_LOGGERS,
 ) -> dict[str, Any]:
     """Print the closing table; where a run has a directory, draw its figures, write `summary.json`, say how to use it.
 
     `summary.json` comes last: with it a run is finished, and one that is killed before has its figures drawn when it is
-    resumed. `held_out` are the tokens at each of the setup's places.
+    resumed. `held_out` are the tokens at each of the setup's places. Loggers are told before, for the same reason.
 
     Returns:
         The contents of `summary.json`.
     """
     names = setup.names()
     in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
-    summary = summarize(setup, progress, held_out, clock)
+    summary, fired = summarize(setup, progress, held_out, clock)
     summary["members"] = [summary["members"][i] for i in in_order]
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
@@ -209,7 +242,15 @@ def finish(
     )
     if out:
         good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
-        say(save_each(run_figures(out, setup, progress, held_out, summary["members"], in_order)))
+        figures = run_figures(out, setup, progress, held_out, summary["members"], in_order)
+        say(save_each(figures))
+        result = Result(
+            summary["members"],
+            {name: density_histogram(each, summary["held_out_tokens"]) for name, each in fired.items()},
+            closing_table(summary["members"]),
+            [file for file in figures if file.name.startswith("frontier") and file.exists()],
+        )
+        loggers.tell(lambda logger: logger.end(progress.step, result))
         write_json(out / "summary.json", summary)
         say(
             [f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"]
@@ -274,8 +315,13 @@ def _figures_at_a_place(
     return figures
 
 
-def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock) -> dict[str, Any]:
-    """The contents of `summary.json`, with the members in the groups' order; `held_out` at each of the places."""
+def summarize(
+    setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clock: Clock
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The contents of `summary.json`, with the members in the groups' order; `held_out` at each of the places.
+
+    Also, by member, on how many of these tokens each feature fired [F].
+    """
     at_place = dict(zip(setup.places, held_out, strict=True))
     measured = []
     for group, state in zip(setup.groups, progress.state, strict=True):
@@ -285,9 +331,10 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
         measured_here = measure_held_out(state, group.form, reads, writes, setup.mesh)[: len(group.names)]
         measured += [(written, names, linear, each) for each in measured_here]
     last = mean_of_last_steps(progress.metrics)
-    found = []
+    found, fired = [], dict[str, np.ndarray]()
     for i, (name, member, at) in enumerate(zip(setup.names(), setup.members(), progress.diverged_at(), strict=True)):
         written, names, linear, of = measured[i]
+        fired[name] = of.fired
         floor = None if member.skip else written.fvu_floor(member.features)
         found.append(
             {
@@ -316,7 +363,7 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
     }
     read, train = progress.read, setup.config.train
     over_norm_limit = progress.step * train.batch_tokens - progress.tokens if train.batching == "tokens" else 0
-    return {
+    summary = {
         "members": found,
         "waited_for_activations_seconds": clock.waited_seconds,
         "harvest_tokens_per_second": clock.harvest_tokens / max(clock.harvest_seconds, 1e-9),
@@ -332,6 +379,7 @@ def summarize(setup: Setup, progress: Progress, held_out: Sequence[HeldOut], clo
         "pca": pca if len(setup.places) > 1 else next(iter(pca.values())),
         "device": device(setup.mesh),
     }
+    return summary, fired
 
 
 def mean_of_last_steps(values: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
 from jax_sae.run.layout import choose_mesh
 from jax_sae.run.lock import locked
+from jax_sae.run.loggers import Loggers, refuse_missing
 from jax_sae.run.plan import is_checkpoint, plan
 from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save, versions
 from jax_sae.streams import say
@@ -88,6 +89,7 @@ def train(
     sources: Sources | None = None,
     first_lines: Sequence[str] = (),
     on_step: OnStep | None = None,
+    loggers: Sequence[str] = (),
 ) -> Ended:
     """Train a sweep from its beginning, or from its newest good checkpoint, and leave everything in `out`.
 
@@ -102,6 +104,7 @@ def train(
         first_lines: what is printed before all else, once the inputs are open.
         on_step: is called after every `log_every`-th step and after the last one, so dispatches end there. If it
             raises, the run is saved, and the exception goes on.
+        loggers: where its metrics are shown too while it goes on, "tensorboard" or "wandb" (docs/logs.md).
 
     Raises:
         BadInput: if an input cannot be used.
@@ -109,6 +112,7 @@ def train(
         Stopped: if a stop was requested before training began: there is nothing to save.
     """
     out = Path(os.path.expanduser(out)) if out else None
+    refuse_missing(loggers, out)
     asked = {"--out": out, "--resume": resume, **versions(), **flatten(config)}
     agree({name: str(value) for name, value in asked.items()})
     if sources:
@@ -157,7 +161,8 @@ def train(
             if out and is_first():
                 report.write_config(out, config)
         clock = Clock()
-        progress = advance(progress, setup, source, out, clock, stop_requested, on_step)
+        told = stack.enter_context(Loggers(loggers if is_first() else (), out, config))
+        progress = advance(progress, setup, source, out, clock, stop_requested, on_step, told)
         go_on = f"; go on with --out {out} --resume" if out else ""
         if progress.step < config.train.steps:
             at = f"{'and saved ' if out else ''}at step {progress.step}" if progress.step else "before the first step"
@@ -170,7 +175,8 @@ def train(
         except Stopped:
             say([f"stopped before the held-out stories were read{go_on}"])
             return Ended(setup, progress, None)
-        return Ended(setup, progress, report.finish(out if is_first() else None, setup, progress, held_out, clock))
+        summary = report.finish(out if is_first() else None, setup, progress, held_out, clock, told)
+        return Ended(setup, progress, summary)
 
 
 def advance(
@@ -181,6 +187,7 @@ def advance(
     clock: Clock,
     stop_requested: Callable[[int], bool],
     on_step: OnStep | None = None,
+    loggers: Loggers = report.NO_LOGGERS,
 ) -> Progress:
     """Train to the last step or until a stop is requested, with metrics and checkpoints; the progress is saved."""
     train = setup.config.train
@@ -188,7 +195,7 @@ def advance(
     with ExitStack() as stack:
         writes = out if is_first() else None
         checkpoints = stack.enter_context(Checkpoints(writes / "checkpoints")) if writes else None
-        log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress))
+        log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress, loggers))
         saved = progress.step
 
         def save_now() -> None:
@@ -207,6 +214,7 @@ def advance(
                     report.refuse_if_all_diverged(progress, setup)
                 if is_checkpoint(step, train.checkpoint_every, train.steps):
                     save_now()
+                    log.checkpoint(progress, setup)
                 if on_step and is_line(step, train) and ask(on_step, log.metrics(progress, step), step, save_now):
                     raise Stopped
                 if any_of(stop_requested(step)) and step < train.steps:

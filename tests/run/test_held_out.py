@@ -149,7 +149,7 @@ def held_out_fvu(held_out: HeldOut, group: MemberState) -> list[float]:
     """FVU of each member of a group of ReLU autoencoders; L0 is counted by hand."""
     F = group.params["W_enc"].shape[-1]
     found = measure_held_out(group, make_groups((complete(Member(F)),))[0].form, [held_out], [held_out])
-    for (_, _, l0, _), params in zip(found, unstacked(group), strict=True):
+    for (_, _, l0, *_), params in zip(found, unstacked(group), strict=True):
         features = normalized_rows(held_out).astype(np.float32) @ params["W_enc"] + params["b_enc"]
         assert l0 == pytest.approx(float((features > 0).sum(1).mean()), rel=1e-3)  # of float32s that are nearly 0
     return [fvu for fvu, *_ in found]
