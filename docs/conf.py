@@ -48,10 +48,17 @@ def page_read(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = site_pages.with_markdown_pictures(source[0])
     if page == "docs/index":
         source[0] = site_pages.with_navigation(source[0])
+    if page == "docs/api":
+        source[0] = site_pages.with_links_to_docstrings(source[0])
     if page == "docs/settings":
         source[0] = source[0].replace("<!-- settings -->", site_pages.settings_tables())
     if page == "docs/reference":
         source[0] = source[0].replace("<!-- docstrings -->", site_pages.docstrings((HERE / "api.md").read_text()))
+
+
+def read_anew(app: Sphinx, *changes: Any) -> list[str]:
+    """Pages that may change though their files do not."""
+    return ["docs/index", "docs/api", "docs/reference", "docs/settings"]
 
 
 def pictures_have_two_looks(app: Sphinx, tree: nodes.document) -> None:
@@ -95,6 +102,7 @@ def front_door(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Tell Sphinx of what stands above."""
+    app.connect("env-get-outdated", read_anew)
     app.connect("source-read", page_read)
     app.connect("doctree-read", pictures_have_two_looks, priority=400)  # before Sphinx gathers the files of pictures
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before Napoleon makes fields of sections

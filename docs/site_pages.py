@@ -138,6 +138,20 @@ def docstrings(api: str) -> str:
     return "\n".join(lines)
 
 
+def with_links_to_docstrings(api: str) -> str:
+    """docs/api.md with a link from each name in its tables to its docstring; `.table()` is of its section's class."""
+    lines, cls = [], ""
+    for line in api.split("\n"):
+        if heading := re.match(r"## `(jax_sae\.\w+)`|## ", line):
+            cls = heading[1] or ""
+        elif line.startswith("| "):
+            line = re.sub(r"`(jax_sae(?:\.\w+)+)(\([^`]*\))?`", r"{py:obj}`\1\2 <\1>`", line)
+            if cls:
+                line = re.sub(r"`(\.\w+)(\([^`]*\))?`", rf"{{py:obj}}`\1\2 <{cls}\1>`", line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def directive(name: str) -> list[str]:
     """The directive of autodoc for a name."""
     value = pkgutil.resolve_name(name)
