@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from importlib.util import find_spec
 from typing import Any
 
 from tqdm import tqdm
@@ -127,19 +126,67 @@ def reader_is_gone() -> bool:
     return errno.EPIPE in lost_output()
 
 
+def in_notebook() -> bool:
+    """Whether what is shown goes to a notebook, which is not the case within `quiet`."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return not _is_quiet.get() and hasattr(shell, "kernel")
+
+
+class Shown:
+    """One output of a cell of a notebook, in whose place others are shown; a notebook keeps the last one."""
+
+    def __init__(self) -> None:
+        """Nothing is shown yet."""
+        self._handle: Any = None
+
+    def show(self, content: Any) -> None:
+        """Show this, in place of what was shown before."""
+        if self._handle is None:
+            self._handle = sys.modules["IPython"].display.display(content, display_id=True)
+        else:
+            self._handle.update(content)
+
+
 def progress_bar(**settings: Any) -> tqdm:
-    """A progress bar: a widget or a line in a notebook, a line in a terminal; in a file, lines now and then."""
+    """A progress bar: a line in a notebook or a terminal; in a file, lines now and then."""
     if _is_quiet.get() or sys.stderr is None:
         return tqdm(**settings, disable=True)
-    if "ipykernel" in sys.modules and "IPython" in sys.modules:
-        if find_spec("ipywidgets"):
-            from tqdm.notebook import tqdm as in_notebook
-
-            return in_notebook(**settings)
-        return tqdm(**settings)
+    if in_notebook():
+        return _InNotebook(**{"mininterval": 0.5} | settings)
     if not sys.stderr.isatty():
         return _Lines(**settings | {"mininterval": SECONDS_A_LINE})
     return tqdm(**settings)
+
+
+class _Text(str):
+    """A text that a notebook shows as it stands."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class _InNotebook(tqdm):
+    """Progress as one output of a cell."""
+
+    disable: bool
+    leave: bool
+    _shown: Shown | None = None
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show it in place of what was shown before."""
+        self._shown = self._shown or Shown()
+        self._shown.show(_Text(self if msg is None else msg))
+
+    def clear(self, nolock: bool = False) -> None:
+        """Do nothing: it is in nobody's way."""
+
+    def close(self) -> None:
+        """Show the last of it; nothing, if the bar is one that goes away."""
+        if self.disable:
+            return
+        self.display(None if self.leave else "")
+        self.disable = True
+        self._decr_instances(self)
 
 
 class _Lines(tqdm):

@@ -7,9 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+import jax_sae
 from jax_sae.commands.process import run_script
 from jax_sae.streams import Lasting, lasting_streams, lost_output, progress_bar, reader_is_gone
 
@@ -95,3 +99,48 @@ def test_progress_in_a_log_file_is_lines(tmp_path: Path, lead: Open) -> None:
             bar.update()
     first, last = (tmp_path / "log").read_text().splitlines()
     assert first.startswith("steps:   0%") and last.startswith("steps: 100%") and "\r" not in first + last
+
+
+class Notebook:
+    """What IPython is in a notebook, as far as it is used: outputs, and what each of them has shown."""
+
+    def __init__(self) -> None:
+        self.outputs: list[list[Any]] = []
+        self.display = SimpleNamespace(display=self)
+        self.version_info = (9, 0)  # which matplotlib asks for
+
+    def get_ipython(self) -> Any:
+        return SimpleNamespace(kernel=None)
+
+    def __call__(self, content: Any, display_id: bool) -> Any:
+        assert display_id
+        self.outputs.append([content])
+        return SimpleNamespace(update=self.outputs[-1].append)
+
+
+def test_in_a_notebook_progress_and_losses_are_two_outputs_that_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes; the bar ends full, the figure at the last step; quiet there is nothing."""
+    notebook = Notebook()
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setattr("jax_sae.run.live.time.perf_counter", iter(range(0, 10**6, 100)).__next__)
+    x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
+    settings = {"activations": x, "features": [3, 8], "batch_tokens": 16, "log_every": 2, "held_out_tokens": 50}
+    jax_sae.train(**settings, steps=8, quiet=True)
+    assert not notebook.outputs
+    jax_sae.train(**settings, steps=8)
+    bar, figures = notebook.outputs
+    assert repr(bar[-1]).startswith("100%|") and " 8/8 " in repr(bar[-1])
+    assert [figure.get_suptitle() for figure in figures] == ["step 2 of 8", "step 8 of 8"]  # 100 s each: not at 4 and 6
+    labels = [text.get_text() for text in figures[-1].axes[0].get_legend().get_texts()]
+    assert [label.split(":")[0] for label in labels] == ["F3", "F8"]
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("jax_sae.run.live.loss_figure", fail)
+    assert jax_sae.train(**settings, steps=8, on_step=lambda step, _: step == 4).step == 4
+    assert len(notebook.outputs) == 3
+    monkeypatch.setattr(notebook, "get_ipython", lambda: None)  # a shell without a kernel is a terminal
+    with progress_bar(total=1) as last:
+        last.update()
+    assert len(notebook.outputs) == 3

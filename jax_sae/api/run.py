@@ -14,6 +14,7 @@ import numpy as np
 from jax_sae.activations.sources import Sources
 from jax_sae.analysis.evaluation import evaluate, evaluate_members
 from jax_sae.analysis.steered import How, Writing, steer_member
+from jax_sae.card import table as html_table
 from jax_sae.config import Config, Member
 from jax_sae.errors import BadInput
 from jax_sae.figures.curves import member_colours, training_figure
@@ -24,13 +25,16 @@ from jax_sae.formats.folder import check_new_folder
 from jax_sae.formats.of_trained import dictionary_of
 from jax_sae.formats.worth import measured
 from jax_sae.language_model.hub import check_repository, push_folder, read_json
+from jax_sae.pages.feature import Feature, look_at_feature
+from jax_sae.pages.make import with_text
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config
 from jax_sae.run.load import load_autoencoder, make_autoencoder
-from jax_sae.run.opened import config_of
+from jax_sae.run.opened import config_of, open_inputs
 from jax_sae.run.progress import content
 from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
 from jax_sae.run.train import Ended
+from jax_sae.streams import quiet
 from jax_sae.sweep.members import member_names, placement_labels, recorded_member, sweep_members
 from jax_sae.sweep.update import METRICS
 from jax_sae.trained import TrainedAutoencoder
@@ -226,6 +230,39 @@ class Run:
         where = str(self.directory or self._name)
         return steer_member(where, sae, feature, prompt, strengths, how, writing, facts, config, self.sources)
 
+    def feature(
+        self,
+        name: str,
+        feature: int,
+        texts: Sequence[str] = (),
+        *,
+        tokens: int = 20_000,
+        examples: int = 8,
+        step: int | None = None,
+    ) -> Feature:
+        """Where a feature is largest in the held-out text, how often it fires, which tokens its direction raises.
+
+        What comes back shows itself: `run.feature("topk-F256-k16", 7)`. `jax_sae.feature_pages` writes pages on all.
+
+        Args:
+            name: the member that the feature is of.
+            feature: its number.
+            texts: texts of one's own, which are read instead of the held-out one.
+            tokens: of the held-out text, whole stories up to about this number.
+            examples: the most that are kept, each from another story.
+            step: of a checkpoint; the last one if left out.
+
+        Raises:
+            BadInput: if there is no such member, feature or step, no text of what the run read is known, or its text or
+                language model is not the one that it began with.
+        """
+        sae, facts = self.autoencoder(name, step), self._facts(step)
+        config = self.config if self.directory is None else config_of(self.directory, facts)
+        where = self.directory or Path(self._name)
+        with quiet():
+            source, _ = open_inputs(str(where), config, facts, self.sources)
+        return look_at_feature(sae, feature, with_text(where, config, source), texts, tokens, examples)
+
     def export(
         self,
         names: str | Sequence[str],
@@ -337,9 +374,7 @@ class Run:
     def _repr_html_(self) -> str:
         """The same, in a notebook."""
         rows = self._shown()
-        header = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-        return f"<b>{escape(self._title)}</b><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<b>{escape(self._title)}</b>{html_table(list(rows[0]), [list(row.values()) for row in rows])}"
 
     @property
     def _name(self) -> str:

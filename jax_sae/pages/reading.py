@@ -158,6 +158,16 @@ def story_features(
     """
     if not texts:
         return {name: [] for name in members}
+    found: dict[str, list[StoryFeatures]] = {name: [] for name in members}
+    for story in _own_stories(source, texts):
+        chunk, _, used, x = _chunk([story])
+        for name, its in _active(members, source, chunk, used, x).items():
+            found[name].append(_largest(story.token_ids, its.dense(slice(0, len(story.token_ids)))))
+    return found
+
+
+def _own_stories(source: WithText, texts: Sequence[str]) -> list[_Story]:
+    """Texts of one's own, read by a run's language model."""
     if not isinstance(source, StorySource):
         raise BadInput(
             f"--text is given, but {source.name} are of a store, and a text of one's own is read by a run's language "
@@ -168,13 +178,49 @@ def story_features(
         unknown = getattr(source.lm.tokenizer, "unk_token_id", None)
         if not len(ids) or (unknown is not None and (ids == unknown).all()):
             raise BadInput(f"the text {text!r} has no token that the language model knows; give another --text")
-    found: dict[str, list[StoryFeatures]] = {name: [] for name in members}
+    found = []
     for ids, x in zip(all_ids, source.lm.activations(all_ids), strict=True):
         used = np.arange(len(ids)) >= min(source.stories.exclude_first_tokens, len(ids) - 1)
-        chunk, _, used, x = _chunk([_Story(0, ids, used, np.where(used[:, None], x, 0))])
-        for name, its in _active(members, source, chunk, used, x).items():
-            found[name].append(_largest(ids, its.dense(slice(0, len(ids)))))
+        found.append(_Story(0, ids, used, np.where(used[:, None], x, 0)))
     return found
+
+
+def values_of(
+    source: WithText, sae: TrainedAutoencoder, n_tokens: int, feature: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of the first whole stories of a source, about `n_tokens` tokens: (token ids [T], used [T], values [T]).
+
+    Values are a feature's, float32; a token that is not used has 0.
+    """
+    with progress_bar(total=n_tokens, unit=" tokens", desc="feature", leave=False) as bar:
+        for items in pieces(source, n_tokens):
+            stories = list(_stories(source, items, 0, _norm_limit({sae.name: sae})))
+            yield from _values(source, sae, stories, feature)
+            bar.update(sum(int(story.used.sum()) for story in stories))
+
+
+def values_in_texts(
+    source: WithText, sae: TrainedAutoencoder, texts: Sequence[str], feature: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The same of texts of one's own.
+
+    Raises:
+        BadInput: as `story_features`.
+    """
+    yield from _values(source, sae, _own_stories(source, texts), feature)
+
+
+def _values(
+    source: WithText, sae: TrainedAutoencoder, stories: Sequence[_Story], feature: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    if not stories:
+        return
+    chunk, _, used, x = _chunk(stories)
+    values = np.zeros(len(used), np.float32)
+    for _, rows, encoded in _encoded({sae.name: sae}, source, chunk, used, x):
+        values[rows] = np.where(used[rows], np.asarray(encoded[: rows.stop - rows.start, feature]), 0)
+    ends = np.cumsum([len(story.token_ids) for story in stories])[:-1]
+    yield from zip((story.token_ids for story in stories), np.split(used, ends), np.split(values, ends), strict=True)
 
 
 def token_ids_of(source: WithText, n_tokens: int, wanted: Iterable[int]) -> dict[int, np.ndarray]:

@@ -40,6 +40,7 @@ from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
 from jax_sae.run.layout import choose_mesh
+from jax_sae.run.live import Live
 from jax_sae.run.lock import locked
 from jax_sae.run.loggers import Loggers, refuse_missing
 from jax_sae.run.plan import is_checkpoint, plan
@@ -196,6 +197,7 @@ def advance(
         writes = out if is_first() else None
         checkpoints = stack.enter_context(Checkpoints(writes / "checkpoints")) if writes else None
         log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress, loggers))
+        live = Live(setup)
         saved = progress.step
 
         def save_now() -> None:
@@ -212,6 +214,7 @@ def advance(
                     if checkpoints:
                         checkpoints.raise_failure()
                     report.refuse_if_all_diverged(progress, setup)
+                live.show(progress)
                 if is_checkpoint(step, train.checkpoint_every, train.steps):
                     save_now()
                     log.checkpoint(progress, setup)
@@ -226,6 +229,7 @@ def advance(
             if out and saved:
                 raise type(error)(f"{error}; saved at step {saved}: go on with --out {out} --resume") from error
             raise
+        live.show(progress, is_last=True)
     return progress
 
 
