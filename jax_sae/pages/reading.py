@@ -177,7 +177,7 @@ def _own_stories(source: WithText, texts: Sequence[str]) -> list[_Story]:
     for text, ids in zip(texts, all_ids, strict=True):
         unknown = getattr(source.lm.tokenizer, "unk_token_id", None)
         if not len(ids) or (unknown is not None and (ids == unknown).all()):
-            raise BadInput(f"the text {text!r} has no token that the language model knows; give another --text")
+            raise BadInput(f"the text {text!r} has no token that the language model knows; give another one")
     found = []
     for ids, x in zip(all_ids, source.lm.activations(all_ids), strict=True):
         used = np.arange(len(ids)) >= min(source.stories.exclude_first_tokens, len(ids) - 1)
