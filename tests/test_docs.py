@@ -38,7 +38,7 @@ import pytest
 from running import REPOSITORY, never, nothing_learned
 
 from jax_sae.commands import COMMANDS, module_of
-from jax_sae.commands.flags import parse, read_options
+from jax_sae.commands.flags import Arguments, parse, read_options
 from jax_sae.config import Config
 from jax_sae.config_tables import config_from_dict, config_names, load_config, option_names
 from jax_sae.run.settings import base, merge
@@ -307,8 +307,8 @@ def test_flags_within_lines_are_there() -> None:
 def flags_of(command: str) -> set[str]:
     """The names of a command's flags."""
     if command == "train":
-        own = {"config", "out", "resume", "debug", "coordinator", "num_processes", "process_id"}
-        return own | set(option_names())
+        own = {field for field in Arguments.__dataclass_fields__ if field not in ("settings", "loggers")}
+        return own | {"debug", "tensorboard", "wandb"} | set(option_names())
     return set(importlib.import_module(module_of(command)).Options.__dataclass_fields__)
 
 
