@@ -93,12 +93,13 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
 
 
 def test_importing_starts_no_backend_and_help_needs_no_jax() -> None:
-    """With a platform that does not exist, any array made at import time would fail."""
+    """With a platform that does not exist, any array made at import time would fail; `import jax_sae` is immediate."""
     names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts) for path in MODULES]
     code = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
     environment = {**os.environ, "JAX_PLATFORMS": "none", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-    code = "import sys, jax_sae.commands.train, jax_sae.config, jax_sae; assert 'jax' not in sys.modules"
+    code = "import sys, jax_sae; assert 'numpy' not in sys.modules; "
+    code += "import jax_sae.commands.train, jax_sae.config; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
