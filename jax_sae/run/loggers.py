@@ -154,7 +154,7 @@ class TensorBoard:
             held_out = {f"held_out_{metric}": member.get(metric) for metric in HELD_OUT}
             told = [self._histogram("held_out_density", result.densities[name])]
             self._append(name, [self._scalars(step, held_out), self._event(step, told)])
-        table = "".join(f"    {line}\n" for line in result.table.split("\n"))  # to the page that is code
+        table = "".join(f"    {line}\n" for line in result.table.split("\n"))  # indented: shown as it is
         text = TensorProto(dtype=DT_STRING, string_val=[table.encode()])
         is_text = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
         told = [Summary.Value(tag="members", metadata=is_text, tensor=text)]
@@ -323,7 +323,7 @@ LOGGERS: dict[str, Callable[[Path, Config], Logger]] = {"tensorboard": TensorBoa
 def refuse_missing(names: Sequence[str], out: Path | None) -> None:
     """Raise BadInput for a logger whose package is not installed, and for any where the run has no directory."""
     for name in names:
-        if find_spec(name) is None:
+        if getattr(find_spec(name), "origin", None) is None:  # a folder of that name, such as a run's, is no package
             raise BadInput(f"{name} is asked for, but is not installed; pip install 'jax_sae[{name}]', or leave it out")
         if out is None:
             raise BadInput(f"{name} is asked for, but the run has no directory, where its files go; give out")

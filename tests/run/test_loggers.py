@@ -7,6 +7,7 @@ import struct
 import time
 import zlib
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,14 @@ def test_a_logger_that_is_not_installed_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line that names the command; exit code 2; no directory. So is one whose files would go nowhere."""
-    monkeypatch.setattr("jax_sae.run.loggers.find_spec", lambda name: None)
+    a_folder, a_package = ModuleSpec("wandb", None), ModuleSpec("wandb", None, origin="wandb/__init__.py")
+    monkeypatch.setattr("jax_sae.run.loggers.find_spec", lambda name: {"wandb": a_folder}.get(name))
     monkeypatch.setattr("jax_sae.run.train.open_sources", None)
     for name in ("tensorboard", "wandb"):
         assert main([f"--{name}", "--out", str(tmp_path / "run")]) == 2
         assert f"{name} is asked for, but is not installed; pip install 'jax_sae[{name}]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("jax_sae.run.loggers.find_spec", lambda name: name)
+    monkeypatch.setattr("jax_sae.run.loggers.find_spec", lambda name: a_package)
     with pytest.raises(BadInput, match="wandb is asked for, but the run has no directory"):
         jax_sae.train(activations=X, wandb=True)
 
