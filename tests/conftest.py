@@ -8,6 +8,7 @@ Most of the time of the fast tests goes into compiling small programs, so XLA op
 XLA_FLAGS says otherwise: `.ci/run` sets it to nothing for the slow tests, which run with XLA's usual optimisation.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 # where another process has left a program without its date.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # no program says of each operation where it was called
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # matrices are small, and the threads wait for one another by computing
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -45,6 +48,9 @@ from jax_sae.config_tables import load_config
 from jax_sae.language_model import harvest
 from jax_sae.run.train import train
 
+# Of what is alive when it looks, Python's garbage collector finds nearly all alive, and JAX is called each time.
+gc.set_threshold(20_000, 20, 50)
+
 FILES_KEPT = 8
 files_since_then: list[int] = []
 
@@ -56,6 +62,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_unconfigure() -> None:
     """Remove the compiled programs."""
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end, so that the garbage collector need not look at them."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
