@@ -2,17 +2,20 @@
 
 Compiled programs are shared with the processes that tests start, in a folder that lives as long as the tests: some of
 those processes compile and some read what others compiled, and both must give the same bits. Each worker of
-pytest-xdist has a folder of its own, because JAX writes a program in place, where another could read half of it.
+pytest-xdist has a folder of its own, because JAX writes a program in place, where another could read half of it. After
+each file of tests the workers exchange whole programs by way of pytest's own cache, where the next `pytest` finds them.
 
 Most of the time of the fast tests goes into compiling small programs, so XLA optimises them as little as it can, unless
 XLA_FLAGS says otherwise: `.ci/run` sets it to nothing for the slow tests, which run with XLA's usual optimisation.
 """
 
 import gc
+import hashlib
 import os
 import shutil
 import signal
 import tempfile
+import time
 from importlib.metadata import version
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,6 +46,7 @@ import pytest
 from pyarrow import parquet
 from running import REPOSITORY, never, nothing_learned
 
+from jax_sae.commands.process import _processor
 from jax_sae.config import Config
 from jax_sae.config_tables import load_config
 from jax_sae.language_model import harvest
@@ -59,14 +63,46 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+PROGRAMS = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+KEPT_SECONDS = 7 * 86_400
+kept_programs: list[Path] = []
+"""Where programs are exchanged; none if processes are killed, which may be writing one, or nothing is to be kept."""
+
+
 def pytest_unconfigure() -> None:
-    """Remove the compiled programs."""
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    """Remove the compiled programs of this worker."""
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
-    """Modules and tests stay until the end, so that the garbage collector need not look at them."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules and tests stay until the end, so the garbage collector need not look at them; programs are fetched."""
     gc.freeze()
+    if hasattr(session.config, "cache") and not any(item.get_closest_marker("slow") for item in session.items):
+        kept = Path(session.config.cache.mkdir("programs")) / hashlib.sha256(_processor().encode()).hexdigest()[:16]
+        kept.mkdir(exist_ok=True)
+        kept_programs.append(kept)
+        exchange_programs()
+
+
+def pytest_keyboard_interrupt() -> None:
+    """What was being written may be half a program."""
+    kept_programs.clear()
+
+
+def exchange_programs() -> None:
+    """Fetch the programs that others have compiled, and give them those of this worker; old ones are forgotten."""
+    for kept in kept_programs:
+        there, here = ({file.name: file for file in folder.glob("*-cache")} for folder in (kept, PROGRAMS))
+        for name in there.keys() - here.keys():
+            if there[name].stat().st_mtime > time.time() - KEPT_SECONDS:
+                (PROGRAMS / name).symlink_to(there[name])
+            else:
+                there[name].unlink(missing_ok=True)
+        for name in here.keys() - there.keys():
+            if not here[name].is_symlink():
+                begun = kept / f"{name}.{os.getpid()}"
+                shutil.copyfile(here[name], begun)
+                begun.rename(kept / name)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -108,7 +144,9 @@ def demo_config(beginnings: str) -> Config:
 def demo_run(demo_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of `demo_config`."""
     out = tmp_path_factory.mktemp("runs") / "demo"
-    assert train(demo_config, out, resume=False, stop_requested=never)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("jax_sae.figures.drawing.save_figure", empty_figure)
+        assert train(demo_config, out, resume=False, stop_requested=never)
     return out
 
 
@@ -126,6 +164,7 @@ def programs_of_some_files_before_are_forgotten() -> Iterator[None]:
     Files that follow one another share much: kept for some, a third less is compiled or read from the disk.
     """
     yield
+    exchange_programs()
     files_since_then.append(1)
     if len(files_since_then) == FILES_KEPT:
         files_since_then.clear()
@@ -140,9 +179,13 @@ def a_line_of_metrics_a_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def few_tokens_are_enough_for_a_mean() -> Iterator[None]:
-    """Half the work of a small run would go into the norms and the normalisation of 16,384 tokens."""
+    """Half the work of a small run would go into the norms and the normalisation of 16,384 tokens.
+
+    And a tenth into the tokens of 256 stories, which are counted whenever a text is opened.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("jax_sae.run.train.NORMALIZATION_TOKENS", 2048)
+        patched.setattr("jax_sae.language_model.text.STORIES_TO_COUNT", 64)
         yield
 
 

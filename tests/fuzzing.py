@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jax_sae.errors import BadInput
 
-FUZZ = settings(max_examples=300, derandomize=True, database=None, deadline=None)
+FUZZ = settings(max_examples=150, derandomize=True, database=None, deadline=None)
 
 
 def flip(content: bytes, bit: int) -> bytes:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def model_of(kind: str, form: str, dictionary: str = "autoencoder") -> Autoencod
     return kind_named(kind)(reads, F, written, skip, most_k=MOST_K + (form == "sparse"))
 
 
-def parameters(kind: str, dictionary: str = "autoencoder") -> Params:
+def parameters(kind: str, dictionary: str = "autoencoder") -> dict[str, Any]:
     """Parameters of a kind with every bias in use and directions of norms from about 0.3 to 3."""
     rng, reads = np.random.default_rng(1), READ if dictionary.endswith("transcoder") else D
     shapes = {"W_enc": (reads, F), "W_dec": (F, D), "b_dec": (D,)} | dict.fromkeys(EXTRA.get(kind, ("b_enc",)), (F,))
@@ -64,16 +65,16 @@ def parameters(kind: str, dictionary: str = "autoencoder") -> Params:
         shapes["W_skip"] = (READ, D)
     params = {name: rng.normal(0, 0.5, shape) for name, shape in shapes.items()}
     params["W_dec"] *= np.geomspace(0.3, 3, F)[:, None]
-    return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    return {name: value.astype(np.float32) for name, value in params.items()}
 
 
-def padded(params: Params) -> Params:
+def padded(params: Params) -> dict[str, Any]:
     """The same autoencoder with features of zeros, as it stands beside a wider one."""
     widths = {"W_enc": ((0, 0), (0, MORE_F)), "W_dec": ((0, MORE_F), (0, 0)), "b_dec": (0, 0)}
-    return {name: jnp.pad(value, widths.get(name, (0, MORE_F))) for name, value in params.items()}
+    return {name: np.pad(value, widths.get(name, (0, MORE_F))) for name, value in params.items()}
 
 
-def values_of(form: str, features: int) -> dict[str, jax.Array]:
+def values_of(form: str, features: int) -> dict[str, Any]:
     """Settings, ramp and dead features; jumprelu's penalty is of the form 'lambda' or 'target'."""
     numbers = {
         "l1_coefficient": LAMBDA,
@@ -86,11 +87,11 @@ def values_of(form: str, features: int) -> dict[str, jax.Array]:
         "ramp": RAMP,
     }
     dead = np.pad(DEAD, (0, features - F))
-    return {name: jnp.float32(value) for name, value in numbers.items()} | {
-        "k": jnp.int32(K),
-        "features": jnp.int32(F),
-        "dead": jnp.asarray(dead),
-        "any_dead": jnp.bool(True),
+    return {name: np.float32(value) for name, value in numbers.items()} | {
+        "k": np.int32(K),
+        "features": np.int32(F),
+        "dead": dead,
+        "any_dead": np.bool(True),
     }
 
 
@@ -338,7 +339,7 @@ def test_loss_and_gradients_are_the_formulas(kind: str, form: str, dictionary: s
 def test_without_dead_features_there_is_no_auxk(kind: str, form: str) -> None:
     """Neither a penalty of it nor a gradient, also where it is computed because others of the group have dead ones."""
     params, model = parameters(kind), model_of(kind, form)
-    values = values_of("", F) | {"dead": jnp.zeros(F, bool)}
+    values = values_of("", F) | {"dead": np.zeros(F, bool)}
     found = terms_and_gradient(model, params, values, X, WEIGHTS)
     without = terms_and_gradient(model.clone(weighs=()), params, values, X, WEIGHTS)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-4), found, without)
@@ -349,7 +350,7 @@ def test_without_dead_features_there_is_no_auxk(kind: str, form: str) -> None:
 def test_padded_features_have_exactly_no_gradient(kind: str, form: str, bandwidth: float) -> None:
     """Nor do they change what the others have, nor fire, however wide the window around a threshold is."""
     params, model = parameters(kind), model_of(kind, form)
-    of_own = {"bandwidth": jnp.float32(bandwidth)}
+    of_own = {"bandwidth": np.float32(bandwidth)}
     alone, own = terms_and_gradient(model, params, values_of(form, F) | of_own, X, WEIGHTS)
     wider = model.clone(features=F + MORE_F)
     terms, gradient = terms_and_gradient(wider, padded(params), values_of(form, F + MORE_F) | of_own, X, WEIGHTS)
@@ -359,7 +360,7 @@ def test_padded_features_have_exactly_no_gradient(kind: str, form: str, bandwidt
     for name, value in gradient.items():
         its, padding = np.split(np.asarray(value), [F], {"W_enc": 1, "b_dec": 0}.get(name, 0))
         assert not np.any(padding), name
-        np.testing.assert_allclose(its, own[name], rtol=0, atol=2e-6 * float(jnp.abs(own[name]).max()), err_msg=name)
+        np.testing.assert_allclose(its, own[name], rtol=0, atol=2e-6 * float(np.abs(own[name]).max()), err_msg=name)
 
 
 @pytest.mark.parametrize(("kind", "form"), CASES)
@@ -401,11 +402,12 @@ def features_by_hand(kind: str, p: FloatParams, x: np.ndarray, w: np.ndarray, tr
 def test_encode_is_the_formula(kind: str) -> None:
     """Of a batch, and of one token, which for each kind does not depend on the others."""
     params, model = parameters(kind), model_of(kind, "")
-    values = values_of("lambda", F) | {"threshold": jnp.float32(0.9)}
+    values = values_of("lambda", F) | {"threshold": np.float32(0.9)}
     expected = features_by_hand(kind, in_float64(params), X.astype(np.float64), WEIGHTS[:, None], training=False)
     assert np.any(expected[1] > 0) and np.any(expected[1] == 0)
-    np.testing.assert_allclose(encode(model, params, values, X), expected, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(encode(model, params, values, X[1]), expected[1], rtol=1e-5, atol=1e-4)
+    compiled = jax.jit(functools.partial(encode, model))
+    np.testing.assert_allclose(compiled(params, values, X), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(compiled(params, values, X[1]), expected[1], rtol=1e-5, atol=1e-4)
 
 
 PLANE = np.stack(np.meshgrid(*[np.linspace(-2, 2, 501)] * 2), -1).reshape(-1, 2)
@@ -439,7 +441,7 @@ def smoothed_derivatives(width: float) -> np.ndarray:
 
 def threshold_gradient(width: float, **settings: float) -> np.ndarray:
     """d/dtheta [2] of what training minimises on the plane, as it estimates it with a window of that width."""
-    params = {name: jnp.asarray(value, jnp.float32) for name, value in ON_PLANE.items()}
+    params = {name: value.astype(np.float32) for name, value in ON_PLANE.items()}
     values = {"l0_coefficient": 0.0, "target_l0": 0.0, "bandwidth": width / np.sqrt(2), "ramp": 1.0, "features": 2}
     x, model = PLANE.astype(np.float32), kind_named("jumprelu")(2, 2, weighs=("l0_coefficient", "target_l0"))
     _, gradient = terms_and_gradient(model, params, values | settings, x, np.ones(len(x), np.float32))
@@ -492,7 +494,7 @@ def test_threshold_is_the_mean_over_batches_of_the_smallest_kept_feature() -> No
         x = np.random.default_rng(number).normal(0, 1 + number, (B, D)).astype(np.float32)
         c = np.maximum((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"], 0) * WEIGHTS[:, None]
         smallest.append(c[keep(c, K * TOKENS)].min())
-        state, metrics = step(state, x, WEIGHTS, jnp.int32(number), jnp.bool(False))
+        state, metrics = step(state, x, WEIGHTS, np.int32(number), np.bool(False))
         assert metrics[2] == K
         weights = 0.99 ** np.arange(number, -1, -1)
         assert state.memory["threshold"] == pytest.approx(weights @ smallest / weights.sum(), rel=2e-6)
@@ -502,16 +504,16 @@ def test_threshold_is_the_mean_over_batches_of_the_smallest_kept_feature() -> No
 def test_a_batch_with_nothing_active_leaves_the_threshold() -> None:
     """Also if it is the first; and a batch after it counts as if it had not been there."""
     state, step = batchtopk_member()
-    x, number = X[:, :D], jnp.int32(0)
-    silent = state._replace(params=state.params | {"b_enc": jnp.full(16, -1e6)})
-    after, metrics = step(silent, x, WEIGHTS, number, jnp.bool(False))
+    x, number = X[:, :D], np.int32(0)
+    silent = state._replace(params=state.params | {"b_enc": np.full(16, -1e6, np.float32)})
+    after, metrics = step(silent, x, WEIGHTS, number, np.bool(False))
     assert metrics[2] == 0 and not after.diverged
     for name in ("threshold", "threshold_weight"):
         assert after.memory[name] == state.memory[name] == 0
-    first, _ = step(state, x, WEIGHTS, number, jnp.bool(False))
+    first, _ = step(state, x, WEIGHTS, number, np.bool(False))
     silent = first._replace(params=silent.params)
     for name in ("threshold", "threshold_weight"):
-        assert step(silent, x, WEIGHTS, number, jnp.bool(False))[0].memory[name] == first.memory[name] > 0
+        assert step(silent, x, WEIGHTS, number, np.bool(False))[0].memory[name] == first.memory[name] > 0
 
 
 def test_threshold_of_used_features_is_what_training_remembered() -> None:
@@ -519,7 +521,7 @@ def test_threshold_of_used_features_is_what_training_remembered() -> None:
     state, step = batchtopk_member()
     for number in range(6):
         x = np.random.default_rng(number).normal(0, 1, (400, D)).astype(np.float32)
-        state, _ = step(state, x, np.ones(400, np.float32), jnp.int32(number), jnp.bool(False))
+        state, _ = step(state, x, np.ones(400, np.float32), np.int32(number), np.bool(False))
     features = encode(kind_named("batchtopk")(D, 16), state.params, state.memory, x)
     p = in_float64(state.params)
     c = np.maximum((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"], 0)

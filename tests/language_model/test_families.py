@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ def error(found: Any, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
 
+def everything(lm: LanguageModel) -> Callable[[np.ndarray], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Of token ids [B, T], logits and what stands at all places: `activations` and `logits` would be two programs."""
+    model, params = lm.whole
+
+    @jax.jit
+    def read(ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        found: dict[str, jax.Array] = {}
+        logits = model.apply({"params": params}, ids, lambda at, x: found.setdefault(at, x), method="logits")
+        return logits, found
+
+    return read
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, LanguageModel]:
     """Each model whole, loaded once."""
@@ -62,16 +76,7 @@ def test_every_place_is_that_of_pytorch(name: Any, models: dict[Any, LanguageMod
     lm, expected = models[name], np.load(DATA / name / "expected.npz")
     a = lm.model.architecture
     ends = np.cumsum([width_of(place, a) for place in places_of(a)])
-    model, params = lm.whole
-
-    @jax.jit
-    def read(ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Logits, and what stands at all places; with `activations` and `logits` there would be two programs."""
-        found: dict[str, jax.Array] = {}
-        logits = model.apply({"params": params}, ids[None], lambda at, x: found.setdefault(at, x), method="logits")
-        return logits, found
-
-    logits, found = jax.tree.map(lambda x: np.asarray(x)[0], read(expected["ids"]))
+    logits, found = jax.tree.map(lambda x: np.asarray(x)[0], everything(lm)(expected["ids"][None]))
     for place, wanted in zip(places_of(a), np.split(expected["places"], ends[:-1], axis=1), strict=True):
         assert error(found[place], wanted) < 2e-5, place
     for layer, wanted in enumerate(expected["hidden"]):
@@ -100,16 +105,15 @@ def test_the_family_that_the_page_adds_is_run_like_the_others(monkeypatch: pytes
 def test_larger_models_too(name: str) -> None:
     """Sixty tokens of two texts; attention's and the MLP's outputs there are those before a second norm."""
     expected, lm = np.load(LARGER / name / "expected.npz"), load_language_model(str(LARGER / name))
-    a, texts = lm.model.architecture, list(expected["input_ids"])
-    layers = [place_of_layer(n, a) for n in range(a.num_layers + 1)]
-    found = lm.activations(texts, [*layers, "1.z", "1.mlp_in", "1.attn_out", "1.mlp_out"])
-    for n, place in enumerate(layers):
-        assert error(found[place], expected[f"hidden_state_{n}"]) < 2e-5, place
+    a = lm.model.architecture
+    logits, found = everything(lm)(expected["input_ids"])
+    for n in range(a.num_layers + 1):
+        assert error(found[place_of_layer(n, a)], expected[f"hidden_state_{n}"]) < 2e-5, n
     wanted = {"1.z": "attn_z", "1.mlp_in": "mlp_in", "1.attn_out": "attn_out", "1.mlp_out": "mlp_out"}
     for place, key in wanted.items():
         if a.placement == "before" or place in ("1.z", "1.mlp_in"):
             assert error(found[place], expected[f"block1_{key}"]) < 2e-5, place
-    assert error(lm.logits(texts), expected["logits"]) < 2e-5
+    assert error(logits, expected["logits"]) < 2e-5
 
 
 # The tap
@@ -125,7 +129,7 @@ def test_a_tap_reads_replaces_and_adds(name: str, models: dict[str, LanguageMode
         places.append(place)
         return x
 
-    assert error(lm.run(ids, look), np.asarray(plain)) < 5e-6
+    assert error(jax.jit(lambda ids: lm.run(ids, look))(ids), np.asarray(plain)) < 5e-6
     assert sorted(places) == sorted(places_of(lm.model.architecture))
 
     place, others = "1.mlp_out", lm.activations([ids[::-1]], ["1.mlp_out"])["1.mlp_out"][0]
@@ -133,11 +137,11 @@ def test_a_tap_reads_replaces_and_adds(name: str, models: dict[str, LanguageMode
     def steered(strength: Any, ids: Any) -> jax.Array:
         return lm.run(ids, lambda at, x: x + strength * others if at == place else x)
 
-    by_hand = lm.run(ids, lambda at, x: x + 0.5 * others if at == "1.resid_post" else x)
+    by_hand = jax.jit(lambda ids: lm.run(ids, lambda at, x: x + 0.5 * others if at == "1.resid_post" else x))(ids)
     steer = jax.jit(steered)
     np.testing.assert_allclose(steer(0.5, ids), by_hand, rtol=0, atol=2e-5 * float(np.abs(plain).max()))
     assert error(steer(0.5, ids), np.asarray(plain)) > 1e-2
-    slope = jax.grad(lambda s: steered(s, ids)[-1, 0])(0.5)
+    slope = jax.jit(jax.grad(lambda s: steered(s, ids)[-1, 0]))(0.5)
     difference = (steer(0.51, ids) - steer(0.49, ids))[-1, 0] / 0.02
     assert float(slope) == pytest.approx(float(difference), rel=0.02, abs=1e-3)
 
@@ -181,7 +185,8 @@ def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, 
             row[: len(expected)] = expected
             expected = np.append(expected, np.int32(np.argmax(read(row)[len(expected) - 1])))
         np.testing.assert_array_equal(lm.generate(ids, 23, tap=change), expected)
-    np.testing.assert_array_equal(lm.generate(ids, 14, tap=tap), expected[:17])
+    if name == "gpt_neo":  # how much room there is concerns no family
+        np.testing.assert_array_equal(lm.generate(ids, 14, tap=tap), expected[:17])
     np.testing.assert_array_equal(lm.generate(ids, 23, until=int(expected[7]), tap=tap)[-1], expected[7])
 
 
@@ -191,11 +196,11 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(models: dict[str, Language
     p = np.asarray(jax.nn.softmax(lm.logits_of([5, 7])[-1] / 3), np.float64)
     order = np.argsort(-p)
     kept = order[: int(np.searchsorted(np.cumsum(p[order]), 0.6)) + 1]
-    drawn = np.array([lm.generate([5, 7], 1, temperature=3.0, top_p=0.6, seed=seed)[-1] for seed in range(400)])
+    drawn = np.array([lm.generate([5, 7], 1, temperature=3.0, top_p=0.6, seed=seed)[-1] for seed in range(200)])
     assert set(drawn) <= set(kept) and len(set(drawn)) > 1
     share = p[kept] / p[kept].sum()
     found = np.array([(drawn == token).mean() for token in kept])
-    assert np.abs(found - share).max() < 5 * np.sqrt(0.25 / 400)
+    assert np.abs(found - share).max() < 5 * np.sqrt(0.25 / 200)
     again = [lm.generate([5, 7], 9, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(again[0], again[1])
     assert not np.array_equal(again[0], again[2])

@@ -49,7 +49,7 @@ MEMBERS = {
 }
 CONFIG = Config(
     activations=ActivationsConfig(block_tokens=128, held_out_tokens=60),
-    train=TrainConfig(steps=9, batch_tokens=32, checkpoint_every=4, log_every=1),
+    train=TrainConfig(steps=9, batch_tokens=32, checkpoint_every=9, log_every=1),
 )
 
 
@@ -148,7 +148,7 @@ def test_it_reads_and_writes_in_the_models_own_scale(label: str, together: Path)
         assert np.abs(np.asarray(written)[:, its] - y[:, its]).max() < 3 * scale
         assert abs(np.asarray(written)[:, its].mean() - y[:, its].mean()) < 0.2 * scale
     np.testing.assert_allclose(jax.jit(sae)(x), written, rtol=1e-4, atol=1e-4 * np.abs(y).max())
-    gradient = jax.grad(lambda sae: jnp.sum(sae(x)))(sae)
+    gradient = jax.jit(jax.grad(lambda sae: jnp.sum(sae(x))))(sae)
     assert jax.tree.structure(gradient.params) == jax.tree.structure(sae.params)
     if sae.written and label.endswith("transcoder"):  # whose encoder sees x itself: all can be folded
         p = fold(sae.normalization, {name: np.asarray(value) for name, value in sae.params.items()}, sae.of_written)
