@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_with_its_curves(tmp_path: Path, learning_nothing:
     for folder in (out / "tensorboard").iterdir():
         (file,) = folder.iterdir()
         with open(file, "ab") as events:
-            events.write(struct.pack("<Q", 100) + b"half")
+            events.write(struct.pack("<QI", 100, 0) + b"\x0a\x7f")  # the head of an event, and of what is in it
     trained(out, resume=True, tensorboard=True)
     assert_each_line_is_seen_once(out)
     summary = json.loads((out / "summary.json").read_text())["members"][0]
