@@ -3,16 +3,19 @@
 Or a transcoder or crosscoder, which reads and writes other places, each of them normalised by itself.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import ArrayLike
 
 from jax_sae.activations.normalize import (
@@ -28,6 +31,7 @@ from jax_sae.activations.normalize import (
 from jax_sae.activations.places import Columns, Place, columns
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
+from jax_sae.autoencoder.shards import FEATURE, Shards
 from jax_sae.card import card
 from jax_sae.config import Config, Member, TrainConfig
 from jax_sae.errors import BadInput
@@ -36,6 +40,7 @@ from jax_sae.formats.export import export
 from jax_sae.formats.of_trained import dictionary_of
 from jax_sae.rows import as_float32, by_rows, is_traced, widened
 from jax_sae.sweep.groups import Group
+from jax_sae.sweep.mesh import spec_of_parameter
 from jax_sae.sweep.update import SweepState, member_shapes, unstack
 
 
@@ -46,11 +51,23 @@ def _encode(
     normalization: Normalization,
     x: Any,
     per_token: PerToken | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     params, values, normalization = widened((params, values, normalization))
     values = {**values, "k": values["k"].astype(jnp.int32)} if "k" in values else values
     x = x if per_token is None else normalize_tokens(per_token, x)[0]
-    return encode(model, params, values, normalize(normalization, x))
+    inputs = normalize(normalization, x)
+    if mesh is None:
+        return encode(model, params, values, inputs)
+    rows, features = _along(model, mesh, inputs)
+    on_each = jax.shard_map(
+        partial(encode, model),
+        mesh=mesh,
+        in_specs=(specs_of(model, params), P(), rows),
+        out_specs=features,
+        check_vma=False,
+    )
+    return on_each(params, values, inputs)
 
 
 def _decode(
@@ -62,25 +79,57 @@ def _decode(
     x: Any = None,
     *,
     per_token: PerToken | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     params, of_reads, of_writes = widened((params, of_reads, of_writes))
     of_token = None if per_token is None else normalize_tokens(per_token, x)
     x = x if of_token is None else of_token[0]
     inputs = None if x is None else normalize(of_reads, x)
-    y = denormalize(of_writes, decode(model, params, features, inputs))
+    if mesh is None:
+        written = decode(model, params, features, inputs)
+    else:
+        rows, of_features = _along(model, mesh, features)
+        on_each = jax.shard_map(
+            partial(decode, model),
+            mesh=mesh,
+            in_specs=(specs_of(model, params), of_features, rows),
+            out_specs=rows,
+            check_vma=False,
+        )
+        written = on_each(params, features, inputs)
+    y = denormalize(of_writes, written)
     return y if of_token is None else y * of_token[2] + of_token[1]
 
 
-_encode_compiled = jax.jit(_encode, static_argnames=("model", "per_token"))
-_decode_compiled = jax.jit(_decode, static_argnames=("model", "per_token"))
+_encode_compiled = jax.jit(_encode, static_argnames=("model", "per_token", "mesh"))
+_decode_compiled = jax.jit(_decode, static_argnames=("model", "per_token", "mesh"))
+
+
+def specs_of(model: Autoencoder, params: Params) -> dict[str, P]:
+    """Of each parameter of a member on a mesh, along which axis it lies in parts: the model is of a part of F, or whole."""
+    is_whole = model.shards.feature == 1
+    return {name: P() if is_whole else spec_of_parameter(name, jnp.ndim(each)) for name, each in params.items()}
+
+
+def _along(model: Autoencoder, mesh: Mesh, x: jax.Array) -> tuple[P, P]:
+    """Along which axes x[..., D] lies in parts, and features [..., F] of it: rows [N, D] along all that F is not.
+
+    Rows that do not divide, and other shapes, are computed as often as there are parts.
+    """
+    of_features = (FEATURE,) if model.shards.feature > 1 else ()
+    axes = tuple(name for name in mesh.axis_names if name not in of_features)
+    parts = math.prod(mesh.shape[name] for name in axes)
+    leading = [axes] if x.ndim == 2 and len(x) % parts == 0 else [None] * (x.ndim - 1)
+    return P(*leading, None), P(*leading, *of_features)
 
 
 @lru_cache(maxsize=256)
 def _model(
-    kind: type[Autoencoder], width: int, features: int, most_k: int, written: tuple[int, ...], skip: bool
+    kind: type[Autoencoder], width: int, features: int, most_k: int, written: tuple[int, ...], skip: bool, parts: int
 ) -> Autoencoder:
     # parent: inside a tap, Flax would make it a part of the language model, of no use afterwards
-    return kind(width, features, written, skip, most_k=most_k, is_trained=False, parent=None)
+    shards = Shards(feature=parts)
+    return kind(width, features // parts, written, skip, most_k=most_k, is_trained=False, shards=shards, parent=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +205,8 @@ class TrainedAutoencoder:
     """What was fitted to the activations that it writes; None: an autoencoder writes what it reads."""
     written: tuple[int, ...] = field(default=(), metadata={"static": True})
     """Widths of the places that it writes, side by side; empty for an autoencoder."""
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
+    """The devices on which it computes, where `spread` put it."""
 
     def __post_init__(self) -> None:
         """Take the label off what is no particular autoencoder; JAX calls this with leaves of any type."""
@@ -243,6 +294,14 @@ class TrainedAutoencoder:
         """F, the number of features."""
         return self.params["W_enc"].shape[-1]
 
+    @property
+    def parts(self) -> int:
+        """In how many parts its features lie on its `mesh`."""
+        if self.mesh is None or not kind_named(self.kind).splits_features:
+            return 1
+        parts = self.mesh.shape[FEATURE]
+        return parts if self.features % parts == 0 else 1
+
     def encode(self, x: ArrayLike | Mapping[str, ArrayLike]) -> jax.Array:
         """x[..., D], activations as the language model gives them -> features [..., F] float32, none below 0.
 
@@ -258,10 +317,10 @@ class TrainedAutoencoder:
         """
         x = self._checked(x)
         values, normalization = {**self.settings, **self.memory}, self._normalization_of(x)
-        model, per_token = self._model(), self.per_token
+        its = (self._model(), self.params, values, normalization)
         if is_traced(self, x):
-            return _encode(model, self.params, values, normalization, x, per_token)
-        return by_rows(lambda rows: _encode_compiled(model, self.params, values, normalization, rows, per_token), x)
+            return _encode(*its, x, self.per_token, self.mesh)
+        return by_rows(lambda rows: _encode_compiled(*its, rows, self.per_token, self.mesh), x)
 
     def decode(
         self,
@@ -299,20 +358,16 @@ class TrainedAutoencoder:
             )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
         written = normalization if self.of_written is None else self.of_written
-        model, per_token = self._model(), self.per_token
+        its, how = (self._model(), self.params, normalization, written), {"per_token": self.per_token, "mesh": self.mesh}
         x = [self._checked(inputs)] if self.needs_inputs and inputs is not None else []
         if x and x[0].shape[:-1] != features.shape[:-1]:
             raise BadInput(
                 f"features have shape {features.shape}, but inputs {x[0].shape}; they are of the same tokens"
             )
         if is_traced(self, features, normalization, *x):
-            y = _decode(model, self.params, normalization, written, features, *x, per_token=per_token)
+            y = _decode(*its, features, *x, **how)
         else:
-            y = by_rows(
-                lambda *rows: _decode_compiled(model, self.params, normalization, written, *rows, per_token=per_token),
-                features,
-                *x,
-            )
+            y = by_rows(lambda *rows: _decode_compiled(*its, *rows, **how), features, *x)
         return y if place is None else y[..., slice(*self._columns_of(place))]
 
     def direction(self, feature: int, place: str | None = None) -> jax.Array:
@@ -339,6 +394,19 @@ class TrainedAutoencoder:
         written = self.normalization if self.of_written is None else self.of_written
         row, scale = widened((self.params["W_dec"][feature], written.scale))
         return (row / scale)[slice(*self._columns_of(place)) if place is not None else slice(None)]
+
+    def spread(self, mesh: Mesh) -> "TrainedAutoencoder":
+        """The same on a mesh, as `jax_sae.sweep.mesh.make_mesh` makes it; its arrays may be NumPy's.
+
+        Its features lie in parts along the axis `feature`, where they divide and its kind allows it. `encode` and
+        `decode` share rows among the devices of the other axes, and give what they give on one device but for
+        roundings; which features are kept is exact, and no device has all features of a row.
+        """
+        placed = replace(self, mesh=mesh)
+        of_params, whole = specs_of(placed._model(), self.params), NamedSharding(mesh, P())
+        params = {name: jax.device_put(each, NamedSharding(mesh, of_params[name])) for name, each in self.params.items()}
+        others = {name: getattr(self, name) for name in ("memory", "settings", "normalization", "of_written")}
+        return replace(placed, params=params, **jax.device_put(others, whole))
 
     def export(self, format: Format, to: str | Path) -> Path:
         """Write it in the layout of another tool, or of this one, with a model card: `sae.export("saelens", "folder")`.
@@ -381,7 +449,8 @@ class TrainedAutoencoder:
         k = self.settings.get("k", 0)
         most_k = 0 if is_traced(k) else int(k)
         kind = kind_named(self.kind)
-        return _model(kind, self.width, self.features, most_k, self.written, self.skip)  # type: ignore[arg-type]
+        its = (kind, self.width, self.features, most_k, self.written, self.skip, self.parts)
+        return _model(*its)  # type: ignore[arg-type]
 
     def _checked(self, x: ArrayLike | Mapping[str, ArrayLike]) -> np.ndarray | jax.Array:
         if isinstance(x, Mapping):

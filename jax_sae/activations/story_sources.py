@@ -1,7 +1,7 @@
 """Stories that a language model reads, as sources: rows of a text that is there, or a text that is streamed."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from jax_sae.activations.order import random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.errors import BadInput
-from jax_sae.language_model.harvest import spread, stays_on_device
+from jax_sae.language_model.harvest import stays_on_device
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.several import (
     Models,
@@ -108,11 +108,6 @@ class StorySource:
         """Run the language models over whole stories; the activations of excluded tokens are left out."""
         for i, x in harvest_each(self.models, *_to_read(items)):
             yield i, x[items[i].used]
-
-    def spread(self, devices: Iterable[jax.Device]) -> "StorySource":
-        """The same, with the language models on each of the devices, which share stories among them."""
-        models = {name: replace(lm, params=spread(lm.params, list(devices))) for name, lm in self.models.items()}
-        return replace(self, models=models)
 
     def on_device(self, items: Sequence[Story]) -> OnDevice | None:
         """The same where the device keeps them, as `blocks.on_device` tells; None where NumPy sees them anyway."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_sae.activations.places import Columns, Place, columns, own_columns
 from jax_sae.activations.sources import Sources
@@ -31,8 +32,10 @@ from jax_sae.analysis.stability import stability
 from jax_sae.analysis.statistics import DENSE, Metrics, density_histogram, metrics
 from jax_sae.analysis.tables import tables
 from jax_sae.autoencoder.baselines import pca_curve
+from jax_sae.autoencoder.model import Params
 from jax_sae.autoencoder.regression import regression_fvu
-from jax_sae.config import Config, DecoderBias
+from jax_sae.autoencoder.shards import FEATURE
+from jax_sae.config import Config, DecoderBias, MeshConfig
 from jax_sae.errors import BadInput
 from jax_sae.figures.densities import density_figure
 from jax_sae.figures.drawing import Figures, save_each
@@ -40,11 +43,14 @@ from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.figures.relative_norms import relative_norms_figure
 from jax_sae.language_model.several import Models, split_place
 from jax_sae.run.checkpoints import Tree
+from jax_sae.run.layout import mesh_to_look
+from jax_sae.run.memory import n_bytes
 from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_json
 from jax_sae.streams import say
 from jax_sae.sweep.members import placement_labels
+from jax_sae.sweep.mesh import parameters_on
 from jax_sae.sweep.update import init_member
 from jax_sae.trained import Origin, TrainedAutoencoder
 
@@ -56,7 +62,11 @@ OF_A_PLACE = ("explained_variance", "fvu", "mse", "cossim", "l2_ratio", "relativ
 
 
 def evaluate(
-    run: Path, step: int | None = None, n_tokens: int | None = None, sources: Sources | None = None
+    run: Path,
+    step: int | None = None,
+    n_tokens: int | None = None,
+    sources: Sources | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 - it is frozen
 ) -> dict[str, Any]:
     """Evaluate every member of a run at a checkpoint; write the results below `run`, and print tables.
 
@@ -68,6 +78,7 @@ def evaluate(
         step: of the checkpoint; the newest if None.
         n_tokens: held-out tokens, whole stories up to this number; those of the run's config if None.
         sources: those that the run was trained on, where a program gave them.
+        mesh: on how many devices; without saying so on those of the run's own settings, if they are here, else on one.
 
     Returns:
         The contents of `evaluation.json`; a number that is not finite is None.
@@ -81,7 +92,10 @@ def evaluate(
     facts, suffix = read_facts(run, step)
     _refuse_read_only(run)
     config = config_of(run, facts)
-    record, placed = evaluate_members(str(run), load_members(run, config, facts), facts, config, n_tokens, sources)
+    on, lines = mesh_to_look(config, facts, mesh)
+    trained = load_members(run, config, facts, on)
+    say(lines)
+    record, placed = evaluate_members(str(run), trained, facts, config, n_tokens, sources, on)
     _write(run, suffix, record, placed)
     return record
 
@@ -93,6 +107,7 @@ def evaluate_members(
     config: Config,
     n_tokens: int | None = None,
     sources: Sources | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, Any], dict[str, tuple[list[str], Floors]]]:
     """Evaluate the members of a run, which may have no directory, and print tables; nothing is written.
 
@@ -103,6 +118,7 @@ def evaluate_members(
         config: its settings.
         n_tokens: as for `evaluate`.
         sources: as for `evaluate`.
+        mesh: on which the members lie; its devices share the text.
 
     Returns:
         The contents of `evaluation.json`; of each placement by its label, '' where there is one place, the names of its
@@ -113,7 +129,8 @@ def evaluate_members(
     """
     if n_tokens is not None and n_tokens < 1:
         raise BadInput(f"the number of held-out tokens is {n_tokens}; one above 0 was expected")
-    source, models = open_inputs(run, config, facts, sources)
+    beside = 0 if mesh is None else 2 * n_bytes([sae.params for sae in trained.values()]) // mesh.shape[FEATURE]
+    source, models = open_inputs(run, config, facts, sources, mesh, beside)
     dictionaries = {**trained} | _before_training(trained, config)
     asked = config.activations.held_out_tokens if n_tokens is None else n_tokens
     measured = measure(source, dictionaries, asked)
@@ -152,7 +169,7 @@ def evaluate_members(
         ],
         "stability": stabilities(trained, facts),
         "inputs": facts["inputs"],
-        "device": device(),
+        "device": device(mesh),
         "versions": versions(),
     }
     record = _finite(record)
@@ -189,10 +206,17 @@ def _before_training(trained: Mapping[str, TrainedAutoencoder], config: Config) 
     activations, it is 0 here.
     """
     no_centre = dict.fromkeys(get_args(DecoderBias), 0.0)
+
+    def initial_params(sae: TrainedAutoencoder) -> Params:
+        def begun() -> Params:
+            return init_member(sae.member, sae.width, config.train, no_centre, sae.written).params
+
+        return begun() if sae.parts == 1 or sae.mesh is None else parameters_on(sae.mesh, begun)
+
     return {
         untrained(name): replace(
             sae,
-            params=init_member(sae.member, sae.width, config.train, no_centre, sae.written).params,
+            params=initial_params(sae),
             origin=Origin(untrained(name), sae.step, sae.member, sae.config, place=sae.place),
         )
         for name, sae in trained.items()

@@ -21,6 +21,7 @@ from jax_sae.activations.norms import token_norms
 from jax_sae.errors import BadInput
 from jax_sae.language_model.architectures import Architecture
 from jax_sae.language_model.decoder import Decoder
+from jax_sae.language_model.devices import devices_of, in_rows
 from jax_sae.language_model.harvest import harvest, padded_length, tokens_at_a_time
 from jax_sae.language_model.places import layer_of, place_of_layer, stream_layer, width_of
 from jax_sae.language_model.pretrained import LOGITS_AT_A_TIME, LanguageModel, Text
@@ -140,6 +141,7 @@ def loss_recovered(
     run, _ = split_place(writes[0], models)
     written = tuple(split_place(place, models)[1] for place in writes)
     model, params = models[run].whole
+    devices = devices_of(params)
     architecture = model.architecture
     first, begins = _beginning(written, architecture)
     # What is read in a clean run: of the model that is run again first, beginning with the stream where it goes on,
@@ -168,7 +170,7 @@ def loss_recovered(
     n_tokens = predictions = replaced_tokens = 0
     while stories:
         T = min(padded_length(len(stories[0])), architecture.max_position_embeddings)
-        B = max(1, min(tokens_at_a_time(), most_tokens) // T)  # rows without a story count for nothing
+        B = len(devices) * max(1, min(tokens_at_a_time(), most_tokens) // T)  # rows without a story count for nothing
         batch, stories = stories[:B], stories[B:]
         token_ids, lengths = np.zeros((B, T), np.int32), np.array([*map(len, batch), *[0] * (B - len(batch))])
         clean = np.zeros((B, T, width), np.float32)
@@ -189,7 +191,10 @@ def loss_recovered(
         others = [np.zeros_like(y), np.broadcast_to(mean, y.shape)]
         others += [_written(name, of_it, x, y.shape, lengths, replaced) for name, of_it in dictionaries.items()]
         spliced = np.where(replaced[:, :, None], np.stack(others), y)
-        loss, divergence = _losses_and_divergences(model, written, params, stream, y, spliced, token_ids)
+        stream, y, token_ids = in_rows(devices, stream, y, token_ids)
+        [spliced] = in_rows(devices, spliced, axis=1)
+        its = (stream, y, spliced, token_ids)
+        loss, divergence = _losses_and_divergences(model, written, len(devices), params, *its)
         scored = position[:-1] < lengths[:, None] - 1
         losses += np.asarray(loss, np.float64)[:, scored].sum(1)
         divergences += np.asarray(divergence, np.float64)[:, scored].sum(1)
@@ -255,10 +260,11 @@ def _written(
     return y_hat
 
 
-@jax.jit(static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1, 2))
 def _losses_and_divergences(
     model: Decoder,
     places: tuple[str, ...],
+    devices: int,
     params: Mapping[str, Any],
     stream: jax.Array,
     y: jax.Array,
@@ -268,11 +274,11 @@ def _losses_and_divergences(
     """Of each token but the last: -log p(next token) with y and with each of spliced[S, B, T, D], KL(y || spliced).
 
     They stand at `places`, side by side; stream[B, T, .] is where the network begins, as `_beginning` says, if none of
-    these is just there.
+    these is just there. Several devices have as many rows each.
 
     Returns:
-        ([1 + S, B, T - 1], [S, B, T - 1]). Logits are large: they are made of some tokens at a time, and of one
-        replacement after the other.
+        ([1 + S, B, T - 1], [S, B, T - 1]). Logits are large: they are made of some tokens of a device at a time, and of
+        one replacement after the other.
     """
 
     def apply(method: str, *arguments: Any) -> jax.Array:
@@ -290,7 +296,7 @@ def _losses_and_divergences(
         without, others, targets = rows
 
         def loss(log_p: jax.Array) -> jax.Array:
-            return -jnp.take_along_axis(log_p, targets[:, None], -1)[..., 0]
+            return -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
 
         def with_replacement(y: jax.Array) -> tuple[jax.Array, jax.Array]:
             log_q = jax.nn.log_softmax(apply("head", y))
@@ -300,21 +306,26 @@ def _losses_and_divergences(
         losses, divergences = jax.lax.map(with_replacement, others)
         return jnp.concatenate([loss(log_p)[None], losses]), divergences
 
-    S, (B, T) = len(spliced), token_ids.shape
+    B, T = token_ids.shape
     without, others, targets = rest(y), jax.lax.map(rest, spliced), token_ids[:, 1:]
-    N, D = B * (T - 1), without.shape[-1]
+    N = B // devices * (T - 1)  # tokens of a device
     at_a_time = min(N, max(16, LOGITS_AT_A_TIME // model.architecture.vocab_size))
     parts = -(-N // at_a_time)
-    more = parts * at_a_time - N
-    rows = (
-        jnp.pad(without.reshape(N, D), ((0, more), (0, 0))).reshape(parts, at_a_time, D),
-        jnp.pad(others.reshape(S, N, D), ((0, 0), (0, more), (0, 0))).reshape(S, parts, at_a_time, D).swapaxes(0, 1),
-        jnp.pad(targets.reshape(N), (0, more)).reshape(parts, at_a_time),
-    )
-    losses, divergences = jax.lax.map(compare, rows)
-    return tuple(
-        y.swapaxes(0, 1).reshape(-1, parts * at_a_time)[:, :N].reshape(-1, B, T - 1) for y in (losses, divergences)
-    )
+
+    def in_parts(x: jax.Array, leading: int = 0) -> jax.Array:
+        """x[S..., B, T - 1, ...] -> [parts, S..., devices, at_a_time, ...], with zeros at the end of each device's."""
+        before, after = x.shape[:leading], x.shape[leading + 2 :]
+        more = [(0, parts * at_a_time - N), *[(0, 0)] * len(after)]
+        x = jnp.pad(x.reshape(*before, devices, N, *after), [(0, 0)] * (leading + 1) + more)
+        return jnp.moveaxis(x.reshape(*before, devices, parts, at_a_time, *after), leading + 1, 0)
+
+    def of_rows(y: jax.Array) -> jax.Array:
+        """[parts, S, devices, at_a_time] -> [S, B, T - 1]."""
+        y = jnp.moveaxis(y, 0, 2)
+        return y.reshape(len(y), devices, parts * at_a_time)[..., :N].reshape(len(y), B, T - 1)
+
+    losses, divergences = jax.lax.map(compare, (in_parts(without), in_parts(others, 1), in_parts(targets)))
+    return of_rows(losses), of_rows(divergences)
 
 
 def _score(with_sae: float, with_ablation: float, without: float) -> float | None:

@@ -24,6 +24,9 @@ from jax_sae.trained import TrainedAutoencoder
 ROWS_AT_A_TIME = 1024
 """Rows that are encoded at once, padded to this number, so that each width is compiled once."""
 
+NUMBERS_AT_A_TIME = 2**28
+"""Features of these rows, which come to the host: 1 GB; of wide dictionaries fewer rows are encoded at once."""
+
 PIECE_TOKENS = 16_384
 """About how many tokens are read at once: enough for batches of stories of equal length."""
 
@@ -187,11 +190,14 @@ def _written(
     """
     of_written = None if sae.of_written is None else identity(sae.written_width)
     normalized = replace(sae, normalization=identity(sae.width), of_written=of_written, per_story=False)
-    for start in range(0, len(x), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
+    at_a_time = ROWS_AT_A_TIME
+    while at_a_time > 1 and at_a_time * sae.features > NUMBERS_AT_A_TIME:
+        at_a_time //= 2
+    for start in range(0, len(x), at_a_time):
+        rows = slice(start, start + at_a_time)
         part, of_part = x[rows], _rows(normalization, rows)
         n = len(part)
-        inputs = np.pad(normalize(of_part, part), ((0, ROWS_AT_A_TIME - n), (0, 0)))
+        inputs = np.pad(normalize(of_part, part), ((0, at_a_time - n), (0, 0)))
         features = normalized.encode(inputs)
         y_hat = np.asarray(normalized.decode(features, inputs=inputs if sae.needs_inputs else None))[:n]
         of_y = of_part if sae.of_written is None else Normalization(*map(np.asarray, sae.of_written))

@@ -74,8 +74,10 @@ def last_kept(
     return value, jnp.where(part == here, place, jnp.where(part > here, F, -1))
 
 
-def keep_largest_of_any(candidates: jax.Array, k: jax.Array) -> jax.Array:
-    """`keep_largest_of_rows` without a bound on k, from 1 to F: the time it takes follows k."""
+def keep_largest_of_any(candidates: jax.Array, k: jax.Array, shards: Shards = WHOLE) -> jax.Array:
+    """`keep_largest_of_rows` without a bound on k, from 1 to F: the time it takes follows k; in parts, by counts."""
+    if shards.feature > 1:
+        return kept_by_counts(candidates, k, shards)
     F = candidates.shape[-1]
     bounds = [bound for bound in BOUNDS if bound < F]
 

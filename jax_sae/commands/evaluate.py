@@ -11,6 +11,7 @@ import tyro
 
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import refuse_missing_platform, run_script
+from jax_sae.config import MeshConfig, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Options:
     """The checkpoint to evaluate; without it, the newest one."""
     tokens: int | None = None
     """Held-out tokens, whole stories up to this number; without it, the run's activations.held_out_tokens."""
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - it is frozen
+    """On how many devices; without these, on those that the run was trained on, if they are here, else on one."""
     debug: bool = False
     """Show the traceback of an error, above its one line."""
 
@@ -32,10 +35,11 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         options = read_options(Options, argv, "jax-sae evaluate")
+        check_ranges(options.mesh, "--mesh.{}".format)
         refuse_missing_platform()
         from jax_sae.analysis.evaluation import evaluate
 
-        evaluate(options.run, options.step, options.tokens)
+        evaluate(options.run, options.step, options.tokens, mesh=options.mesh)
         return 0
 
     return run_script(argv, work)

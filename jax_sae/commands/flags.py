@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from reprlib import repr as shortened
@@ -156,8 +156,17 @@ def read_options(options: type[Options], argv: Sequence[str], prog: str) -> Opti
     positional = [name for name, hint in marks.items() if tyro.conf.Positional in getattr(hint, "__metadata__", ())]
     fields = dataclasses.fields(options)  # type: ignore[arg-type]
     required = [field.name for field in fields if field.default is dataclasses.MISSING]
-    values_given(argv, typing.get_type_hints(options), positional, required)
+    values_given(argv, dict(_flat_hints(options)), positional, required)
     return expand_home(tyro.cli(options, args=list(argv), prog=prog, config=(tyro.conf.FlagCreatePairsOff,)))
+
+
+def _flat_hints(options: type[Any]) -> Iterator[tuple[str, Any]]:
+    """The type of each field, and in place of a field that is a record itself those of its fields: mesh.data."""
+    for name, hint in typing.get_type_hints(options).items():
+        if dataclasses.is_dataclass(hint):
+            yield from ((f"{name}.{its}", each) for its, each in typing.get_type_hints(hint).items())
+        else:
+            yield name, hint
 
 
 def expand_home(options: Options) -> Options:

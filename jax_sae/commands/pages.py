@@ -11,6 +11,7 @@ import tyro
 
 from jax_sae.commands.flags import read_options
 from jax_sae.commands.process import refuse_missing_platform, run_script
+from jax_sae.config import MeshConfig, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Options:
     """Texts of your own: the pages show what is active on each of their tokens."""
     labels: Path | None = None
     """A JSON file with labels from elsewhere: {"MEMBER": {"FEATURE": "label"}}."""
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - it is frozen
+    """On how many devices; without these, on those that the run was trained on, if they are here, else on one."""
     debug: bool = False
     """Show the traceback of an error, above its one line."""
 
@@ -42,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> int:
         options = read_options(Options, argv, "jax-sae pages")
+        check_ranges(options.mesh, "--mesh.{}".format)
         refuse_missing_platform()
         from jax_sae.pages.make import feature_pages
 
@@ -54,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
             training_text=options.training_text,
             texts=options.text,
             labels=options.labels,
+            mesh=options.mesh,
         )
         return 0
 

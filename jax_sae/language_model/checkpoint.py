@@ -47,8 +47,9 @@ def load_parameters(
     model: Decoder,
     dtype: WeightsDtype,
     loaded: Mapping[str, Any],
+    put: Callable[[np.ndarray], jax.Array],
 ) -> dict[str, Any]:
-    """The parameters that `model` needs, read tensor by tensor, except for those in `loaded`.
+    """The parameters that `model` needs, read tensor by tensor, except for those in `loaded`; `put` onto devices.
 
     All names and shapes are held against config.json before any tensor is read. Norms and biases are kept in float32.
 
@@ -63,9 +64,9 @@ def load_parameters(
             continue
         name, part = tensor_of(path, family)
         tensor = tensors[name]
-        kept: WeightsDtype = dtype if path[-1] in ("kernel", "embedding") else "float32"
+        kept = kept_in(path, dtype)
         if path[-1] == "embedding" and tensor.read_rows is not None:  # large, so it is never there twice
-            params[path] = _converted(tensor, tensor.read_rows, shape, kept)
+            params[path] = put(_converted(tensor, tensor.read_rows, shape, kept))
             continue
         if part is None:
             value = tensor.read()
@@ -76,9 +77,10 @@ def load_parameters(
             value = value.T if family.linear == "in_out" else value
         if path[-1] == "kernel" and family.linear == "out_in":
             value = value.T
-        params[path] = _converted(tensor, value.__getitem__, shape, kept)
+        converted = _converted(tensor, value.__getitem__, shape, kept)
         if family.norm_scales_from_one and path[-1] == "scale":
-            params[path] += 1
+            converted += 1
+        params[path] = put(converted)
     return traverse_util.unflatten_dict(params)
 
 
@@ -88,7 +90,7 @@ def _out_first(value: np.ndarray, family: Family) -> np.ndarray:
 
 def _converted(
     tensor: Tensor, rows_of: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: WeightsDtype
-) -> jax.Array:
+) -> np.ndarray:
     """In the dtype that it is kept in; BadInput for what is not finite there."""
     into = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     # aligned as a CPU's arrays of JAX are, which then takes it without a copy
@@ -104,7 +106,7 @@ def _converted(
             out[rows] = value
             if not np.isfinite(out[rows]).all():
                 raise BadInput(f"{tensor.file}: {tensor.name} has values that are not finite in {dtype}")
-    return jax.device_put(out, may_alias=True)
+    return out
 
 
 def _check(tensors: Mapping[str, Tensor], where: Path, family: Family, model: Decoder) -> None:
@@ -153,6 +155,16 @@ def shapes_of(model: Decoder) -> dict[tuple[str, ...], tuple[int, ...]]:
     method = "logits" if model.layer == model.architecture.num_layers else None  # which alone makes an untied head
     tree = jax.eval_shape(partial(model.init, method=method), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def kept_in(path: tuple[str, ...], dtype: WeightsDtype) -> WeightsDtype:
+    """In what a parameter is kept: norms and biases always in float32."""
+    return dtype if path[-1] in ("kernel", "embedding") else "float32"
+
+
+def kept_shapes(model: Decoder, dtype: WeightsDtype) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of all parameters as they are kept."""
+    return [jax.ShapeDtypeStruct(shape, kept_in(path, dtype)) for path, shape in shapes_of(model).items()]
 
 
 def tensor_of(path: tuple[str, ...], family: Family) -> tuple[str, Callable[[np.ndarray, Any], np.ndarray] | None]:

@@ -25,9 +25,11 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_sae.config import Precision
 from jax_sae.language_model.architectures import Architecture, Rotary
+from jax_sae.language_model.devices import own_rows, put_together, zero_after
 from jax_sae.precision import dot_general
 
 Tap = Callable[[str, jax.Array], jax.Array]
@@ -61,26 +63,20 @@ class Linear(nn.Module):
     features: int
     bias: bool
     precision: Precision
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x[..., I] float32 -> [..., features] float32."""
         W = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        if W.dtype != jnp.float32:
-            W = W + _zero_after(x).astype(W.dtype)
+        if self.mesh is not None:
+            W = put_together(W, x, self.mesh)
+        elif W.dtype != jnp.float32:
+            W = W + zero_after(x).astype(W.dtype)
         y = dot_general(x, W.astype(jnp.float32), (((x.ndim - 1,), (0,)), ((), ())), self.precision)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(jnp.float32)
         return y
-
-
-def _zero_after(x: jax.Array) -> jax.Array:
-    """0, known only when x is: else XLA on a CPU widens the matrices of all blocks before it begins with the first.
-
-    (It drops `lax.optimization_barrier` before it decides on the order.)
-    """
-    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x).ravel()[0], jnp.int32)
-    return jnp.minimum(bits & 0x7FFFFFFF, 0)
 
 
 def norm(architecture: Architecture, name: str | None = None) -> nn.Module:
@@ -107,6 +103,7 @@ class Attention(nn.Module):
     architecture: Architecture
     number: int
     precision: Precision
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -124,7 +121,7 @@ class Attention(nn.Module):
         """
         a, (B, T, D) = self.architecture, x.shape
         H, K, d = a.num_heads, a.num_kv_heads, a.head_dim
-        project = partial(Linear, precision=self.precision)
+        project = partial(Linear, precision=self.precision, mesh=self.mesh)
         q = project(H * d, a.qkv_bias, name="q_proj")(x)
         k = project(K * d, a.qkv_bias, name="k_proj")(x)
         v = project(K * d, a.qkv_bias, name="v_proj")(x)
@@ -188,12 +185,13 @@ class MLP(nn.Module):
     architecture: Architecture
     number: int
     precision: Precision
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
         """x[B, T, D] -> [B, T, D]."""
         a, function = self.architecture, FUNCTIONS[self.architecture.activation]
-        dense = partial(Linear, bias=a.mlp_bias, precision=self.precision)
+        dense = partial(Linear, bias=a.mlp_bias, precision=self.precision, mesh=self.mesh)
         hidden = dense(a.intermediate_size, name="c_fc")(x)
         hidden = function(dense(a.intermediate_size, name="c_gate")(x)) * hidden if a.gated else function(hidden)
         return dense(a.hidden_size, name="c_proj")(tap(f"{self.number}.mlp_hidden", hidden))
@@ -205,6 +203,7 @@ class Block(nn.Module):
     architecture: Architecture
     number: int
     precision: Precision
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -219,7 +218,8 @@ class Block(nn.Module):
         """x[B, T, D] -> the residual stream after it [B, T, D], and its keys and values."""
         a, n = self.architecture, self.number
         before, after = a.placement in ("before", "both"), a.placement in ("after", "both")
-        attention, mlp = Attention(a, n, self.precision, name="attn"), MLP(a, n, self.precision, name="mlp")
+        its = (a, n, self.precision, self.mesh)
+        attention, mlp = Attention(*its, name="attn"), MLP(*its, name="mlp")
         x = tap(f"{n}.resid_pre", x)
         added, cache = attention(norm(a, "ln_1")(x) if before else x, tap, positions, segments, cache, start)
         added = tap(f"{n}.attn_out", norm(a, "ln_1_after")(added) if after else added)
@@ -237,6 +237,8 @@ class Decoder(nn.Module):
     layer: int
     precision: Precision = "float32"
     """Of the matrix products of the blocks; logits are always float32's."""
+    mesh: Mesh | None = None
+    """Of the devices among which matrices lie in parts (`devices.py`); None: they are whole."""
 
     def setup(self) -> None:
         """Name the parts; the names are those of `families.py`."""
@@ -244,11 +246,11 @@ class Decoder(nn.Module):
         self.wte = nn.Embed(a.vocab_size, a.hidden_size)
         if a.learned_positions:
             self.wpe = nn.Embed(a.max_position_embeddings, a.hidden_size)
-        self.h = [Block(a, i, self.precision) for i in range(self.layer)]
+        self.h = [Block(a, i, self.precision, self.mesh) for i in range(self.layer)]
         if self.layer == a.num_layers:
             self.ln_f = norm(a)
             if not a.tie_word_embeddings:
-                self.lm_head = Linear(a.vocab_size, False, "float32")
+                self.lm_head = Linear(a.vocab_size, False, "float32", self.mesh)
 
     def __call__(self, token_ids: jax.Array, tap: Tap = untouched, segments: jax.Array | None = None) -> jax.Array:
         """token_ids[B, T] int32 -> the residual stream at `layer`, [B, T, D] float32.
@@ -307,8 +309,9 @@ class Decoder(nn.Module):
         """What the head reads [..., D] -> logits [..., vocab_size]; only where `layer` is the number of blocks."""
         a = self.architecture
         if a.tie_word_embeddings:
-            table = self.wte.embedding.astype(jnp.float32)
-            logits = dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), "float32")
+            table = self.wte.embedding
+            table = table if self.mesh is None else put_together(table, x, self.mesh)
+            logits = dot_general(x, table.astype(jnp.float32), (((x.ndim - 1,), (1,)), ((), ())), "float32")
         else:
             logits = self.lm_head(x)
         return logits if a.logit_cap is None else a.logit_cap * jnp.tanh(logits / a.logit_cap)
@@ -329,7 +332,7 @@ class Decoder(nn.Module):
             x = x * self.architecture.embedding_scale
         if self.architecture.learned_positions:
             x = x + self.wpe(positions).astype(jnp.float32)
-        return tap("embed", x)
+        return tap("embed", x if self.mesh is None else own_rows(x, self.mesh))
 
     def _normalised(self, x: jax.Array, tap: Tap) -> jax.Array:
         return tap("final_norm", self.ln_f(x))

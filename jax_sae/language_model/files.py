@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from jax_sae.config import WeightsDtype
 from jax_sae.language_model.architectures import Architecture
 from jax_sae.language_model.checkpoint import Tensor, load_parameters, open_checkpoint
@@ -25,10 +28,12 @@ class ModelFiles:
     open: Callable[[], Mapping[str, Tensor]]
     """Its tensors, not read yet."""
 
-    def parameters(self, model: Decoder, dtype: WeightsDtype, loaded: Mapping[str, Any]) -> dict[str, Any]:
-        """Those that `model` needs, but for those in `loaded`; errors as of `load_parameters`."""
+    def parameters(
+        self, model: Decoder, dtype: WeightsDtype, loaded: Mapping[str, Any], put: Callable[[np.ndarray], jax.Array]
+    ) -> dict[str, Any]:
+        """Those that `model` needs, but for those in `loaded`, each given to `put`; errors as of `load_parameters`."""
         family = family_of({"model_type": self.model_type}, str(self.path))
-        return load_parameters(self.open(), self.path, family, model, dtype, loaded)
+        return load_parameters(self.open(), self.path, family, model, dtype, loaded, put)
 
 
 def open_model(name: str, path: Path | None = None) -> ModelFiles:

@@ -6,10 +6,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jax_sae.language_model.decoder import Decoder
+from jax_sae.language_model.devices import devices_of, in_rows
 
 TOKENS_AT_A_TIME_ON_CPU = 1024
 PADDED_TO_MULTIPLES_OF = {256: 16, 512: 64, 1024: 128}
@@ -120,22 +119,4 @@ def harvest_on_device(
             token_ids[row, : len(stories[i])] = stories[i]
             if its is not None and segments is not None and (of_story := segments[i]) is not None:
                 its[row, : len(stories[i])] = of_story
-        yield batch, read_places(model, places, params, *_on(devices, token_ids, its))
-
-
-def spread(params: Mapping[str, Any], devices: Sequence[jax.Device]) -> Mapping[str, Any]:
-    """Parameters on each of the devices; `harvest` then runs stories on all of them at once."""
-    return cast(Mapping[str, Any], jax.device_put(params, NamedSharding(Mesh(np.array(devices), ("rows",)), P())))
-
-
-def devices_of(params: Mapping[str, Any]) -> list[jax.Device]:
-    """Where parameters are, in the order of the devices' numbers."""
-    first = jax.tree.leaves(params)[0]
-    return sorted(first.devices(), key=lambda device: device.id) if isinstance(first, jax.Array) else jax.devices()[:1]
-
-
-def _on(devices: Sequence[jax.Device], *arrays: np.ndarray | None) -> Any:
-    """Arrays [rows, T] with as many rows on each of several devices; as they are for one."""
-    if len(devices) == 1:
-        return arrays
-    return jax.device_put(arrays, NamedSharding(Mesh(np.array(devices), ("rows",)), P("rows")))
+        yield batch, read_places(model, places, params, *in_rows(devices, token_ids, its))

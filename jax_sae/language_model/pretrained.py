@@ -16,6 +16,8 @@ from jax_sae.card import card
 from jax_sae.config import Precision, WeightsDtype
 from jax_sae.errors import BadInput
 from jax_sae.language_model.decoder import Decoder, Tap, untouched
+from jax_sae.language_model.checkpoint import kept_shapes
+from jax_sae.language_model.devices import devices_of, mesh_of, placed, spread, where_it_fits
 from jax_sae.language_model.files import open_model
 from jax_sae.language_model.generate import continued_text, refuse_generation, text_of
 from jax_sae.language_model.gguf_file import read_gguf_tokenizer
@@ -126,6 +128,12 @@ class LanguageModel:
         """The same with the parameters of the whole network, for transforms of which it is an argument."""
         _, params = self.whole
         return replace(self, rest={name: its for name, its in params.items() if name not in self.params})
+
+    def spread(self, devices: Sequence[jax.Device], in_parts: bool = False) -> "LanguageModel":
+        """The same on several devices, which share texts; with `in_parts` each keeps a part of every matrix only."""
+        model = replace(self.model, mesh=mesh_of(devices) if in_parts and len(devices) > 1 else None)
+        params, rest = (spread(its, devices, in_parts) for its in (self.params, self.rest))
+        return replace(self, model=model, params=params, rest=rest)
 
     def _of_rows(self, compute: Callable[[Any], jax.Array], rows: np.ndarray | jax.Array, axes: int = 1) -> jax.Array:
         """compute([B, T, ...]) of rows[T, ...] or [B, T, ...]; outside of transforms B and T take few values."""
@@ -323,7 +331,7 @@ class LanguageModel:
         architecture = self.model.architecture
         if self.layer == architecture.num_layers:
             return self.model, self.params
-        model = Decoder(architecture, architecture.num_layers, self.model.precision)
+        model = replace(self.model, layer=architecture.num_layers)
         if self.rest:
             return model, {**self.params, **self.rest}
         if is_traced(self.params):
@@ -331,8 +339,9 @@ class LanguageModel:
                 f"{self.name} has the blocks below layer {self.layer} only; take `lm = lm.with_rest()` before the "
                 "transform of which it is an argument"
             )
+        put = partial(placed, devices=devices_of(self.params), in_parts=model.mesh is not None)
         with jax.ensure_compile_time_eval():  # kept, so it must be values
-            return model, open_model(self.name, self.path).parameters(model, self.dtype, self.params)
+            return model, open_model(self.name, self.path).parameters(model, self.dtype, self.params, put)
 
     def token_ids(self, texts: Iterable[Text]) -> list[np.ndarray]:
         """The token ids [T] int32 of each text, strings or token ids. Errors as for `activations`."""
@@ -385,6 +394,8 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a language model, as far as it has to be run for what is read.
 
+    It lies on the first device; where that is too small, in parts on all devices of this process.
+
     Args:
         name: a directory (~ is the home directory) with config.json and model.safetensors or pytorch_model.bin (or one
             of them in parts, with an index), a .gguf file, or an id on the Hugging Face hub, such as
@@ -418,6 +429,9 @@ def load_language_model(
             raise BadInput(f"places are {list(read)}; each may be given once")
         layer = max(layer_of(place, architecture) for place in read)
     model = Decoder(architecture, layer, precision)
+    devices, in_parts = where_it_fits(kept_shapes(model, dtype))
+    put = partial(placed, devices=devices, in_parts=in_parts)
+    model = replace(model, mesh=mesh_of(devices) if in_parts else None)
     return LanguageModel(
-        name, layer, files.path, model, files.parameters(model, dtype, {}), read, files.model_type, dtype
+        name, layer, files.path, model, files.parameters(model, dtype, {}, put), read, files.model_type, dtype
     )

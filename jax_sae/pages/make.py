@@ -15,7 +15,8 @@ from jax_sae.activations.array_sources import RowSource
 from jax_sae.activations.sources import open_sources
 from jax_sae.activations.stored_stories import stored_stories
 from jax_sae.activations.story_sources import StorySource
-from jax_sae.config import Config
+from jax_sae.autoencoder.shards import FEATURE
+from jax_sae.config import Config, MeshConfig
 from jax_sae.errors import BadInput
 from jax_sae.figures.colours import looks
 from jax_sae.language_model.hub import read_json
@@ -27,6 +28,8 @@ from jax_sae.pages.neighbours import NEAREST, Neighbours, fire_together, nearest
 from jax_sae.pages.reading import Reading, Seen, StoryFeatures, WithText, read, story_features, token_ids_of
 from jax_sae.pages.rules import find_rules
 from jax_sae.pages.tally import bar_edges
+from jax_sae.run.layout import mesh_to_look
+from jax_sae.run.memory import n_bytes
 from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.streams import say
 from jax_sae.trained import TrainedAutoencoder
@@ -46,6 +49,7 @@ def feature_pages(
     training_text: bool = False,
     texts: Sequence[str] = (),
     labels: str | Path | None = None,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008 - it is frozen
 ) -> Path:
     """Write pages on the features of a run's members; open the file that is returned with a browser.
 
@@ -58,6 +62,7 @@ def feature_pages(
         training_text: read the text that the run was trained on, in place of the held-out one.
         texts: texts of one's own, of which it is shown what is active on each token.
         labels: a JSON file with labels from elsewhere: `{"MEMBER": {"FEATURE": "label"}}`.
+        mesh: on how many devices; without saying so on those of the run's own settings, if they are here, else on one.
 
     Returns:
         The path of `index.html`: all there is up to about 1000 features, else beside files that it loads.
@@ -72,12 +77,18 @@ def feature_pages(
     config = config_of(run, facts)
     if tokens is not None and tokens < 1:
         raise BadInput(f"the number of tokens is {tokens}; one above 0 was expected")
-    every = load_members(run, config, facts)
+    on, lines = mesh_to_look(config, facts, mesh)
+    every = load_members(run, config, facts, on)
     chosen = {name: member_named(run, every, name) for name in members or every}
     given = _labels(labels, chosen) if labels is not None else {}
     sources = open_sources_of(run, config)
-    held_out, _ = open_inputs(str(run), config, facts, sources)
-    source = with_text(run, config, sources[0] if training_text else held_out)
+    say(lines)
+    beside = 0 if on is None else n_bytes([sae.params for sae in every.values()]) // on.shape[FEATURE]
+    held_out, _ = open_inputs(str(run), config, facts, sources, on, beside)
+    training = sources[0]
+    if isinstance(training, StorySource) and isinstance(held_out, StorySource):
+        training = replace(training, models=held_out.models)  # on the same devices
+    source = with_text(run, config, training if training_text else held_out)
     _refuse_changed_text(run, source, facts, training_text)
     own = story_features(source, chosen, texts)
     directory = prepared(run / "pages" if out is None else Path(os.path.expanduser(out)))

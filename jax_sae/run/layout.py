@@ -1,16 +1,24 @@
 """Settings and devices -> the mesh on which a sweep lies, and why."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jax_sae.activations.places import Place, total_width
+from jax_sae.activations.sources import Source
+from jax_sae.activations.story_sources import StorySource
 from jax_sae.config import Config, MeshConfig
 from jax_sae.errors import BadInput
+from jax_sae.language_model.checkpoint import kept_shapes
+from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.processes import several
 from jax_sae.run.memory import memory_of_device, n_bytes, size
-from jax_sae.sweep.groups import Group
+from jax_sae.sweep.groups import Group, make_groups
+from jax_sae.sweep.members import recorded_member
 from jax_sae.sweep.mesh import make_mesh
 from jax_sae.sweep.update import member_shapes, padded_shape
 
@@ -66,6 +74,75 @@ def choose_mesh(config: Config, groups: Sequence[Group], width: int) -> tuple[Me
         which = ", ".join(f"{n} beside {' '.join(group.names)}" for n, group in twice if n)
         lines.append(f"note          places for members that stay empty, each computed for nothing: {which}")
     return make_mesh(data, member, feature), lines
+
+
+def mesh_to_look(config: Config, facts: Mapping[str, Any], asked: MeshConfig) -> tuple[Mesh | None, list[str]]:
+    """The mesh on which a run's members are looked at, None for one device; and lines that say so.
+
+    It is the one that is asked for or, without that, the run's own, as far as its devices are here. Members are looked
+    at one after the other, so devices of the axis `member` share tokens, as those of `data` do.
+
+    Args:
+        config: the settings of the checkpoint.
+        facts: its JSON.
+        asked: what is to stand in place of the run's own `mesh`, if it says anything.
+
+    Raises:
+        BadInput: if more devices are asked for than there are, or as `choose_mesh` with `auto`.
+    """
+    mine, here = asked if asked != MeshConfig() else config.mesh, jax.device_count()
+    if several() or here == 1 and asked == MeshConfig() == config.mesh:
+        return None, []
+    if mine.auto:
+        members = tuple(recorded_member(each) for each in facts["members"].values())
+        places = [Place(**place) for place in facts["places"]]
+        found, _ = choose_mesh(replace(config, mesh=mine), make_groups(members, places), total_width(places))
+        data, member, feature = (1, 1, 1) if found is None else tuple(found.shape.values())
+    else:
+        data, member, feature = mine.data or 1, mine.member or 1, mine.feature or 1
+    needed = data * member * feature
+    if needed > here:
+        wanted = f"data {data} x member {member} x feature {feature} = {needed} devices"
+        if mine is asked:
+            raise BadInput(f"the mesh has {wanted}, but there are {here}; give smaller numbers")
+        return None, [f"mesh          one device: the run had {wanted}, and there are {here}"]
+    if needed == 1:
+        return None, [f"mesh          one device of {here}; --mesh.data {here} takes all"]
+    return make_mesh(data * member, 1, feature), [
+        f"mesh          tokens in {data * member} parts x features in {feature}, of {here} devices"
+    ]
+
+
+def share_models(
+    sources: Sequence[Source], devices: Sequence[jax.Device], beside: int, whole: bool = False
+) -> tuple[list[Source], list[str]]:
+    """Sources whose language models lie on several devices, which share stories; and a line that says how.
+
+    Weights lie whole on each of them or, where a device lacks room for that, in parts among them.
+
+    Args:
+        sources: others than stories stay as they are.
+        devices: of this process.
+        beside: bytes that a device has to have room for besides; of a CPU, that its memory has.
+        whole: whether all blocks are run, and not only those up to the places that are read.
+    """
+    shared: dict[int, dict[str, LanguageModel]] = {}
+    lines: list[str] = []
+    for source in sources:
+        if not isinstance(source, StorySource) or id(source.models) in shared:
+            continue
+        models = list(source.models.values())
+        its = [replace(lm.model, layer=lm.model.architecture.num_layers) if whole else lm.model for lm in models]
+        needed = sum(n_bytes(kept_shapes(model, lm.dtype)) for model, lm in zip(its, models, strict=True))
+        taken = needed * (len(devices) if jax.default_backend() == "cpu" else 1) + beside  # of which parts share memory
+        in_parts = taken > memory_of_device() or any(lm.model.mesh is not None for lm in models)
+        shared[id(source.models)] = {name: lm.spread(devices, in_parts) for name, lm in source.models.items()}
+        how = f"in parts, {size(needed / len(devices))} on each" if in_parts else "whole on each"
+        lines = [f"weights       {size(needed)} of language models, {how} of {len(devices)} devices"]
+    return [
+        replace(source, models=shared[id(source.models)]) if isinstance(source, StorySource) else source
+        for source in sources
+    ], lines
 
 
 def _refuse(config: Config, groups: Sequence[Group], data: int, feature: int) -> None:

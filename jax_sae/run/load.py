@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_sae.activations.normalize import Normalization, of_places
 from jax_sae.activations.places import Place, columns
@@ -25,7 +26,12 @@ from jax_sae.trained import Origin, TrainedAutoencoder
 
 
 def load_autoencoder(
-    run: str | Path, features: int | None = None, step: int | None = None, name: str | None = None
+    run: str | Path,
+    features: int | None = None,
+    step: int | None = None,
+    name: str | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> TrainedAutoencoder:
     """Load one member of a run; only its arrays are read from disk. Or a dictionary that was exported.
 
@@ -37,6 +43,7 @@ def load_autoencoder(
         features: the member's number of features F, where that says which.
         step: of the checkpoint; the newest if left out.
         name: the member's name as in `summary.json`, such as F768 or F768-seed1.
+        mesh: on which it is put, as `TrainedAutoencoder.spread` does, a run's member without having been on one device.
 
     Raises:
         BadInput: if there is no such run, checkpoint or member, several members fit, or what is read is damaged; an
@@ -51,7 +58,8 @@ def load_autoencoder(
     if run.exists() and not (run / "checkpoints").exists() and is_dictionary(run):
         if not (features is step is name is None):
             raise BadInput(f"{run} holds one dictionary, and no run; leave features, step and name out")
-        return _of_files(run)
+        found_there = _of_files(run)
+        return found_there if mesh is None else found_there.spread(mesh)
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.step_or_newest(step)
         facts = checkpoints.read_run(step)
@@ -65,7 +73,7 @@ def load_autoencoder(
             }
 
         state = checkpoints.read_state(step, only_that_member)
-    return make_autoencoder(state, facts, found, *_measured(run, found, step))
+    return make_autoencoder(state, facts, found, *_measured(run, found, step), mesh=mesh)
 
 
 def _of_files(path: Path) -> TrainedAutoencoder:
@@ -92,7 +100,7 @@ def _of_files(path: Path) -> TrainedAutoencoder:
 
 
 def make_autoencoder(
-    state: Tree, facts: Tree, name: str, l0: float | None = None, fvu: float | None = None
+    state: Tree, facts: Tree, name: str, l0: float | None = None, fvu: float | None = None, mesh: Mesh | None = None
 ) -> TrainedAutoencoder:
     """A member from a checkpoint's arrays and JSON, as `progress.content` makes them; the other members' do not matter.
 
@@ -102,6 +110,7 @@ def make_autoencoder(
         name: the member's.
         l0: on held-out tokens, as far as it is known.
         fvu: on held-out tokens, as far as it is known.
+        mesh: on which it is put.
 
     Warns:
         UserWarning: if the member had diverged; it is then as it was before that step.
@@ -125,8 +134,8 @@ def make_autoencoder(
         "normalization": of_places(normalization, read),
         **({"of_written": of_places(normalization, write)} if write else {}),
     }
-    return TrainedAutoencoder(
-        **jax.device_put(arrays),
+    made = TrainedAutoencoder(
+        **(jax.device_put(arrays) if mesh is None else arrays),
         kind=member.kind,
         written=tuple(last - first for first, last in write or ()),
         per_story=config.activations.normalization == "story",
@@ -134,6 +143,7 @@ def make_autoencoder(
         per_token=facts.get("per_token"),
         origin=Origin(name, facts["step"], member, config, l0, fvu, place),
     )
+    return made if mesh is None else made.spread(mesh)
 
 
 def _measured(run: Path, name: str, step: int) -> tuple[float | None, float | None]:

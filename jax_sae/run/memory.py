@@ -1,10 +1,10 @@
 """How much memory there is, and how much arrays take."""
 
 import os
+from typing import Any
 
 import jax
 
-from jax_sae.sweep.update import MemberState
 
 
 def memory_of_device() -> int:
@@ -17,7 +17,7 @@ def memory_of_machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def n_bytes(tree: MemberState | dict[str, jax.Array]) -> int:
+def n_bytes(tree: Any) -> int:
     """Bytes of the arrays of a tree, or of the shapes of such arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 

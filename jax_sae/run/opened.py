@@ -4,6 +4,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from jax_sae.activations.sources import Source, Sources, open_sources
 from jax_sae.activations.story_sources import StorySource
 from jax_sae.config import Config
@@ -12,6 +14,7 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.several import Models
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config, refuse_no_run
+from jax_sae.run.layout import share_models
 from jax_sae.run.load import load_autoencoder
 from jax_sae.streams import say
 from jax_sae.sweep.members import member_names, sweep_members
@@ -38,8 +41,18 @@ def config_of(run: Path, facts: Tree) -> Config:
     )
 
 
-def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) -> tuple[Source, Models]:
+def open_inputs(
+    run: str, config: Config, facts: Tree, sources: Sources | None, mesh: Mesh | None = None, beside: int = 0
+) -> tuple[Source, Models]:
     """The held-out source of a run, and the language models with all their blocks; none where the run has none.
+
+    Args:
+        run: its name.
+        config: its settings.
+        facts: the JSON of a checkpoint.
+        sources: those that the run was trained on, where a program gave them.
+        mesh: whose devices share what language models read.
+        beside: bytes that each of these has to have room for beside language models.
 
     Raises:
         BadInput: if one is not there, or its sha256 is not the one that the run began with.
@@ -48,6 +61,9 @@ def open_inputs(run: str, config: Config, facts: Tree, sources: Sources | None) 
         _, source, lines = sources or open_sources(config)
     except BadInput as error:
         raise BadInput(f"{error} ({run} was trained on it: its paths stand in its config.json)") from error
+    if mesh is not None:
+        [source], of_models = share_models([source], mesh.devices.flatten().tolist(), beside, whole=True)
+        lines = [*lines, *of_models]
     say([f"run           {run} at step {facts['step']:,}", *lines])
     before: dict[str, str] = facts["inputs"]
     if not before:  # a dictionary of another tool, whose language model was not at hand when it was imported
@@ -73,11 +89,11 @@ def _whole_models(source: Source) -> Models:
     return source.models
 
 
-def load_members(run: Path, config: Config, facts: Tree) -> dict[str, TrainedAutoencoder]:
-    """Every member by its name, in the order of the sweep."""
+def load_members(run: Path, config: Config, facts: Tree, mesh: Mesh | None = None) -> dict[str, TrainedAutoencoder]:
+    """Every member by its name, in the order of the sweep; on a mesh, if one is given."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* diverged at step ")  # it is said in the table
         return {
-            name: load_autoencoder(run, step=facts["step"], name=name)
+            name: load_autoencoder(run, step=facts["step"], name=name, mesh=mesh)
             for name in member_names(sweep_members(config.sweep))
         }

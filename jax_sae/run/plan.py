@@ -102,8 +102,8 @@ def _places(setup: Setup) -> list[str]:
     ]
 
 
-def _memory(setup: Setup) -> str:
-    """Of each device and, where that is a CPU, of the process, in whose memory all parts of a mesh lie."""
+def sweep_bytes(setup: Setup) -> int:
+    """About what a sweep takes of each device and, where that is a CPU, of the process, where all parts of a mesh lie."""
     config, D = setup.config, setup.width
     on_devices = setup.mesh is not None and jax.default_backend() != "cpu"
     data, member, feature = tuple(setup.mesh.shape.values()) if setup.mesh is not None and on_devices else (1, 1, 1)
@@ -120,10 +120,20 @@ def _memory(setup: Setup) -> str:
         of_features = 6 if couples_tokens else 3  # arrays of them that are there at once
         width = group.width(D) + (sum(group.form.written) if group.reads != group.writes else 0)
         step += at_once * rows_at_a_time(B, couples_tokens) * (of_features * group.features // feature + 3 * width) * 4
-    block = 2 * config.activations.block_tokens * D * 4  # on the host and on the device, or there alone
+    return 2 * state + gradients + step  # twice: a copy is taken to be saved
+
+
+def block_bytes(setup: Setup) -> int:
+    """What blocks of activations take: one on the host and on the device, or two there."""
+    return 2 * setup.config.activations.block_tokens * setup.width * 4
+
+
+def _memory(setup: Setup) -> str:
+    config, D = setup.config, setup.width
+    block = block_bytes(setup)
     held_out = 2 * config.activations.held_out_tokens * D * 4
     metrics = 4 * len(METRICS) * config.train.steps * len(setup.names())
-    needed = 2 * state + gradients + step  # twice: a copy is taken to be saved
+    needed = sweep_bytes(setup)
     for what, bytes_of_it, there, advice in (
         ("the sweep", needed, memory_of_device(), "give fewer or narrower members, or more devices (mesh.auto)"),
         ("a block", block, memory_of_device(), "lower activations.block_tokens"),

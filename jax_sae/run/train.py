@@ -29,7 +29,6 @@ from jax_sae.activations.sources import (
     refuse_large_batch,
     with_known_places,
 )
-from jax_sae.activations.story_sources import StorySource
 from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
 from jax_sae.config_tables import flatten
@@ -39,11 +38,11 @@ from jax_sae.processes import agree, any_of, first_says, is_first, others_are_th
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
-from jax_sae.run.layout import choose_mesh
+from jax_sae.run.layout import choose_mesh, share_models
 from jax_sae.run.live import Live
 from jax_sae.run.lock import locked
 from jax_sae.run.loggers import Loggers, refuse_missing
-from jax_sae.run.plan import is_checkpoint, plan
+from jax_sae.run.plan import block_bytes, is_checkpoint, plan, sweep_bytes
 from jax_sae.run.progress import Clock, Progress, Setup, members_begun_with, restore, save, versions
 from jax_sae.streams import say
 from jax_sae.sweep.groups import make_groups
@@ -135,10 +134,9 @@ def train(
     mesh, of_mesh = choose_mesh(config, groups, total_width(source.places))
     setup = Setup(config, groups, source.places, inputs(source, held_out_source), mesh)
     if mesh is not None:
-        source, held_out_source = (
-            each.spread(mesh.local_devices) if isinstance(each, StorySource) else each
-            for each in (source, held_out_source)
-        )
+        beside = sweep_bytes(setup) + block_bytes(setup)
+        (source, held_out_source), of_models = share_models((source, held_out_source), mesh.local_devices, beside)
+        of_mesh += of_models
     say([*first_lines, *lines, *changed, *report.describe(setup), *of_mesh])
     progress: Progress | None = None
     with ExitStack() as stack:

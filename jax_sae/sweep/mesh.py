@@ -43,15 +43,19 @@ def specs(state: Any) -> Any:
 def _spec(path: tuple[Any, ...], array: Any) -> P:
     """Of an array [M, ...]: which of its axes are features follows from its name."""
     name = getattr(path[-1], "key", "")
-    if name == "W_enc":
-        return P(MEMBER, None, FEATURE)
-    if name == "W_dec":
-        return P(MEMBER, FEATURE, None)
     fields = {getattr(each, "name", "") for each in path}
-    is_parameter = bool(fields & {"params", "mu", "nu"}) and name not in OF_NO_FEATURE
-    if array.ndim == 2 and (is_parameter or name == "tokens_since_fired"):
-        return P(MEMBER, FEATURE)
+    if fields & {"params", "mu", "nu"} or name == "tokens_since_fired":
+        return P(MEMBER, *spec_of_parameter(name, array.ndim - 1))
     return P(MEMBER)
+
+
+def spec_of_parameter(name: str, ndim: int) -> P:
+    """Of a parameter of one member, or what an optimiser keeps for it: which of its axes are features."""
+    if name == "W_enc":
+        return P(None, FEATURE)
+    if name == "W_dec":
+        return P(FEATURE, None)
+    return P(FEATURE) if ndim == 1 and name not in OF_NO_FEATURE else P()
 
 
 def filled(state: Any, parts: int) -> Any:
@@ -82,6 +86,13 @@ def computed_on(mesh: Mesh, states: Callable[[], Any]) -> Any:
 
     where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(jax.eval_shape(begun)))
     return jax.jit(begun, out_shardings=where)()
+
+
+def parameters_on(mesh: Mesh, parameters: Callable[[], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """What `parameters` gives, those of one member, computed on a mesh, each device its features, as far as XLA can."""
+    shapes = jax.eval_shape(parameters)
+    where = {name: NamedSharding(mesh, spec_of_parameter(name, shape.ndim)) for name, shape in shapes.items()}
+    return jax.jit(parameters, out_shardings=where)()
 
 
 def batches_on(mesh: Mesh, x: Any, weights: Any) -> tuple[jax.Array, jax.Array]:

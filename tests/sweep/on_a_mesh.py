@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -12,15 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_sae import load_language_model
 from jax_sae.activations.places import Place
 from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows, kept_by_counts
 from jax_sae.autoencoder.shards import WHOLE
-from jax_sae.config import Member, SweepConfig, TrainConfig
-from jax_sae.language_model.harvest import harvest
-from jax_sae.language_model.harvest import spread as shared_out
+from jax_sae.config import (
+    ActivationsConfig,
+    Config,
+    Member,
+    MeshConfig,
+    ModelConfig,
+    SweepConfig,
+    TextConfig,
+    TrainConfig,
+)
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.mesh import batches_on, make_mesh, shards_of, spread
@@ -104,25 +113,80 @@ def main(folder: Path) -> None:
         "sent": sent,
         "same": same,
         "ties": ties,
-        "harvest": largest_difference_of_harvests(),
+        **language_models(),
+        **looked_at(folder / "run"),
         "names": names_of(groups),
         "groups": len(groups),
     }
     (folder / "sent.json").write_text(json.dumps(found))
 
 
-def largest_difference_of_harvests() -> float:
-    """Of activations of stories that eight devices share out among them, from those of one, relative."""
-    demo = Path(__file__).parents[2] / "jax_sae" / "demo" / "model"
-    lm = load_language_model(str(demo), places=["1.resid_post"])
-    rng = np.random.default_rng(0)
-    stories = [rng.integers(0, 500, n) for n in (5, 60, 17, 130, 1, 44, 31, 90, 12, 3, 77)]
-    one, all_of_them = (
-        dict(harvest(lm.model, lm.places, params, stories))
-        for params in (lm.params, shared_out(lm.params, jax.devices()))
+def language_models() -> dict[str, Any]:
+    """What eight devices make of stories that they share, with weights whole on each and in parts; beside one."""
+    tests = Path(__file__).parents[1]
+    found: dict[str, Any] = {"harvest": {}, "texts": {}, "weights": {}, "sent by weights": {}}
+    for name in ("gemma2", "gpt_neox", "llama"):
+        lm = load_language_model(str(tests / "data" / "families" / name), places=["1.mlp_out", "1.resid_post"])
+        V, most = lm.model.architecture.vocab_size, lm.model.architecture.max_position_embeddings
+        rng = np.random.default_rng(0)
+        stories = [rng.integers(0, V, min(n, most)) for n in (5, 60, 17, 1, 44, 31, 12, 3, 50)]
+        one = dict(harvest(lm.model, lm.places, lm.params, stories))
+        for how in ("whole", "in parts"):
+            its = lm.spread(jax.devices(), how == "in parts")
+            there = dict(harvest(its.model, its.places, its.params, stories))
+            assert {i: x.shape for i, x in one.items()} == {i: x.shape for i, x in there.items()}
+            found["harvest"][f"{name} {how}"] = max(
+                float(np.abs(there[i] - x).max() / np.abs(x).max()) for i, x in one.items()
+            )
+        found["texts"][name] = [each.generate([1, 2, 3], 4).tolist() for each in (lm, its)]
+        of_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(its.params))
+        found["weights"][name] = [of_a_device, sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))]
+        ids = in_rows(jax.devices(), np.zeros((16, 16), np.int32))[0]
+        program = read_places.lower(its.model, its.places, its.params, ids).compile()
+        found["sent by weights"][name] = [[kind, shape] for shape, kind in SENT.findall(program.as_text())]
+    return found
+
+
+def looked_at(run: Path) -> dict[str, Any]:
+    """Evaluations and pages of one run, on its own mesh, with weights in parts, and on one device."""
+    demo = Path(__file__).parents[2] / "jax_sae" / "demo"
+    members = (
+        Member(features=128, kind="topk", k=4),
+        Member(features=126, kind="relu", l1_coefficient=1.0),  # not in four parts
+        Member(features=128, kind="jumprelu", target_l0=4.0),
     )
-    assert {i: x.shape for i, x in one.items()} == {i: x.shape for i, x in all_of_them.items()}
-    return max(float(np.abs(all_of_them[i] - x).max() / np.abs(x).max()) for i, x in one.items())
+    config = Config(
+        ModelConfig(path=str(demo / "model"), layer=1),
+        TextConfig(path=str(demo / "stories")),
+        ActivationsConfig(block_tokens=512, held_out_tokens=600),
+        SweepConfig(members=members),
+        TrainConfig(steps=1, batch_tokens=256),
+        MeshConfig(member=2, feature=4),
+    )
+    found: dict[str, Any] = {"said": []}
+    readings: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        readings.append(read(*arguments))
+        return readings[-1]
+
+    with pytest.MonkeyPatch.context() as patched, nothing_learned():
+        patched.setattr(layout, "memory_of_device", lambda: 10**6)  # so that weights lie in parts
+        patched.setattr(plan, "memory_of_device", lambda: 10**12)
+        patched.setattr(make, "read", remembered)
+        for module in (train, evaluation):
+            patched.setattr(module, "say", found["said"].extend)
+        assert train.train(config, run, resume=False, stop_requested=lambda step: False)
+        found["evaluations"] = [evaluation.evaluate(run, mesh=its) for its in (MeshConfig(data=1), MeshConfig())]
+        for its in (MeshConfig(data=1), MeshConfig()):
+            make.feature_pages(run, ["topk-F128"], tokens=300, mesh=its)
+    its, there = (reading.members["topk-F128"] for reading in readings)
+    found["pages"] = {
+        "fired": bool((its.tally.fired == there.tally.fired).all() and its.tally.fired.sum()),
+        "examples": bool((its.examples.largest.story == there.examples.largest.story).all()),
+        "values": float(np.abs(its.examples.largest.value - there.examples.largest.value).max()),
+    }
+    return found
 
 
 def names_of(groups: Any) -> list[str]:

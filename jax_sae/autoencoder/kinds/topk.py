@@ -61,7 +61,7 @@ class TopK(Autoencoder):
     def encode(self, x: jax.Array, values: Values) -> jax.Array:
         """The k largest candidates of each token."""
         if not self.most_k:
-            return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_any(sizes, values["k"]))
+            return self.ranked(self.candidates(x), lambda sizes: keep_largest_of_any(sizes, values["k"], self.shards))
         keep = partial(keep_largest_of_rows, k=values["k"], most_k=self.most_k, shards=self.shards)
         return self.ranked(self.candidates(x), keep)
 
