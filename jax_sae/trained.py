@@ -106,7 +106,7 @@ _decode_compiled = jax.jit(_decode, static_argnames=("model", "per_token", "mesh
 
 
 def specs_of(model: Autoencoder, params: Params) -> dict[str, P]:
-    """Of each parameter of a member on a mesh, along which axis it lies in parts: the model is of a part of F, or whole."""
+    """Of each parameter of a member on a mesh, along which axis it lies in parts; the model is that of a part."""
     is_whole = model.shards.feature == 1
     return {name: P() if is_whole else spec_of_parameter(name, jnp.ndim(each)) for name, each in params.items()}
 
@@ -358,16 +358,18 @@ class TrainedAutoencoder:
             )
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
         written = normalization if self.of_written is None else self.of_written
-        its, how = (self._model(), self.params, normalization, written), {"per_token": self.per_token, "mesh": self.mesh}
+        its = (self._model(), self.params, normalization, written)
+        decoded = partial(_decode, per_token=self.per_token, mesh=self.mesh)
+        compiled = partial(_decode_compiled, per_token=self.per_token, mesh=self.mesh)
         x = [self._checked(inputs)] if self.needs_inputs and inputs is not None else []
         if x and x[0].shape[:-1] != features.shape[:-1]:
             raise BadInput(
                 f"features have shape {features.shape}, but inputs {x[0].shape}; they are of the same tokens"
             )
         if is_traced(self, features, normalization, *x):
-            y = _decode(*its, features, *x, **how)
+            y = decoded(*its, features, *x)
         else:
-            y = by_rows(lambda *rows: _decode_compiled(*its, *rows, **how), features, *x)
+            y = by_rows(lambda *rows: compiled(*its, *rows), features, *x)
         return y if place is None else y[..., slice(*self._columns_of(place))]
 
     def direction(self, feature: int, place: str | None = None) -> jax.Array:
@@ -404,7 +406,9 @@ class TrainedAutoencoder:
         """
         placed = replace(self, mesh=mesh)
         of_params, whole = specs_of(placed._model(), self.params), NamedSharding(mesh, P())
-        params = {name: jax.device_put(each, NamedSharding(mesh, of_params[name])) for name, each in self.params.items()}
+        params = {
+            name: jax.device_put(each, NamedSharding(mesh, of_params[name])) for name, each in self.params.items()
+        }
         others = {name: getattr(self, name) for name in ("memory", "settings", "normalization", "of_written")}
         return replace(placed, params=params, **jax.device_put(others, whole))
 

@@ -4,7 +4,7 @@ Where activations stay on the device (`harvest.stays_on_device`), compiled progr
 block, and only what is known of each token or story comes to the host. Rows, their order and their bits are those that
 NumPy makes of the same activations, but for two roundings: the 'story' normalisation is estimated in float32, by NumPy
 in float64, and so are norms, so that a token may lie on the other side of a `norm_limit` that its norm nearly equals.
-Memory there: the block, and one batch of the language model.
+Memory there: the block, and one batch of the language model; where several devices share stories, each has its part.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_sae.activations.normalize import (
     Normalization,
@@ -27,6 +29,7 @@ from jax_sae.activations.places import Place
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
+from jax_sae.language_model.devices import LAUNCHING, ROWS, mesh_of_rows
 from jax_sae.processes import gathered, own_share, several, summed, together
 
 if TYPE_CHECKING:
@@ -129,15 +132,19 @@ def _filled_on_device(
     activations: ActivationsConfig,
 ) -> tuple[jax.Array, np.ndarray]:
     """`filled` for activations on the device; a batch is done before the next one is computed."""
-    block = jnp.zeros((*shape, source.width), jnp.float32)
+    block: jax.Array | None = None
     for x, stories in batches:
+        mesh = mesh_of_rows(x)
         used = np.zeros(x.shape[:2], bool)
         into = np.full(x.shape[:2], -1)
         for row, (i, tokens) in enumerate(stories):
             first, last, rows = taken[i]
             used[row, tokens] = True
             into[row, tokens[first:last]] = rows
-        own, seen = _measured(x, jnp.asarray(used), activations.normalization, source.places)
+        if block is None:
+            block = _empty((*shape, source.width), mesh)
+        with LAUNCHING:
+            own, seen = _measured(x, jnp.asarray(used), activations.normalization, source.places)
         not_finite, is_equal, its_norms = jax.device_get(seen)
         for row, (_, tokens) in enumerate(stories):
             _refuse_not_finite(source.name, not_finite[row], len(tokens))
@@ -149,9 +156,24 @@ def _filled_on_device(
         # Where a row does not go it has the number of no row, each another one: programs may count on that.
         nowhere = len(norms) + np.arange(into.size).reshape(into.shape)
         into = np.where(into >= 0, into, nowhere).astype(np.int32)
-        block = _with_rows(block, x, into, own or fitted)
+        with LAUNCHING:
+            block = _with_rows(block, x, into, own or fitted, mesh)
         del x  # so that there is one batch at a time
-    return block, norms
+    return _empty((*shape, source.width), None) if block is None else block, norms
+
+
+def _empty(shape: tuple[int, int, int], mesh: Mesh | None) -> jax.Array:
+    """A block of zeros; on several devices, which made its rows, as many rows of each batch on each of them.
+
+    Where they do not divide the rows, or there is one batch, of which stories are taken, it is whole on each.
+    """
+    if mesh is None:
+        return jnp.zeros(shape, jnp.float32)
+    return jnp.zeros(shape, jnp.float32, device=NamedSharding(mesh, _lies(shape, mesh)))
+
+
+def _lies(shape: tuple[int, ...], mesh: Mesh) -> P:
+    return P(None, ROWS) if shape[0] > 1 and shape[1] % mesh.size == 0 else P()
 
 
 @partial(jax.jit, static_argnames=("kind", "places"))
@@ -170,12 +192,41 @@ def _measured(
     return own, (not_finite, is_equal, norms)
 
 
-@partial(jax.jit, donate_argnames="block")
-def _with_rows(block: jax.Array, x: jax.Array, into: jax.Array, normalization: Normalization) -> jax.Array:
-    """The block [batches, B, D] with x[R, T, D], normalised, at its rows into[R, T]; in its place in memory."""
+@partial(jax.jit, static_argnames="mesh", donate_argnames="block")
+def _with_rows(
+    block: jax.Array, x: jax.Array, into: jax.Array, normalization: Normalization, mesh: Mesh | None
+) -> jax.Array:
+    """The block [batches, B, D] with x[R, T, D], normalised, at its rows into[R, T]; in its place in memory.
+
+    On several devices each has some rows of x and some of the block: all of x goes round, from each to the next, and
+    each takes what belongs to it.
+    """
+    rows = normalize(normalization, x)
+    if mesh is None:
+        return _put(block, rows, into)
+    n, B, lies = mesh.size, block.shape[1], _lies(block.shape, mesh)
+
+    def on_each(block: jax.Array, rows: jax.Array, into: jax.Array) -> jax.Array:
+        own, here = jax.lax.axis_index(ROWS), block.shape[1]
+        nowhere = len(block) * here + jnp.arange(into[0].size).reshape(into[0].shape)
+
+        def take(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            block, rows = state
+            at = into[(own - i) % n]  # where the rows go that this device has now
+            is_here = (at < len(block) * B) & ((at % B // here == own) | (here == B))
+            block = _put(block, rows, jnp.where(is_here, at // B * here + at % here, nowhere))
+            return block, jax.lax.ppermute(rows, ROWS, [(each, (each + 1) % n) for each in range(n)])
+
+        return jax.lax.fori_loop(0, n, take, (block, rows))[0]
+
+    spread = jax.shard_map(on_each, mesh=mesh, in_specs=(lies, P(ROWS), P()), out_specs=lies, check_vma=False)
+    return spread(block, rows, into.reshape(n, -1, into.shape[1]))
+
+
+def _put(block: jax.Array, rows: jax.Array, into: jax.Array) -> jax.Array:
     D = block.shape[-1]
-    rows = normalize(normalization, x).reshape(-1, D)
-    return block.reshape(-1, D).at[into.ravel()].set(rows, mode="drop", unique_indices=True).reshape(block.shape)
+    placed = block.reshape(-1, D).at[into.ravel()].set(rows.reshape(-1, D), mode="drop", unique_indices=True)
+    return placed.reshape(block.shape)
 
 
 def part(block: np.ndarray | jax.Array, first: int, length: int) -> np.ndarray | jax.Array:

@@ -193,8 +193,8 @@ def loss_recovered(
         spliced = np.where(replaced[:, :, None], np.stack(others), y)
         stream, y, token_ids = in_rows(devices, stream, y, token_ids)
         [spliced] = in_rows(devices, spliced, axis=1)
-        its = (stream, y, spliced, token_ids)
-        loss, divergence = _losses_and_divergences(model, written, len(devices), params, *its)
+        rows = (stream, y, spliced, token_ids)
+        loss, divergence = _losses_and_divergences(model, written, len(devices), params, *rows)
         scored = position[:-1] < lengths[:, None] - 1
         losses += np.asarray(loss, np.float64)[:, scored].sum(1)
         divergences += np.asarray(divergence, np.float64)[:, scored].sum(1)

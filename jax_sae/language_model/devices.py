@@ -6,7 +6,8 @@ sharded training does it (Rajbhandari et al. 2020, "ZeRO", section 5.3). So a de
 that one matrix at a time, whatever the family.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,6 +19,10 @@ from jax.sharding import PartitionSpec as P
 ROWS = "rows"
 """The one axis of a mesh of devices that share texts."""
 
+LAUNCHING = threading.Lock()
+"""Held while a program is started in which devices wait for each other. A thread that reads ahead starts such programs
+beside the one that trains, and every device has to be given them in one order."""
+
 FITS = 0.9
 """Of a device's memory that a language model may take whole: what it computes has to have room, too."""
 
@@ -27,10 +32,19 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (ROWS,), axis_types=(AxisType.Auto,))
 
 
+def mesh_of_rows(x: jax.Array) -> Mesh | None:
+    """Of the devices that share the rows of x; None where one has all."""
+    return mesh_of(_in_order(x.devices())) if len(x.devices()) > 1 else None
+
+
 def devices_of(params: Mapping[str, Any]) -> list[jax.Device]:
     """Where parameters are, in the order of the devices' numbers."""
     first = jax.tree.leaves(params)[0]
-    return sorted(first.devices(), key=lambda device: device.id) if isinstance(first, jax.Array) else jax.devices()[:1]
+    return _in_order(first.devices()) if isinstance(first, jax.Array) else jax.devices()[:1]
+
+
+def _in_order(devices: Iterable[jax.Device]) -> list[jax.Device]:
+    return sorted(devices, key=lambda device: device.id)
 
 
 def spread(params: Mapping[str, Any], devices: Sequence[jax.Device], in_parts: bool = False) -> Mapping[str, Any]:
@@ -42,7 +56,9 @@ def placed(array: Any, devices: Sequence[jax.Device], in_parts: bool) -> jax.Arr
     """A parameter, whole on each of the devices, or in parts among them; of one, on the first without a copy."""
     if len(devices) == 1:
         return jax.device_put(array, may_alias=True)
-    return jax.device_put(array, NamedSharding(mesh_of(devices), spec_of(array.shape, len(devices)) if in_parts else P()))
+    return jax.device_put(
+        array, NamedSharding(mesh_of(devices), spec_of(array.shape, len(devices)) if in_parts else P())
+    )
 
 
 def spec_of(shape: Sequence[int], parts: int) -> P:
@@ -68,7 +84,9 @@ def where_it_fits(shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[list[jax.Devi
 
 def put_together(W: jax.Array, x: jax.Array, mesh: Mesh) -> jax.Array:
     """A matrix that lies in parts, whole on every device; not before x, which it is to be used with, is known."""
-    W = jax.lax.with_sharding_constraint(W + zero_after(x).astype(W.dtype), NamedSharding(mesh, spec_of(W.shape, mesh.size)))
+    W = jax.lax.with_sharding_constraint(
+        W + zero_after(x).astype(W.dtype), NamedSharding(mesh, spec_of(W.shape, mesh.size))
+    )
     return jax.lax.with_sharding_constraint(W, NamedSharding(mesh, P()))
 
 
@@ -87,7 +105,7 @@ def zero_after(x: jax.Array) -> jax.Array:
 
 
 def in_rows(devices: Sequence[jax.Device], *arrays: Any, axis: int = 0) -> Any:
-    """Arrays, or None, whose axis of rows is `axis`, with as many rows on each of several devices; for one as they are."""
+    """Arrays, or None, with as many rows, those of `axis`, on each of several devices; for one as they are."""
     if len(devices) == 1:
         return arrays
     return jax.device_put(arrays, NamedSharding(mesh_of(devices), P(*[None] * axis, ROWS)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.language_model.decoder import Decoder
-from jax_sae.language_model.devices import devices_of, in_rows
+from jax_sae.language_model.devices import LAUNCHING, devices_of, in_rows
 
 TOKENS_AT_A_TIME_ON_CPU = 1024
 PADDED_TO_MULTIPLES_OF = {256: 16, 512: 64, 1024: 128}
@@ -119,4 +119,7 @@ def harvest_on_device(
             token_ids[row, : len(stories[i])] = stories[i]
             if its is not None and segments is not None and (of_story := segments[i]) is not None:
                 its[row, : len(stories[i])] = of_story
-        yield batch, read_places(model, places, params, *in_rows(devices, token_ids, its))
+        with LAUNCHING:
+            x = read_places(model, places, params, *in_rows(devices, token_ids, its))
+        yield batch, x
+        del x  # a batch is gone before the next one is computed

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 from jax_sae.card import card
 from jax_sae.config import Precision, WeightsDtype
 from jax_sae.errors import BadInput
-from jax_sae.language_model.decoder import Decoder, Tap, untouched
 from jax_sae.language_model.checkpoint import kept_shapes
+from jax_sae.language_model.decoder import Decoder, Tap, untouched
 from jax_sae.language_model.devices import devices_of, mesh_of, placed, spread, where_it_fits
 from jax_sae.language_model.files import open_model
 from jax_sae.language_model.generate import continued_text, refuse_generation, text_of

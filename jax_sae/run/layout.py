@@ -91,7 +91,7 @@ def mesh_to_look(config: Config, facts: Mapping[str, Any], asked: MeshConfig) ->
         BadInput: if more devices are asked for than there are, or as `choose_mesh` with `auto`.
     """
     mine, here = asked if asked != MeshConfig() else config.mesh, jax.device_count()
-    if several() or here == 1 and asked == MeshConfig() == config.mesh:
+    if several() or (here == 1 and asked == MeshConfig() == config.mesh):
         return None, []
     if mine.auto:
         members = tuple(recorded_member(each) for each in facts["members"].values())

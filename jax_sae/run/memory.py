@@ -6,7 +6,6 @@ from typing import Any
 import jax
 
 
-
 def memory_of_device() -> int:
     """Bytes of memory of the first device of this process; of the machine, where the device has none of its own."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or memory_of_machine()

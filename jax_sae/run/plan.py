@@ -103,7 +103,7 @@ def _places(setup: Setup) -> list[str]:
 
 
 def sweep_bytes(setup: Setup) -> int:
-    """About what a sweep takes of each device and, where that is a CPU, of the process, where all parts of a mesh lie."""
+    """About what a sweep takes of each device; of the process where that is a CPU, in whose memory all parts lie."""
     config, D = setup.config, setup.width
     on_devices = setup.mesh is not None and jax.default_backend() != "cpu"
     data, member, feature = tuple(setup.mesh.shape.values()) if setup.mesh is not None and on_devices else (1, 1, 1)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jax_sae.activations.batches import BatchRun, batch_runs, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
@@ -33,6 +34,7 @@ from jax_sae.autoencoder.centres import geometric_median
 from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_of
 from jax_sae.config_tables import flatten
 from jax_sae.errors import BadInput, SourceLost
+from jax_sae.language_model.devices import LAUNCHING, mesh_of_rows
 from jax_sae.language_model.hub import read_json
 from jax_sae.processes import agree, any_of, first_says, is_first, others_are_there, several, together
 from jax_sae.run import report
@@ -345,15 +347,25 @@ def dispatches(
     runs = ahead(made, clock, lambda run: config.train.steps - progress.step > len(run.after) - run.used)
     while progress.step < config.train.steps:
         run = next(runs)
-        x, weights = jax.device_put((run.x, run.weights)) if mesh is None else batches_on(mesh, run.x, run.weights)
+        with LAUNCHING:
+            x, weights = put_on(mesh, run.x, run.weights)
         first = run.used
         while first < len(run.after) and progress.step < config.train.steps:
             start = time.perf_counter()
             last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
             with others_are_there():
-                state, metrics = update_many(
-                    progress.state, x, weights, first, last, progress.step, forms=forms, train=config.train, mesh=mesh
-                )
+                with LAUNCHING:
+                    state, metrics = update_many(
+                        progress.state,
+                        x,
+                        weights,
+                        first,
+                        last,
+                        progress.step,
+                        forms=forms,
+                        train=config.train,
+                        mesh=mesh,
+                    )
                 found = np.asarray(metrics)
             step = progress.step + last - first
             tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
@@ -373,6 +385,15 @@ def dispatches(
             yield progress, tokens
             first = last
         del run, x  # the next block takes their memory
+
+
+def put_on(mesh: Mesh | None, x: np.ndarray | jax.Array, weights: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """A block where it is trained on: on a mesh, or on one device, whatever devices made it."""
+    if mesh is not None:
+        return batches_on(mesh, x, weights)
+    is_apart = isinstance(x, jax.Array) and mesh_of_rows(x) is not None
+    there = jax.device_put((x, weights), jax.devices()[0] if is_apart else None)
+    return there[0], there[1]
 
 
 def ahead(made: Iterator[BatchRun], clock: Clock, is_more_needed: Callable[[BatchRun], bool]) -> Iterator[BatchRun]:

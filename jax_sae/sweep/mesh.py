@@ -103,6 +103,8 @@ def batches_on(mesh: Mesh, x: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)  # from device to device
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

@@ -1,6 +1,7 @@
 """A sweep on eight devices: the losses of one device, the same bits each time, and no more sent than has to be."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"  # most of its time goes into compiling seven small groups
     done = subprocess.run(
         [sys.executable, script, folder],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{script.parents[1]}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
     )
@@ -53,7 +54,65 @@ def test_of_equal_numbers_the_first_are_kept(found: dict[str, Any], layout: str)
 
 
 def test_a_language_model_reads_on_all_devices_what_it_reads_on_one(found: dict[str, Any]) -> None:
-    assert found["harvest"] < 1e-5
+    """Whole on each of them and in parts; in parts it goes on with a text as on one, and takes an eighth of memory."""
+    assert max(found["harvest"].values()) < 1e-5, found["harvest"]
+    for name, (of_a_device, of_all) in found["weights"].items():
+        assert of_a_device < of_all / 8 + 0.15 * of_all, name  # norms and biases, which are much of so small a network
+        one, in_parts = found["texts"][name]
+        assert in_parts == one
+
+
+def test_of_weights_in_parts_each_is_sent_once_and_no_activations_are(found: dict[str, Any]) -> None:
+    """But the token ids, and of their embeddings to each device those of its own texts."""
+    for name, sent in found["sent by weights"].items():
+        exchanged = [shapes(each) for kind, each in sent if kind == "all-to-all"]
+        assert len(exchanged) == 1, name
+        assert all(math.prod(shape) <= 16 * 16 * 24 / 64 for shape in exchanged[0]), exchanged
+        gathered = [shape for kind, each in sent if kind == "all-gather" for shape in shapes(each)]
+        assert gathered.pop(0)[:2] == (16, 16)  # token ids
+        assert gathered and all(len(shape) == 2 and max(shape) < 16 * 16 for shape in gathered), (name, gathered)
+        reduced = [shape for kind, each in sent if kind == "all-reduce" for shape in shapes(each)]
+        assert all(math.prod(shape) == 1 for shape in reduced), (name, reduced)
+
+
+def test_activations_stay_on_the_devices(found: dict[str, Any]) -> None:
+    """Each has a part of a block from the language model to the step; rows and their order are those of one."""
+    assert len(found["blocks"]) == 3
+    for of_block, where_trained, devices, is_by_rows in found["blocks"]:
+        assert max(of_block, where_trained) < 1e-5
+        assert devices == 8
+        assert is_by_rows
+
+
+def alike(one: Any, there: Any, name: str = "") -> None:
+    """Counts and words are equal, and other numbers nearly."""
+    if isinstance(one, dict):
+        assert one.keys() == there.keys(), name
+        for key in one.keys() - {"device"}:
+            alike(one[key], there[key], f"{name}/{key}")
+    elif isinstance(one, list):
+        for i, (mine, other) in enumerate(zip(one, there, strict=True)):
+            alike(mine, other, f"{name}/{i}")
+    elif isinstance(one, float):
+        assert there == pytest.approx(one, rel=1e-5, abs=1e-9), name
+    else:
+        assert there == one, name
+
+
+def test_a_run_is_evaluated_on_a_mesh_as_on_one_device(found: dict[str, Any]) -> None:
+    """On its own mesh, with a member that lies in parts, one that cannot, and the language model in parts."""
+    said = "\n".join(found["said"])
+    assert "one device of 8" in said
+    assert "tokens in 2 parts x features in 4, of 8 devices" in said
+    one, there = found["evaluations"]
+    assert there["device"] == "8 x cpu, data 2 x feature 4"
+    alike(one, there)
+
+
+def test_pages_show_on_a_mesh_what_they_show_on_one_device(found: dict[str, Any]) -> None:
+    assert found["pages"]["fired"]
+    assert found["pages"]["examples"]
+    assert found["pages"]["values"] < 1e-4
 
 
 def shapes(sent: str) -> list[tuple[int, ...]]:
