@@ -15,7 +15,7 @@ from jax_sae.activations.sources import Sources
 from jax_sae.analysis.evaluation import evaluate, evaluate_members
 from jax_sae.analysis.steered import How, Writing, steer_member
 from jax_sae.card import table as html_table
-from jax_sae.config import Config, Member
+from jax_sae.config import Config, Member, MeshConfig
 from jax_sae.errors import BadInput
 from jax_sae.figures.curves import member_colours, training_figure
 from jax_sae.figures.frontier import frontier_figure, points_of
@@ -29,12 +29,13 @@ from jax_sae.pages.feature import Feature, look_at_feature
 from jax_sae.pages.make import with_text
 from jax_sae.run.checkpoints import Checkpoints, Tree
 from jax_sae.run.directory import read_config
+from jax_sae.run.layout import mesh_to_look
 from jax_sae.run.load import load_autoencoder, make_autoencoder
 from jax_sae.run.opened import config_of, open_inputs
 from jax_sae.run.progress import content
 from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
 from jax_sae.run.train import Ended
-from jax_sae.streams import quiet
+from jax_sae.streams import quiet, say
 from jax_sae.sweep.members import member_names, placement_labels, recorded_member, sweep_members
 from jax_sae.sweep.update import METRICS
 from jax_sae.trained import TrainedAutoencoder
@@ -187,8 +188,13 @@ class Run:
         """
         if self.directory is not None:
             return evaluate(self.directory, step, tokens, self.sources)
+        facts = self._facts(step)
+        mesh, lines = mesh_to_look(self.config, facts, MeshConfig())
         members = {name: self.autoencoder(name, step) for name in self.names}
-        return evaluate_members("the run", members, self._facts(step), self.config, tokens, self.sources)[0]
+        if mesh is not None:
+            members = {name: sae.spread(mesh) for name, sae in members.items()}
+        say(lines)
+        return evaluate_members("the run", members, facts, self.config, tokens, self.sources, mesh)[0]
 
     def steer(
         self,
