@@ -55,7 +55,8 @@ def spread(params: Mapping[str, Any], devices: Sequence[jax.Device], in_parts: b
 def placed(array: Any, devices: Sequence[jax.Device], in_parts: bool) -> jax.Array:
     """A parameter, whole on each of the devices, or in parts among them; of one, on the first without a copy."""
     if len(devices) == 1:
-        return jax.device_put(array, may_alias=True)
+        is_apart = isinstance(array, jax.Array) and len(array.devices()) > 1
+        return jax.device_put(array, devices[0] if is_apart else None, may_alias=True)
     return jax.device_put(
         array, NamedSharding(mesh_of(devices), spec_of(array.shape, len(devices)) if in_parts else P())
     )

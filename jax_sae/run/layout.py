@@ -93,21 +93,20 @@ def mesh_to_look(config: Config, facts: Mapping[str, Any], asked: MeshConfig) ->
     mine, here = asked if asked != MeshConfig() else config.mesh, jax.device_count()
     if several() or (here == 1 and asked == MeshConfig() == config.mesh):
         return None, []
-    if mine.auto:
+    parts = mine.data or 1, mine.member or 1, mine.feature or 1
+    if mine.auto and math.prod(parts) <= here:
         members = tuple(recorded_member(each) for each in facts["members"].values())
-        places = [Place(**place) for place in facts["places"]]
+        places = [Place(**place) for place in facts.get("places", ())]
         found, _ = choose_mesh(replace(config, mesh=mine), make_groups(members, places), total_width(places))
-        data, member, feature = (1, 1, 1) if found is None else tuple(found.shape.values())
-    else:
-        data, member, feature = mine.data or 1, mine.member or 1, mine.feature or 1
-    needed = data * member * feature
-    if needed > here:
+        parts = (1, 1, 1) if found is None else tuple(found.shape.values())
+    data, member, feature = parts
+    if (needed := math.prod(parts)) > here:
         wanted = f"data {data} x member {member} x feature {feature} = {needed} devices"
         if mine is asked:
             raise BadInput(f"the mesh has {wanted}, but there are {here}; give smaller numbers")
         return None, [f"mesh          one device: the run had {wanted}, and there are {here}"]
     if needed == 1:
-        return None, [f"mesh          one device of {here}; --mesh.data {here} takes all"]
+        return None, [f"mesh          one device of {here}; --mesh.data {here} takes all"] if here > 1 else []
     return make_mesh(data * member, 1, feature), [
         f"mesh          tokens in {data * member} parts x features in {feature}, of {here} devices"
     ]

@@ -1,6 +1,7 @@
 """Which mesh is chosen for a sweep, and what is refused; no devices are needed."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from jax_sae.config import Config, MeshConfig, SweepConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.run import layout
 from jax_sae.sweep.groups import make_groups
-from jax_sae.sweep.members import sweep_members
+from jax_sae.sweep.members import settings_of, sweep_members
 
 D = 64
 
@@ -90,3 +91,32 @@ class Own(kind_named("relu")):  # type: ignore[misc]
 
     splits_features = False
     couples_tokens = True
+
+
+def test_a_run_is_looked_at_on_its_own_mesh_where_its_devices_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else on one device, which is said; what is asked for stands in its place, and has to be there."""
+    axes = ("data", "member", "feature")
+    monkeypatch.setattr(layout, "make_mesh", lambda *parts: SimpleNamespace(shape=dict(zip(axes, parts, strict=True))))
+    sweep = seeds(2)
+    facts = {
+        "members": {str(i): settings_of(member) for i, member in enumerate(sweep_members(sweep))},
+        "places": [{"name": "", "width": D}],
+    }
+
+    def look(devices: int, own: MeshConfig, asked: MeshConfig = MeshConfig()) -> tuple[Any, str]:  # noqa: B008
+        monkeypatch.setattr(layout.jax, "device_count", lambda: devices)
+        mesh, lines = layout.mesh_to_look(Config(sweep=sweep, mesh=own), facts, asked)
+        return mesh and tuple(mesh.shape.values()), "\n".join(lines)
+
+    own = MeshConfig(data=2, member=2, feature=2)
+    assert look(8, own)[0] == (4, 1, 2)  # members are looked at one after the other
+    assert look(8, own, MeshConfig(feature=4))[0] == (1, 1, 4)
+    assert look(8, AUTO)[0] == (8, 1, 1)
+    for mesh in (own, MeshConfig(data=4, auto=True)):
+        found, said = look(1, mesh)
+        assert found is None
+        assert "one device: the run had data" in said
+    assert look(1, MeshConfig()) == look(1, AUTO) == (None, "")
+    assert "one device of 8" in look(8, MeshConfig())[1]
+    with pytest.raises(BadInput, match="has data 8 x member 1 x feature 1 = 8 devices, but there are 4"):
+        look(4, own, MeshConfig(data=8))
