@@ -57,6 +57,7 @@ def test_a_kind_has_its_colour_whatever_stands_beside_it() -> None:
     own = ["mine:Kind", "mine:Other", "theirs:Kind", "theirs:Other"]
     alone = {kind: looks([kind])[kind] for kind in (*KINDS, *own)}
     assert looks([*KINDS, own[0]]) == looks([own[0], *KINDS]) == {kind: alone[kind] for kind in (*KINDS, own[0])}
+    assert len({alone[kind] for kind in own}) > 1
     together = looks(own)
     assert len(set(together.values())) == 4 and looks(reversed(own)) == together
     assert set(line_looks([("topk", 64), ("relu", 64)]).values()) == {KINDS["topk"], KINDS["relu"]}
