@@ -2,7 +2,7 @@
 
 JAX's own runtime joins them (`jax.distributed`). Each has its own devices, and a mesh is of all of them. All take the
 same steps, and what a process knows alone, a signal or an error, is shared before it counts. The first writes files and
-tells the user.
+tells the user; of a checkpoint each writes what lies on its devices.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ SECONDS_TO_MEET = 60
 
 SECONDS_UNHEARD = 30
 """After so long without a sign of another process it counts as lost, and all end."""
+
+SECONDS_UNSEEN = 10
+"""How long what one process has written may take to be seen by another one: file systems on a network remember."""
 
 CLUSTERS = {
     "Slurm's srun": ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
@@ -183,12 +187,13 @@ def gathered(values: Any) -> np.ndarray:
         return np.asarray(multihost_utils.process_allgather(np.asarray(values)))
 
 
-def whole(tree: Any) -> Any:
-    """Arrays that lie on devices of several processes, as NumPy's in each of them; all have to ask at the same time."""
-    from jax.experimental import multihost_utils
-
-    with others_are_there():
-        return multihost_utils.process_allgather(tree, tiled=True)
+def told(what: Any) -> list[Any]:
+    """What each process says, something that JSON can hold, in their order; all have to ask at the same time."""
+    if not several():
+        return [what]
+    text = json.dumps(what).encode()
+    most = int(gathered(len(text)).max())
+    return [json.loads(bytes(each)) for each in gathered(np.frombuffer(text.ljust(most), np.uint8))]
 
 
 @contextmanager
@@ -229,12 +234,7 @@ def agree(settings: Mapping[str, str]) -> None:
     Raises:
         EndedElsewhere: in the others.
     """
-    if not several():
-        return
-    text = json.dumps(settings).encode()
-    most = int(gathered(len(text)).max())
-    texts = gathered(np.frombuffer(text.ljust(most), np.uint8))
-    first, *others = [json.loads(bytes(each)) for each in texts]
+    first, *others = told(dict(settings))
     for i, other in enumerate(others, 1):
         names = [name for name in first | other if first.get(name) != other.get(name)]
         if names and not is_first():
@@ -244,6 +244,41 @@ def agree(settings: Mapping[str, str]) -> None:
                 f"{name} {first.get(name)} in number 0, {other.get(name)} in number {i}" for name in names
             )
             raise BadInput(f"the processes of this run differ: {which}; start all of them with the same command")
+
+
+def refuse_separate_disks(directory: Path) -> None:
+    """Raise BadInput, in each process that does not see what the first one writes into a directory.
+
+    Raises:
+        EndedElsewhere: in the others.
+    """
+    if not several():
+        return
+    seen = directory / f".seen-by-all-{int(first_says(int.from_bytes(os.urandom(2))))}"
+    with together():
+        if is_first():
+            seen.touch()
+    try:
+        with together():
+            if not is_there(seen):
+                raise BadInput(
+                    f"{directory} on {socket.gethostname()} is not the directory that the first process writes to; "
+                    "--out has to lie on a disk that all processes share"
+                )
+    finally:
+        if is_first():
+            seen.unlink()
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder that another process has written is there, or comes within SECONDS_UNSEEN."""
+    end = time.monotonic() + SECONDS_UNSEEN
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        os.listdir(path.parent if path.parent.is_dir() else ".")  # a file system on a network looks again
+        time.sleep(0.1)
+    return True
 
 
 def _short(error: Exception) -> str:

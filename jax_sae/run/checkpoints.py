@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the only file that imports orbax.
+"""Checkpoints on disk, through Orbax.
 
     checkpoints/<step>/state/    arrays, in Orbax's own format:
         members/<name>/params/W_enc, b_enc, W_dec, b_dec      at the member's own number of features
@@ -7,7 +7,8 @@
         members/<name>/metrics/loss_per_element, ...          of every step so far
         normalization/mean, scale
     checkpoints/<step>/run/      JSON: step, tokens, position in the data, config, digests of the inputs, versions
-    checkpoints/<step>/digests/  JSON: sha256 of each array and of run/, verified whenever they are read
+    checkpoints/<step>/digests/  JSON: sha256 of each array and of run/, verified whenever they are read; of each
+                                 slice, where an array was saved in slices: {"0:64, 0:32": ..., "0:64, 32:64": ...}
 
 Arrays and JSON only, no class of this package: plain Orbax reads it where this package does not exist. A member's
 arrays are apart from the others', so using one member reads that member alone.
@@ -15,14 +16,17 @@ arrays are apart from the others', so using one member reads that member alone.
 Orbax writes a step under a temporary name and renames it, but it does not notice when a part of it is not there, or
 when bits change afterwards. The digests do: each checkpoint is read back as soon as it is written, from what lies on
 disk, and one that is not what was saved ends the run.
+
+Several processes write a checkpoint together, each its slices of the arrays (`slices.py`), and each reads back its own.
+The first one writes what is not in slices, and makes it a checkpoint once all have written.
 """
 
 import errno
+import itertools
 import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -35,8 +39,11 @@ import orbax.checkpoint as ocp
 
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import one_line
-from jax_sae.run.digests import array_digest, json_digest, named_leaves
+from jax_sae.processes import SECONDS_UNSEEN, is_first, is_there, several, together, told
+from jax_sae.run.digests import array_digest, json_digest, named_leaves, nested
 from jax_sae.run.orbax_calls import orbax, plain_path, wait_for_echoes
+from jax_sae.run.slice_handler import RestoreSlices, registry
+from jax_sae.run.slices import Index, Slices, common, of_all, place, saved_slices, size, to_text, whole
 from jax_sae.streams import say
 
 Tree = dict[str, Any]
@@ -61,39 +68,70 @@ class Damaged(BadInput):
         self.what = what
 
 
-def _parts(names: Tree) -> list[Tree]:
-    """A tree of names in parts that are read one after another: each array of more than FILE_BYTES, and the others."""
-    flat = dict(named_leaves(names))
-    sizes = {name: math.prod(its.shape) * np.dtype(its.dtype).itemsize for name, its in flat.items()}
-    large = [name for name in flat if sizes[name] > FILE_BYTES]
-    parts = [[name] for name in large] + [[name for name in flat if name not in large]]
-    return [_nested({name: flat[name] for name in part}) for part in parts if part]
+_numbers = itertools.count()
 
 
-def _nested(flat: Mapping[str, Any]) -> Tree:
-    """{path: leaf} as a tree."""
-    tree: Tree = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = leaf
-    return tree
+def who_works(all_together: bool) -> ocp.options.MultiprocessingOptions:
+    """Which processes Orbax waits for: all of the run, or none, whatever others do at that time.
+
+    Of all, too, it waits by JAX's coordinator and not on devices, so it can do so in a thread while they compute.
+    """
+    own, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return ocp.options.MultiprocessingOptions()
+    if all_together:
+        return ocp.options.MultiprocessingOptions(0, set(range(count)), f"checkpoints_{next(_numbers)}")
+    return ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
 
 
-def by_itself() -> ocp.options.MultiprocessingOptions:
-    """Orbax reads and writes in this process alone, whatever others of the run do at that time."""
-    own = jax.process_index()
-    return (
-        ocp.options.MultiprocessingOptions(own, {own}, f"process_{own}")
-        if jax.process_count() > 1
-        else (ocp.options.MultiprocessingOptions())
-    )
+def _digests(state: Tree, run: Tree) -> Tree:
+    """Of each array, or of each of its slices that are here, and of the JSON."""
+    arrays = dict(named_leaves(state))
+    with ThreadPoolExecutor() as pool:
+        begun = {
+            name: {to_text(index): pool.submit(array_digest, value) for index, value in its.here.items()}
+            if isinstance(its, Slices)
+            else pool.submit(array_digest, np.asarray(its))
+            for name, its in arrays.items()
+        }
+        found: Tree = {}
+        for name, its in begun.items():
+            found[name] = its.result() if isinstance(its, Future) else {text: d.result() for text, d in its.items()}
+            if isinstance(found[name], dict) and set(found[name]) == {to_text(whole(arrays[name].shape))}:
+                found[name] = found[name].popitem()[1]
+    return {"arrays": found, "run": json_digest(run)}
+
+
+def _bytes_needed(state: Tree) -> int:
+    """On the disk."""
+    return sum(its.nbytes for its in jax.tree.leaves(state)) + SPACE_TO_SPARE
+
+
+def _batches(wanted: Iterable[tuple[str, Index]], flat: Mapping[str, Any]) -> Iterator[list[tuple[str, Index]]]:
+    """Slices of arrays, in parts of at most FILE_BYTES, or of one slice."""
+    batch: list[tuple[str, Index]] = []
+    total = 0
+    for name, index in wanted:
+        more = size(index) * np.dtype(flat[name].dtype).itemsize
+        if batch and total + more > FILE_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append((name, index))
+        total += more
+    if batch:
+        yield batch
+
+
+def _named(name: str, index: Index, shape: tuple[int, ...]) -> str:
+    """What a slice of an array is called, an array that is whole without saying so."""
+    return f"the array {name}" if index == whole(shape) else f"the slice {name}[{to_text(index)}]"
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):
-    """The checkpoints of one run; saving goes on in a thread until the `with` block ends."""
+    """The checkpoints of one run; saving goes on in a thread until the `with` block ends.
+
+    Of several processes all open them to write, and call `save` and `finish` at the same time.
+    """
 
     def __init__(self, directory: Path, *, read_only: bool = False, compressed: bool = True) -> None:
         """Open `directory`; unless `read_only` it is created, and what a killed run left half-written is removed.
@@ -111,13 +149,17 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         with ExitStack() as stack:
             self._plain = stack.enter_context(plain_path(self.directory))
             with orbax.called():
-                alone = by_itself()
+                who = who_works(all_together=not read_only)
                 self._manager = ocp.CheckpointManager(
                     self._plain,
                     item_handlers={
-                        "state": ocp.PyTreeCheckpointHandler(use_compression=compressed, multiprocessing_options=alone),
-                        "run": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-                        "digests": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                        "state": ocp.PyTreeCheckpointHandler(
+                            use_compression=compressed,
+                            multiprocessing_options=who,
+                            type_handler_registry=registry(),
+                        ),
+                        "run": ocp.JsonCheckpointHandler(multiprocessing_options=who),
+                        "digests": ocp.JsonCheckpointHandler(multiprocessing_options=who),
                     },
                     options=ocp.CheckpointManagerOptions(
                         create=False,
@@ -125,7 +167,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                         max_to_keep=None,
                         cleanup_tmp_directories=not read_only,
                         enable_async_checkpointing=False,  # the thread below also computes the digests
-                        multiprocessing_options=alone,
+                        multiprocessing_options=who,
                     ),
                 )
             self._opened = stack.pop_all()
@@ -153,15 +195,38 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         Args:
             step: after which it is taken.
             content: makes the arrays and the JSON; it is called in the thread, so it must not need what the caller goes
-                on to change or to donate.
+                on to change or to donate. By several processes before, since they tell each other their digests.
 
         Raises:
             RunFailed: if the save before it has failed.
         """
+        if not several():
+            self._wait()
+            self._saving = self._thread.submit(self._write, step, content)
+            return
+        with together():
+            self._wait()
+            state, run = content()
+            own = _digests(state, run)
+            if is_first():
+                self._refuse_full_disk(step, _bytes_needed(state))
+        each = told(own)
+        digests = {"arrays": of_all(its["arrays"] for its in each), "run": each[0]["run"]}
+        self._saving = self._thread.submit(self._write, step, lambda: (state, run), digests, own["arrays"])
+
+    def finish(self) -> None:
+        """Wait for a save under way.
+
+        Raises:
+            RunFailed: if it has failed.
+        """
+        with together():
+            self._wait()
+
+    def _wait(self) -> None:
         if self._saving is not None:
             self._saving.exception()  # waits
         self.raise_failure()
-        self._saving = self._thread.submit(self._write, step, content)
 
     def raise_failure(self) -> None:
         """Raise the RunFailed of a save that has ended badly; does not wait for one that is under way."""
@@ -169,11 +234,20 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             saving, self._saving = self._saving, None
             saving.result()
 
-    def _write(self, step: int, content: Callable[[], tuple[Tree, Tree]]) -> None:
-        before = self.steps()
-        kept = f"the last one is at step {before[-1]}" if before else "there is none before it"
-        digests = self._commit(step, *content(), kept)
-        if problem := self._difference(step, digests):
+    def _write(
+        self,
+        step: int,
+        content: Callable[[], tuple[Tree, Tree]],
+        digests: Tree | None = None,
+        own: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint and read it back.
+
+        Of several processes each reads its `own` part of the `digests`; of one, all.
+        """
+        kept = self._kept()
+        digests = self._commit(step, *content(), digests, kept)
+        if problem := self._difference(step, digests, own):
             with suppress(OSError):  # where even that fails, those who read it are told
                 problem += f"; it is now {self.set_aside(step).name}"
             raise RunFailed(
@@ -181,19 +255,20 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 f"was saved: {problem}; {kept}. Look at the disk and at the warnings above, and go on with --resume"
             )
 
-    def _commit(self, step: int, state: Tree, run: Tree, kept: str) -> Tree:
+    def _kept(self) -> str:
+        before = self.steps()
+        return f"the last one is at step {before[-1]}" if before else "there is none before it"
+
+    def _commit(self, step: int, state: Tree, run: Tree, digests: Tree | None, kept: str) -> Tree:
         """Write a checkpoint, and return its digests; what of earlier ones is `kept` is said if that fails."""
-        state = jax.tree.map(np.asarray, state)
-        needed = sum(array.nbytes for array in jax.tree.leaves(state)) + SPACE_TO_SPARE
+        state = jax.tree.map(lambda its: its if isinstance(its, Slices) else np.asarray(its), state)
+        needed = _bytes_needed(state)
         problem = None
         with orbax.called() as heard:
             try:
-                if needed > shutil.disk_usage(self.directory).free:
+                if needed > shutil.disk_usage(self.directory).free and not several():
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                arrays = dict(named_leaves(state))
-                with ThreadPoolExecutor() as pool:
-                    of_arrays = dict(zip(arrays, pool.map(array_digest, arrays.values()), strict=True))
-                digests = {"arrays": of_arrays, "run": json_digest(run)}
+                digests = digests or _digests(state, run)
                 pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), state)
                 arguments = ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state, save_args=pieces, ocdbt_target_data_file_size=FILE_BYTES),
@@ -208,21 +283,30 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             if problem is not None:
                 wait_for_echoes()
         self._say(step, heard if problem is None else [it for it in heard if it.levelno < logging.ERROR])
-        if problem is None:
+        if problem is None and digests is not None:
             return digests
         free = shutil.disk_usage(self.directory).free
         for half_written in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(half_written, ignore_errors=True)
-        raise RunFailed(
+        raise self._not_written(step, free, needed, str(problem), kept)
+
+    def _refuse_full_disk(self, step: int, needed: int) -> None:
+        if needed > (free := shutil.disk_usage(self.directory).free):
+            raise self._not_written(step, free, needed, os.strerror(errno.ENOSPC), self._kept())
+
+    def _not_written(self, step: int, free: int, needed: int, problem: str, kept: str) -> RunFailed:
+        return RunFailed(
             f"the checkpoint at step {step} could not be written: {self.directory} has {free / 1e6:,.1f} MB left, it "
             f"needs {needed / 1e6:,.1f} MB ({problem}); {kept}. Make room, and go on with --resume"
         )
 
-    def _difference(self, step: int, digests: Tree) -> str | None:
+    def _difference(self, step: int, digests: Tree, own: Mapping[str, Any] | None) -> str | None:
         """What is amiss with a checkpoint that was written, read as others will read it; None if nothing is."""
         try:
+            if several() and not is_there(self.directory / str(step)):
+                return f"it is not seen within {SECONDS_UNSEEN} s by each process"
             with Checkpoints(self.directory, read_only=True) as written:
-                return None if written.verify(step) == digests else "its digests are not those of what was saved"
+                return None if written.verify(step, own) == digests else "its digests are not those of what was saved"
         except Damaged as error:
             return error.what
         except BadInput as error:
@@ -284,19 +368,83 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             Damaged: if an array is missing, or one of those that are read is not what was saved; it is named.
         """
         names, digests = self._read_names(step)
-        return self._read_arrays(step, wanted(names), digests)
+        target = wanted(names)
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+        try:
+            state = self._restore(step, target, how)
+        except Damaged:  # which of them it is
+            flat = dict(named_leaves(target))
+            each = [(name, index) for name in flat for index in self._saved(step, name, flat[name].shape, digests)]
+            for _ in self._verified(step, each, flat, digests):
+                pass
+            raise
+        for name, array in named_leaves(state):
+            for index, digest in self._saved(step, name, array.shape, digests).items():
+                self._compare(step, name, array[place(index)], index, array.shape, digest)
+        return state
 
-    def verify(self, step: int) -> Tree:
-        """Read all of a checkpoint, one member's arrays at a time, large ones one by one, and return its digests.
+    def read_slices(self, step: int, wanted: Mapping[str, Collection[Index]]) -> dict[str, dict[Index, np.ndarray]]:
+        """Slices of arrays of a checkpoint, whatever the slices in which they were saved.
+
+        Of what was saved the slices that these meet are read, each whole, and verified.
+
+        Args:
+            step: which checkpoint.
+            wanted: of each array, by its name, what is read.
+
+        Raises:
+            Damaged: if something is missing, or is not what was saved; it is named.
+        """
+        names, digests = self._read_names(step)
+        flat = dict(named_leaves(names))
+        for name, indexes in wanted.items():
+            if name not in flat:
+                raise self._damaged(step, f"the array {name} is missing")
+            if any(common(index, whole(flat[name].shape)) != index for index in indexes):
+                raise self._damaged(step, f"the array {name} has the shape {flat[name].shape}, which was not expected")
+        saved = {name: self._saved(step, name, flat[name].shape, digests) for name in wanted}
+        read = [
+            (name, index)
+            for name in wanted
+            for index in saved[name]
+            if any(common(index, its) is not None for its in wanted[name])
+        ]
+        found: dict[str, dict[Index, np.ndarray]] = {name: {} for name in wanted}
+        for name, index, value in self._verified(step, read, flat, digests):
+            for its in wanted[name]:
+                there = common(index, its)
+                if its == index:
+                    found[name][its] = value
+                elif there is not None:
+                    into = found[name].setdefault(its, np.zeros([last - first for first, last in its], value.dtype))
+                    into[place(there, its)] = value[place(there, index)]
+        return found
+
+    def verify(self, step: int, own: Mapping[str, Any] | None = None) -> Tree:
+        """Read all of a checkpoint, a little at a time, and return its digests.
+
+        Args:
+            step: which checkpoint.
+            own: read only these arrays, of those that were saved in slices only the slices that it has.
 
         Raises:
             Damaged: if something is not what was saved.
         """
         names, digests = self._read_names(step)
-        members = names.pop("members", {})
-        for whole in [names, *({"members": {name: its}} for name, its in members.items())]:
-            for part in _parts(whole):
-                self._read_arrays(step, part, digests)
+        flat = dict(named_leaves(names))
+        saved = {name: self._saved(step, name, its.shape, digests) for name, its in flat.items()}
+        if own is not None:
+            saved = {
+                name: {
+                    index: digest
+                    for index, digest in saved[name].items()
+                    if isinstance(its, str) or to_text(index) in its
+                }
+                for name, its in own.items()
+                if name in saved
+            }
+        for _ in self._verified(step, [(name, index) for name in saved for index in saved[name]], flat, digests):
+            pass
         return digests
 
     def _read_names(self, step: int) -> tuple[Tree, Tree]:
@@ -308,17 +456,49 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             raise self._damaged(step, f"the array {name} {'has no digest' if name in found else 'is missing'}")
         return names, digests
 
-    def _read_arrays(self, step: int, target: Tree, digests: Tree) -> Tree:
-        """The arrays of that part of the tree of names, each verified."""
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    def _saved(self, step: int, name: str, shape: tuple[int, ...], digests: Tree) -> dict[Index, str]:
+        """The slices in which an array was saved, and their digests."""
+        try:
+            return saved_slices(digests["arrays"][name], tuple(shape))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(step, f"of the array {name} there are no good digests ({error})") from error
+
+    def _verified(
+        self, step: int, wanted: Iterable[tuple[str, Index]], flat: Mapping[str, Any], digests: Tree
+    ) -> Iterator[tuple[str, Index, np.ndarray]]:
+        """Slices as they were saved, of arrays by their names, read about FILE_BYTES at a time and verified."""
+        for batch in _batches(wanted, flat):
+            asked: dict[str, list[Index]] = {}
+            for name, index in batch:
+                asked.setdefault(name, []).append(index)
+            target = {name: flat[name] for name in asked}
+            how = {name: RestoreSlices(np.ndarray, slices=tuple(its)) for name, its in asked.items()}
+            name, index = batch[0]
+            what = _named(name, index, flat[name].shape) if len(batch) == 1 else "its arrays"
+            try:
+                found = dict(named_leaves(self._restore(step, nested(target), nested(how), what)))
+            except Damaged:
+                for one in batch if len(batch) > 1 else ():  # which of them it is
+                    for _ in self._verified(step, [one], flat, digests):
+                        pass
+                raise
+            for name, index in batch:
+                value, shape = found[name].here[index], flat[name].shape
+                self._compare(step, name, value, index, shape, self._saved(step, name, shape, digests)[index])
+                yield name, index, value
+
+    def _compare(
+        self, step: int, name: str, value: np.ndarray, index: Index, shape: tuple[int, ...], digest: str
+    ) -> None:
+        if array_digest(value) != digest:
+            what = _named(name, index, shape)
+            raise self._damaged(step, f"{what} does not have the digest that was saved with it")
+
+    def _restore(self, step: int, target: Tree, how: Tree, what: str = "its arrays") -> Tree:
         arguments = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
-        state = self._try(
-            step, "its arrays", lambda: self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
+        return self._try(
+            step, what, lambda: self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         )
-        for name, array in named_leaves(state):
-            if array_digest(array) != digests["arrays"][name]:
-                raise self._damaged(step, f"the array {name} does not have the digest that was saved with it")
-        return state
 
     def _read_json(self, step: int) -> tuple[Tree, Tree]:
         """The run and the digests of a checkpoint, the former verified."""

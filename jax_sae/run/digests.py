@@ -27,6 +27,18 @@ def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(value, f"{prefix}{name}/") if isinstance(value, dict) else [(prefix + name, value)]
 
 
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `named_leaves`: {path: leaf} as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = leaf
+    return tree
+
+
 def flat_names(tree: Any) -> list[str]:
     """The path of each leaf of a pytree, such as `0.mu.W_enc` for an Optax state, in the order of its leaves."""
     paths, _ = jax.tree.flatten_with_path(tree)

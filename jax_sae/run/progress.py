@@ -1,9 +1,11 @@
 """All that changes while a run goes on, and its way into a checkpoint and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,12 @@ from jax_sae.autoencoder.shards import MEMBER
 from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
-from jax_sae.processes import several, whole
+from jax_sae.processes import is_first, together, told
 from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
-from jax_sae.run.digests import from_flat, to_flat
+from jax_sae.run.digests import from_flat, nested
+from jax_sae.run.on_devices import Read, put_together, saved, slices_of
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import member_names, recorded_member, settings_of
-from jax_sae.sweep.mesh import spread
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.sweep.update import (
     METRICS,
@@ -34,6 +36,8 @@ from jax_sae.sweep.update import (
     stack,
     unstack,
 )
+
+T = TypeVar("T")
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -101,10 +105,6 @@ class Setup:
         """Of each group, shapes and dtypes of its members' states, at their own numbers of features."""
         return [member_shapes(group, self.width, self.config.train) for group in self.groups]
 
-    def put(self, state: SweepState) -> SweepState:
-        """The state of a sweep, put where it is trained."""
-        return jax.device_put(state) if self.mesh is None else spread(state, self.mesh)
-
     def columns_of_metrics(self) -> np.ndarray:
         """[M] int: where the members' metrics stand in those that a step gives, in which a mesh may have others."""
         parts = 1 if self.mesh is None else self.mesh.shape[MEMBER]
@@ -150,31 +150,38 @@ class Progress:
         return [int(column.argmax()) + 1 if column.any() else None for column in bad.T]
 
 
-def save(checkpoints: Checkpoints | None, progress: Progress, setup: Setup) -> None:
-    """Begin to write a checkpoint; of several processes each sends its part, and the one with `checkpoints` writes.
+def save(checkpoints: Checkpoints, progress: Progress, setup: Setup) -> None:
+    """Begin to write a checkpoint; several processes do so together, and each writes what lies on its devices.
 
     Raises:
         RunFailed: if the save before it has failed.
     """
-    copied = replace(progress, state=whole(progress.state) if several() else snapshot(progress.state))
-    if checkpoints:
-        checkpoints.save(progress.step, lambda: content(copied, setup))
+    copied = replace(progress, state=snapshot(progress.state))
+    members = whole_members if setup.mesh is None else members_in_slices
+    checkpoints.save(progress.step, lambda: content(copied, setup, members))
 
 
-def content(progress: Progress, setup: Setup) -> tuple[Tree, Tree]:
+def whole_members(progress: Progress, setup: Setup) -> list[Tree]:
+    """What a checkpoint holds of each member's state, in NumPy."""
+    states = jax.tree.map(np.asarray, progress.state)
+    each = zip(states, setup.shapes(), strict=True)
+    return [saved(member) for stacked, like in each for member in unstack(stacked, like)]
+
+
+def members_in_slices(progress: Progress, setup: Setup) -> list[Tree]:
+    """The same on a mesh, in slices as they lie on its devices; here are those that this process writes."""
+    each = zip(progress.state, setup.shapes(), strict=True)
+    return [nested(member) for stacked, like in each for member in slices_of(stacked, like)]
+
+
+def content(
+    progress: Progress, setup: Setup, members_of: Callable[[Progress, Setup], list[Tree]] = whole_members
+) -> tuple[Tree, Tree]:
     """What a checkpoint holds: arrays, each member at its own number of features under its name; and the JSON."""
     members: Tree = {}
-    for group, stacked, like in zip(
-        setup.groups, jax.tree.map(np.asarray, progress.state), setup.shapes(), strict=True
-    ):
-        for name, member in zip(group.names, unstack(stacked, like), strict=True):
-            metrics = progress.metrics[: progress.step, len(members)]
-            members[name] = {
-                "params": member.params,
-                "optimizer": to_flat(member.opt_state),
-                "metrics": {metric: metrics[:, i] for i, metric in enumerate(METRICS)},
-                **({"memory": member.memory} if member.memory else {}),
-            }
+    for i, (name, its) in enumerate(zip(setup.names(), members_of(progress, setup), strict=True)):
+        metrics = progress.metrics[: progress.step, i]
+        members[name] = {**its, "metrics": {metric: metrics[:, j] for j, metric in enumerate(METRICS)}}
     normalization = {name: np.asarray(value) for name, value in progress.normalization._asdict().items()}
     diverged = zip(setup.names(), progress.diverged_at(), strict=True)
     run = {
@@ -233,6 +240,8 @@ def members_begun_with(out: Path, members: Sequence[Member]) -> tuple[tuple[Memb
 def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
     """Read the newest good checkpoint of the run in `out`; damaged ones after it are renamed.
 
+    On a mesh each process reads what its devices need. A checkpoint is good if it is so for all of them.
+
     Returns:
         The progress, None if the run did not come to its first checkpoint; and lines that say what was found amiss.
 
@@ -240,49 +249,109 @@ def restore(setup: Setup, out: Path) -> tuple[Progress | None, list[str]]:
         BadInput: if all checkpoints are damaged, the good one is beyond the last step of the run, or the inputs are not
             those that the run began with.
     """
+    if not told((out / "checkpoints").is_dir())[0]:
+        return None, []
     damaged: list[tuple[int, str]] = []
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        for step in reversed(checkpoints.steps()):
+    with together():
+        opened = Checkpoints(out / "checkpoints", read_only=True)
+    with opened as checkpoints:
+        for step in reversed(told(checkpoints.steps())[0]):
             try:
-                run, tree = checkpoints.read_run(step), checkpoints.read_state(step)
+                run, tree = _for_all(lambda: _read(checkpoints, step, setup))  # noqa: B023
+                with together():
+                    if is_first():
+                        _check(setup, out, run, tree)
+                progress = _for_all(lambda: _made_of(run, tree, setup, partial(checkpoints.read_slices, step)))  # noqa: B023
                 break
             except Damaged as error:
                 damaged.append((step, str(error)))
         else:
-            if damaged:
-                raise BadInput(f"{out} has no checkpoint that is whole: {damaged[0][1]}; start a new run")
+            with together():
+                if damaged and is_first():
+                    raise BadInput(f"{out} has no checkpoint that is whole: {damaged[0][1]}; start a new run")
             return None, []
-        _check(setup, out, run, tree)
-        lines = [
-            f"warning       {what}; going on from step {step}; it is now {checkpoints.set_aside(bad).name}"
-            for bad, what in damaged
-        ]
+        lines = []
+        with together():
+            for bad, what in damaged if is_first() else ():
+                put_aside = checkpoints.set_aside(bad).name
+                lines.append(f"warning       {what}; going on from step {step}; it is now {put_aside}")
     now = {"device": device(setup.mesh), **versions()}
     before = {"device": run["device"], **run["versions"]}
     changes = [f"{name} {before.get(name)} -> {now[name]}" for name in now if now[name] != before.get(name)]
     if changes:
         lines.append(f"note          not the same bits as an uninterrupted run are promised: {', '.join(changes)}")
+    return progress, lines
+
+
+def _for_all(read: Callable[[], T]) -> T:
+    """What `read` gives, in each process.
+
+    Raises:
+        Damaged: in all of them, if it is raised in one.
+    """
+    found: T | None = None
+    problem = None
+    with together():
+        try:
+            found = read()
+        except Damaged as error:
+            problem = str(error), error.what
+    for of_process in told(problem):
+        if of_process:
+            raise Damaged(*of_process)
+    return cast(T, found)
+
+
+def _read(checkpoints: Checkpoints, step: int, setup: Setup) -> tuple[Tree, Tree]:
+    """The JSON and the arrays of a checkpoint; on a mesh without those of which a process reads a part.
+
+    Raises:
+        Damaged: if something is not what was saved.
+    """
+
+    def small(tree: Tree) -> Tree:
+        members = tree["members"].items()
+        return {**tree, "members": {n: {"metrics": its["metrics"]} if "metrics" in its else its for n, its in members}}
+
+    run = checkpoints.read_run(step)
+    return run, checkpoints.read_state(step, small) if setup.mesh else checkpoints.read_state(step)
+
+
+def _made_of(run: Tree, tree: Tree, setup: Setup, read: Read) -> Progress:
+    """The progress in a checkpoint.
+
+    Args:
+        run: its JSON.
+        tree: its arrays, as `_read` gives them.
+        setup: where it is put, and of what members.
+        read: reads slices of the other arrays.
+
+    Raises:
+        Damaged: if what is read is not what was saved.
+    """
+    step = run["step"]
     metrics = np.zeros((setup.config.train.steps, len(tree["members"]), len(METRICS)), np.float32)
-    state, column = [], 0
+    state: list[MemberState] = []
+    column = 0
     for group, shapes in zip(setup.groups, setup.shapes(), strict=True):
         members = []
         for name, shape, member in zip(group.names, shapes, group.members, strict=True):
-            saved = tree["members"][name]
-            metrics[:step, column] = np.stack([saved["metrics"][metric] for metric in METRICS], -1)
-            members.append(
-                shape._replace(
-                    params=saved["params"],
-                    opt_state=from_flat(shape.opt_state, saved["optimizer"]),
-                    settings=traced_settings(member, setup.config.train),
-                    memory=saved.get("memory", {}),
-                    diverged=jnp.bool(not np.isfinite(metrics[:step, column]).all()),
-                )
-            )
+            its = tree["members"][name]
+            metrics[:step, column] = np.stack([its["metrics"][metric] for metric in METRICS], -1)
+            diverged = jnp.bool(not np.isfinite(metrics[:step, column]).all())
+            known = shape._replace(settings=traced_settings(member, setup.config.train), diverged=diverged)
+            if setup.mesh is None:
+                optimizer = from_flat(shape.opt_state, its["optimizer"])
+                known = known._replace(params=its["params"], opt_state=optimizer, memory=its.get("memory", {}))
+            members.append(known)
             column += 1
-        state.append(stack(members, padded_shape(shapes)))
+        if setup.mesh is None:
+            state.append(jax.device_put(stack(members, padded_shape(shapes))))
+        else:
+            state.append(put_together(read, group.names, members, shapes, setup.mesh))
     normalization = Normalization(**tree["normalization"])
-    position, read = Position(**run["position"]), Position(**run["read"])
-    return Progress(step, run["tokens"], position, read, setup.put(tuple(state)), metrics, normalization), lines
+    position, read_to = Position(**run["position"]), Position(**run["read"])
+    return Progress(step, run["tokens"], position, read_to, tuple(state), metrics, normalization)
 
 
 def _check(setup: Setup, out: Path, run: Tree, tree: Tree) -> None:

@@ -10,7 +10,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +36,16 @@ from jax_sae.config_tables import flatten
 from jax_sae.errors import BadInput, SourceLost
 from jax_sae.language_model.devices import LAUNCHING, mesh_of_rows
 from jax_sae.language_model.hub import read_json
-from jax_sae.processes import agree, any_of, first_says, is_first, others_are_there, several, together
+from jax_sae.processes import (
+    agree,
+    any_of,
+    first_says,
+    is_first,
+    others_are_there,
+    refuse_separate_disks,
+    several,
+    together,
+)
 from jax_sae.run import report
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
@@ -54,8 +63,6 @@ from jax_sae.sweep.update import METRICS, Centres, init_sweep, snapshot, update_
 
 NORMALIZATION_TOKENS = 16_384
 """Tokens from which norms and the `dataset` normalisation are estimated: the first ones of the training order."""
-
-T = TypeVar("T")
 
 SECONDS_A_DISPATCH = 0.5
 """About how long steps are computed before signals, metrics and the progress bar are handled; each time costs a copy of
@@ -145,7 +152,8 @@ def train(
         if resume and out:
             if is_first():
                 stack.enter_context(locked(out))
-            progress, lines = one_after_another(lambda: restore(setup, out))
+            refuse_separate_disks(out)
+            progress, lines = restore(setup, out)
             say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
             if progress and progress.step == config.train.steps and (out / "summary.json").exists():
                 say(["it is finished: that is its last step; there is nothing to do"])
@@ -159,6 +167,9 @@ def train(
                 stack.enter_context(locked(out))
                 if (out / "config.json").exists():
                     raise BadInput(f"{out} already holds a run, which began a moment ago; give --out another name")
+        if out and not resume:
+            refuse_separate_disks(out)
+        with together():
             if out and is_first():
                 report.write_config(out, config)
         clock = Clock()
@@ -195,14 +206,14 @@ def advance(
     jax.block_until_ready(snapshot(progress.state))  # compiles it, so that the first checkpoint is quick
     with ExitStack() as stack:
         writes = out if is_first() else None
-        checkpoints = stack.enter_context(Checkpoints(writes / "checkpoints")) if writes else None
+        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints")) if out else None
         log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress, loggers))
         live = Live(setup)
         saved = progress.step
 
         def save_now() -> None:
             nonlocal saved
-            if out and progress.step > saved:
+            if checkpoints and progress.step > saved:
                 save(checkpoints, progress, setup)
                 saved = progress.step
 
@@ -230,17 +241,9 @@ def advance(
                 raise type(error)(f"{error}; saved at step {saved}: go on with --out {out} --resume") from error
             raise
         live.show(progress, is_last=True)
+        if checkpoints:
+            checkpoints.finish()
     return progress
-
-
-def one_after_another(read: Callable[[], T]) -> T:
-    """What `read` gives: in the first process, and only then, once it has put right what is amiss, in the others."""
-    found: T | None = None
-    for is_turn in (is_first(), not is_first()):
-        with together():
-            if is_turn:
-                found = read()
-    return cast(T, found)
 
 
 def ask(on_step: OnStep, metrics: dict[str, dict[str, float | None]], step: int, save_now: Callable[[], None]) -> bool:
