@@ -156,7 +156,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                         "state": ocp.PyTreeCheckpointHandler(
                             use_compression=compressed,
                             multiprocessing_options=who,
-                            type_handler_registry=registry(),
+                            type_handler_registry=registry(who),
                         ),
                         "run": ocp.JsonCheckpointHandler(multiprocessing_options=who),
                         "digests": ocp.JsonCheckpointHandler(multiprocessing_options=who),
