@@ -150,8 +150,9 @@ def train(
     progress: Progress | None = None
     with ExitStack() as stack:
         if resume and out:
-            if is_first():
-                stack.enter_context(locked(out))
+            with together():
+                if is_first():
+                    stack.enter_context(locked(out))
             refuse_separate_disks(out)
             progress, lines = restore(setup, out)
             say(lines + ([f"resuming      {out} at step {progress.step:,}"] if progress else []))
