@@ -24,7 +24,12 @@ from jax_sae.activations.places import Place
 from jax_sae.activations.position import Position
 from jax_sae.activations.sources import open_sources
 from jax_sae.analysis import evaluation
-from jax_sae.autoencoder.selection import keep_largest_of_batch, keep_largest_of_rows, kept_by_counts
+from jax_sae.autoencoder.selection import (
+    keep_largest_of_any,
+    keep_largest_of_batch,
+    keep_largest_of_rows,
+    kept_by_counts,
+)
 from jax_sae.autoencoder.shards import WHOLE
 from jax_sae.config import (
     ActivationsConfig,
@@ -248,10 +253,18 @@ def kept_as_on_one_device(data: int, member: int, feature: int) -> dict[str, boo
     def of_rows_by_counts(shards: Any) -> Any:
         return of_rows(shards) if shards == WHOLE else lambda x, k: kept_by_counts(x, k, shards)
 
+    def of_any(shards: Any) -> Any:  # where k is not known when it is compiled
+        return lambda x, k: keep_largest_of_any(x, k, shards)
+
     return {
         f"{name} {k}": bool((on_mesh(keep(shards_of(mesh)))(numbers, k) == keep(WHOLE)(numbers, k)).all())
-        for name, keep in (("rows", of_rows), ("rows by counts", of_rows_by_counts), ("batch", of_batch))
-        for k in map(jnp.int32, (1, 7, 23, 40))
+        for name, keep, ks in (
+            ("rows", of_rows, (1, 7, 23, 40)),
+            ("rows by counts", of_rows_by_counts, (1, 7, 23, 40)),
+            ("rows for any k", of_any, (23,)),
+            ("batch", of_batch, (1, 7, 23, 40)),
+        )
+        for k in map(jnp.int32, ks)
     }
 
 
