@@ -16,7 +16,7 @@ from jax_sae.analysis import evaluation
 from jax_sae.commands import main
 from jax_sae.commands.process import caches
 from jax_sae.config import Config
-from jax_sae.run import opened, report
+from jax_sae.run import live, opened, report
 from jax_sae.run.train import train
 
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR")
@@ -54,6 +54,33 @@ def test_training_in_another_thread_of_a_figure_that_fails(
     assert told.splitlines()[-1].startswith("use it ") and not list(run.rglob("*.partial"))
 
 
+def test_losses_are_drawn_while_a_run_goes_on(
+    demo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Now and then, in its directory; where that fails it is said once, and the run goes on."""
+    monkeypatch.setattr(live, "FIRST_AFTER", 0.0)
+    run, steps = tmp_path / "run", list[int]()
+    figure = run / "figures" / "training.svg"
+
+    def stop_at_six(step: int) -> bool:
+        assert step == 0 or figure.read_text().endswith("</svg>\n")
+        steps.append(step)
+        return step >= 6
+
+    assert not train(demo_config, run, resume=False, stop_requested=stop_at_six) and max(steps) >= 6
+    figure.unlink()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no\nfont")
+
+    capsys.readouterr()
+    monkeypatch.setattr(live, "training_figure", fail)
+    assert train(demo_config, run, resume=True, stop_requested=never)
+    told = capsys.readouterr().out
+    assert told.count("warning       losses could not be drawn (OSError: no font); training goes on\n") == 1
+    assert not figure.exists() and (run / "summary.json").exists()
+
+
 def test_a_run_that_ends_while_its_figures_are_drawn_has_them_drawn_when_it_is_resumed(
     demo_run: Path, demo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,7 +94,7 @@ def test_a_run_that_ends_while_its_figures_are_drawn_has_them_drawn_when_it_is_r
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(report, "training_figure", lambda *_, **__: EndsInTheMiddle())
+        patched.setattr(live, "training_figure", lambda *_, **__: EndsInTheMiddle())
         with pytest.raises(KeyboardInterrupt):
             train(demo_config, run, resume=True, stop_requested=never)
     figures = run / "figures"

@@ -1,40 +1,73 @@
-"""The losses of a run while it goes on, as a figure in a notebook."""
+"""A run's losses while it goes on: as a figure in its directory, and in a notebook as an output of a cell."""
 
 import time
+from functools import partial
+from pathlib import Path
 
-from jax_sae.figures.curves import loss_figure, member_colours
+from jax_sae.figures.curves import loss_figure, member_colours, training_figure
+from jax_sae.figures.drawing import Figures, save_figure
 from jax_sae.language_model.hub import one_line
 from jax_sae.run.progress import Progress, Setup
 from jax_sae.streams import Shown, in_notebook, say
-from jax_sae.sweep.members import member_names, sweep_members
+from jax_sae.sweep.members import member_names, placement_labels, sweep_members
 
+FIRST_AFTER, FIRST_IN_A_NOTEBOOK = 15.0, 1.0
+"""Seconds of training before it is drawn for the first time, and the least between one time and the next."""
 MOST_OF_THE_TIME = 0.05
 """The part of the time that may go into drawing."""
 
 
 class Live:
-    """One output of a cell, drawn anew every second, or less often where drawing takes long; elsewhere nothing."""
+    """Losses up to a step, drawn now and then, and less often where drawing takes long."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Before the first step."""
-        self._setup, self._is_on, self._shown = setup, in_notebook(), Shown()
-        self._due = time.perf_counter() + 1
+    def __init__(self, setup: Setup, out: Path | None) -> None:
+        """Before the first step of a run in a directory, or in none."""
+        self._setup, self._out, self._shown = setup, out, Shown() if in_notebook() else None
+        self._least = FIRST_IN_A_NOTEBOOK if self._shown else FIRST_AFTER
+        self._is_on = bool(self._shown or out)
+        self._due = time.perf_counter() + self._least
 
     def show(self, progress: Progress, is_last: bool = False) -> None:
-        """Draw the losses up to here, if it is time to, or the last time; a figure that fails ends nothing."""
+        """Draw the losses up to here if it is time to, in a notebook at the end too; what fails ends nothing."""
         start = time.perf_counter()
-        if not self._is_on or not progress.step or (start < self._due and not is_last):
+        if not self._is_on or not progress.step or (start < self._due and not (is_last and self._shown)):
             return
-        names, config = self._setup.names(), self._setup.config
-        order = [names.index(name) for name in member_names(sweep_members(config.sweep))]
-        colours = member_colours([self._setup.members()[i] for i in order])
-        losses = progress.losses[: progress.step, order]
-        title = f"step {progress.step:,} of {config.train.steps:,}"
         try:
-            names = [names[i] for i in order]
-            self._shown.show(loss_figure(names, colours, losses, [0.0] * len(names), title, zoomed=True))
-        except Exception as error:  # of matplotlib, its settings and fonts
+            if self._shown:
+                self._shown.show(_losses(self._setup, progress))
+            elif self._out:
+                for file, make in training_figures(self._out, self._setup, progress).items():
+                    save_figure(make(), file)
+        except Exception as error:  # of matplotlib, its settings and fonts, or of a full disk
             self._is_on = False
             say([f"warning       losses could not be drawn ({one_line(error)}); training goes on"])
         end = time.perf_counter()
-        self._due = end + max(1.0, (end - start) / MOST_OF_THE_TIME)
+        self._due = end + max(self._least, (end - start) / MOST_OF_THE_TIME)
+
+
+def training_figures(out: Path, setup: Setup, progress: Progress) -> Figures:
+    """What draws losses, penalties and active features of all steps so far; each place has a figure of its own."""
+    labels = placement_labels(setup.members())
+    figures: Figures = {}
+    for label in dict.fromkeys(labels):
+        here = [i for i in _in_order(setup) if labels[i] == label]
+        members, metrics = [setup.members()[i] for i in here], progress.metrics[: progress.step, here]
+        behind, run = (f"-{label}", f"{out.name}, {label}") if len(setup.places) > 1 else ("", out.name)
+        names, features = [setup.names()[i] for i in here], [member.features for member in members]
+        figures[out / "figures" / f"training{behind}.png"] = partial(
+            training_figure, names, member_colours(members), metrics, features, f"{run}: training"
+        )
+    return figures
+
+
+def _losses(setup: Setup, progress: Progress) -> object:
+    order = _in_order(setup)
+    names, colours = [setup.names()[i] for i in order], member_colours([setup.members()[i] for i in order])
+    title = f"step {progress.step:,} of {setup.config.train.steps:,}"
+    return loss_figure(names, colours, progress.losses[: progress.step, order], [0.0] * len(names), title, zoomed=True)
+
+
+def _in_order(setup: Setup) -> list[int]:
+    """The members' numbers, in the order in which the sweep names them."""
+    names = setup.names()
+    return [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]

@@ -16,12 +16,13 @@ from jax_sae.autoencoder.regression import regression_fvu
 from jax_sae.config import Config
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import RunFailed
-from jax_sae.figures.curves import loss_figure, member_colours, training_figure
+from jax_sae.figures.curves import loss_figure, member_colours
 from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.processes import several
 from jax_sae.run.advice import advice
 from jax_sae.run.held_out import HeldOut, linear_regression, measure_held_out, side_by_side
+from jax_sae.run.live import training_figures
 from jax_sae.run.loggers import Line, Loggers, Result, Silence, density_histogram, silence
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
 from jax_sae.streams import progress_bar, say
@@ -280,7 +281,7 @@ def run_figures(
         rows = [row for i, row in zip(in_order, measured, strict=True) if labels[i] == label]
         name = label if len(setup.places) > 1 else ""
         figures |= _figures_at_a_place(out, setup, progress, its, rows, here, name)
-    return figures
+    return figures | training_figures(out, setup, progress)
 
 
 def _figures_at_a_place(
@@ -295,8 +296,7 @@ def _figures_at_a_place(
     names, members = [setup.names()[i] for i in in_order], [setup.members()[i] for i in in_order]
     width, folder = held_out.x.shape[1], out / "figures"
     behind, run = f"-{place}" if place else "", f"{out.name}, {place}" if place else out.name
-    losses, metrics = progress.losses[:, in_order], progress.metrics[:, in_order]
-    features = [member.features for member in members]
+    losses = progress.losses[:, in_order]
     floors = [0.0 if member.skip else held_out.loss_floor(member.features) for member in members]
     title = f"{run}: reconstruction of activations of width {width}"
 
@@ -306,7 +306,6 @@ def _figures_at_a_place(
     figures: Figures = {
         folder / f"loss{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
         folder / f"loss_zoomed{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
-        folder / f"training{behind}.png": lambda: training_figure(*curves(), metrics, features, f"{run}: training"),
     }
     points = points_of(measured)
     if points and any(group.form.is_sparse for group in setup.groups):

@@ -209,7 +209,7 @@ def advance(
         writes = out if is_first() else None
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints")) if out else None
         log = stack.enter_context(report.Log(writes / "metrics.jsonl" if writes else None, setup, progress, loggers))
-        live = Live(setup)
+        live = Live(setup, writes)
         saved = progress.step
 
         def save_now() -> None:
