@@ -37,6 +37,12 @@ TEXTS[3] = ""
 TEXTS[5] = "A"
 
 
+@pytest.fixture(autouse=True)
+def as_many_stories_are_counted_as_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests count fewer."""
+    monkeypatch.setattr("jax_sae.language_model.text.STORIES_TO_COUNT", 256)
+
+
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     """The demo's language model, up to its embeddings: a token's activation does not depend on other tokens."""

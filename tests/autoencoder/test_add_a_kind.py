@@ -46,7 +46,11 @@ def with_tanh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture
 def my_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on Python's path with my_kinds.py: the page's second block."""
+    """A folder on Python's path with my_kinds.py: the page's second block.
+
+    It is compiled whenever it is imported: Python tells a changed file by its size and by whole seconds.
+    """
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "my_kinds.py").write_text(MY_KINDS)
     monkeypatch.syspath_prepend(tmp_path / "path")
