@@ -52,7 +52,7 @@ def test_no_damage_of_any_file_gives_other_values(
     Orbax does not read all of its files; damage in those changes nothing. In what it reads, all of it is noticed. Of a
     run with one member, since each of a hundred damages takes the time to read it.
     """
-    config, run = replace(demo_config, sweep=SweepConfig(features=(64,), learning_rates=(1e-3,))), tmp_path / "run"
+    config, run = replace(demo_config, sweep=SweepConfig(features=(256,), learning_rates=(1e-3,))), tmp_path / "run"
     assert train(config, run, resume=False, stop_requested=never)
     capfd.readouterr()
     chance, expected = np.random.default_rng(0), read(run, 12)
@@ -74,7 +74,7 @@ def test_no_damage_of_any_file_gives_other_values(
     assert not capfd.readouterr().err  # one error each, no pages from the threads of others
     assert all(noticed["run/metadata"]) and all(noticed["digests/metadata"]) and all(noticed["state/manifest.ocdbt"])
     largest = max(noticed, key=lambda name: (run / "checkpoints" / "12" / name).stat().st_size)
-    assert sum(noticed[largest]) > 0.8 * len(noticed[largest]), (
+    assert sum(noticed[largest]) >= 0.7 * len(noticed[largest]), (
         "the file of the arrays, which has bytes without use too"
     )
     silent = {name for name, results in noticed.items() if not any(results)}
