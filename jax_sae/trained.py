@@ -3,13 +3,11 @@
 Or a transcoder or crosscoder, which reads and writes other places, each of them normalised by itself.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,115 +19,31 @@ from numpy.typing import ArrayLike
 from jax_sae.activations.normalize import (
     Normalization,
     PerToken,
-    denormalize,
     estimate_story,
     estimate_story_traced,
-    normalize,
-    normalize_tokens,
     of_places,
 )
 from jax_sae.activations.places import Columns, Place, columns
 from jax_sae.autoencoder.kinds import kind_named
-from jax_sae.autoencoder.model import Autoencoder, Params, Values, decode, encode
-from jax_sae.autoencoder.shards import FEATURE, Shards
+from jax_sae.autoencoder.model import Autoencoder, Params
+from jax_sae.autoencoder.shards import FEATURE
 from jax_sae.card import card
 from jax_sae.config import Config, Member, TrainConfig
+from jax_sae.encode_decode import (
+    decode_features,
+    decode_features_compiled,
+    encode_activations,
+    encode_activations_compiled,
+    model_of,
+    specs_of,
+)
 from jax_sae.errors import BadInput
 from jax_sae.formats.dictionary import Format
 from jax_sae.formats.export import export
 from jax_sae.formats.of_trained import dictionary_of
 from jax_sae.rows import as_float32, by_rows, is_traced, widened
 from jax_sae.sweep.groups import Group
-from jax_sae.sweep.mesh import spec_of_parameter
 from jax_sae.sweep.update import SweepState, member_shapes, unstack
-
-
-def _encode(
-    model: Autoencoder,
-    params: Params,
-    values: Values,
-    normalization: Normalization,
-    x: Any,
-    per_token: PerToken | None = None,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    params, values, normalization = widened((params, values, normalization))
-    values = {**values, "k": values["k"].astype(jnp.int32)} if "k" in values else values
-    x = x if per_token is None else normalize_tokens(per_token, x)[0]
-    inputs = normalize(normalization, x)
-    if mesh is None:
-        return encode(model, params, values, inputs)
-    rows, features = _along(model, mesh, inputs)
-    on_each = jax.shard_map(
-        partial(encode, model),
-        mesh=mesh,
-        in_specs=(specs_of(model, params), P(), rows),
-        out_specs=features,
-        check_vma=False,
-    )
-    return on_each(params, values, inputs)
-
-
-def _decode(
-    model: Autoencoder,
-    params: Params,
-    of_reads: Normalization,
-    of_writes: Normalization,
-    features: Any,
-    x: Any = None,
-    *,
-    per_token: PerToken | None = None,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    params, of_reads, of_writes = widened((params, of_reads, of_writes))
-    of_token = None if per_token is None else normalize_tokens(per_token, x)
-    x = x if of_token is None else of_token[0]
-    inputs = None if x is None else normalize(of_reads, x)
-    if mesh is None:
-        written = decode(model, params, features, inputs)
-    else:
-        rows, of_features = _along(model, mesh, features)
-        on_each = jax.shard_map(
-            partial(decode, model),
-            mesh=mesh,
-            in_specs=(specs_of(model, params), of_features, rows),
-            out_specs=rows,
-            check_vma=False,
-        )
-        written = on_each(params, features, inputs)
-    y = denormalize(of_writes, written)
-    return y if of_token is None else y * of_token[2] + of_token[1]
-
-
-_encode_compiled = jax.jit(_encode, static_argnames=("model", "per_token", "mesh"))
-_decode_compiled = jax.jit(_decode, static_argnames=("model", "per_token", "mesh"))
-
-
-def specs_of(model: Autoencoder, params: Params) -> dict[str, P]:
-    """Of each parameter of a member on a mesh, along which axis it lies in parts; the model is that of a part."""
-    is_whole = model.shards.feature == 1
-    return {name: P() if is_whole else spec_of_parameter(name, jnp.ndim(each)) for name, each in params.items()}
-
-
-def _along(model: Autoencoder, mesh: Mesh, x: jax.Array) -> tuple[P, P]:
-    """Along which axes x[..., D] lies in parts, and features [..., F] of it: rows [N, D] along all that F is not.
-
-    Rows that do not divide, and other shapes, are computed as often as there are parts.
-    """
-    of_features = (FEATURE,) if model.shards.feature > 1 else ()
-    axes = tuple(name for name in mesh.axis_names if name not in of_features)
-    parts = math.prod(mesh.shape[name] for name in axes)
-    leading = [axes] if x.ndim == 2 and len(x) % parts == 0 else [None] * (x.ndim - 1)
-    return P(*leading, None), P(*leading, *of_features)
-
-
-@lru_cache(maxsize=256)
-def _model(
-    kind: type[Autoencoder], width: int, features: int, most_k: int, written: tuple[int, ...], skip: bool, parts: int
-) -> Autoencoder:
-    # parent: inside a tap, Flax would make it a part of the language model, of no use afterwards
-    shards = Shards(feature=parts)
-    return kind(width, features // parts, written, skip, most_k=most_k, is_trained=False, shards=shards, parent=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,8 +233,8 @@ class TrainedAutoencoder:
         values, normalization = {**self.settings, **self.memory}, self._normalization_of(x)
         its = (self._model(), self.params, values, normalization)
         if is_traced(self, x):
-            return _encode(*its, x, self.per_token, self.mesh)
-        return by_rows(lambda rows: _encode_compiled(*its, rows, self.per_token, self.mesh), x)
+            return encode_activations(*its, x, self.per_token, self.mesh)
+        return by_rows(lambda rows: encode_activations_compiled(*its, rows, self.per_token, self.mesh), x)
 
     def decode(
         self,
@@ -359,8 +273,8 @@ class TrainedAutoencoder:
         normalization = self.normalization if story is None else self._normalization_of(self._checked(story))
         written = normalization if self.of_written is None else self.of_written
         its = (self._model(), self.params, normalization, written)
-        decoded = partial(_decode, per_token=self.per_token, mesh=self.mesh)
-        compiled = partial(_decode_compiled, per_token=self.per_token, mesh=self.mesh)
+        decoded = partial(decode_features, per_token=self.per_token, mesh=self.mesh)
+        compiled = partial(decode_features_compiled, per_token=self.per_token, mesh=self.mesh)
         x = [self._checked(inputs)] if self.needs_inputs and inputs is not None else []
         if x and x[0].shape[:-1] != features.shape[:-1]:
             raise BadInput(
@@ -454,7 +368,7 @@ class TrainedAutoencoder:
         most_k = 0 if is_traced(k) else int(k)
         kind = kind_named(self.kind)
         its = (kind, self.width, self.features, most_k, self.written, self.skip, self.parts)
-        return _model(*its)  # type: ignore[arg-type]
+        return model_of(*its)  # type: ignore[arg-type]
 
     def _checked(self, x: ArrayLike | Mapping[str, ArrayLike]) -> np.ndarray | jax.Array:
         if isinstance(x, Mapping):
