@@ -42,12 +42,12 @@ from jax_sae.figures.drawing import Figures, save_each
 from jax_sae.figures.frontier import frontier_figure, points_of
 from jax_sae.figures.relative_norms import relative_norms_figure
 from jax_sae.language_model.several import Models, split_place
-from jax_sae.run.checkpoints import Tree
 from jax_sae.run.layout import mesh_to_look
 from jax_sae.run.memory import n_bytes
 from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_json
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.streams import say
 from jax_sae.sweep.members import placement_labels
 from jax_sae.sweep.mesh import parameters_on

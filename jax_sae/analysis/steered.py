@@ -27,9 +27,9 @@ from jax_sae.language_model.harvest import padded_length
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.several import Models
 from jax_sae.rows import padded
-from jax_sae.run.checkpoints import Tree
 from jax_sae.run.opened import open_inputs
 from jax_sae.run.report import finite_or_none, table
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.streams import say
 from jax_sae.trained import TrainedAutoencoder
 

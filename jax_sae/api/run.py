@@ -27,13 +27,14 @@ from jax_sae.formats.worth import measured
 from jax_sae.language_model.hub import check_repository, push_folder, read_json
 from jax_sae.pages.feature import Feature, look_at_feature
 from jax_sae.pages.make import with_text
-from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.directory import read_config
 from jax_sae.run.layout import mesh_to_look
 from jax_sae.run.load import load_autoencoder, make_autoencoder
 from jax_sae.run.opened import config_of, open_inputs
 from jax_sae.run.progress import content
 from jax_sae.run.report import finite_or_none, mean_of_last_steps, table
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.run.train import Ended
 from jax_sae.streams import quiet, say
 from jax_sae.sweep.members import member_names, placement_labels, recorded_member, sweep_members

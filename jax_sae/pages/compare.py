@@ -26,8 +26,8 @@ from jax_sae.pages.member import ranks
 from jax_sae.pages.neighbours import firing_match, nearest, unit_rows
 from jax_sae.pages.reading import Reading, read
 from jax_sae.pages.rules import find_rules
-from jax_sae.run.checkpoints import Tree
 from jax_sae.run.opened import config_of, load_members, open_inputs, read_facts
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.streams import say
 from jax_sae.sweep.members import placement_labels
 from jax_sae.trained import TrainedAutoencoder

@@ -19,10 +19,11 @@ from jax_sae.formats.conventions import with_b_dec
 from jax_sae.formats.dictionary import Dictionary
 from jax_sae.formats.of_trained import SUBTRACTING
 from jax_sae.formats.scaling import scaled_rows
-from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.lock import locked
 from jax_sae.run.progress import device, versions
 from jax_sae.run.report import write_config
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.sweep.members import complete, member_names, settings_of
 from jax_sae.sweep.update import METRICS
 

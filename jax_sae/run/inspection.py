@@ -6,9 +6,10 @@ from typing import Any
 
 from jax_sae.activations.places import Place, described
 from jax_sae.language_model.hub import read_json
-from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.directory import refuse_no_run
 from jax_sae.run.report import table
+from jax_sae.run.saved_checkpoints import Damaged, Tree
 
 
 def inspect_run(run: Path, *, verify: bool) -> tuple[list[str], bool]:

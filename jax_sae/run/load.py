@@ -18,8 +18,9 @@ from jax_sae.errors import BadInput
 from jax_sae.formats.conventions import is_transcoder
 from jax_sae.formats.read import is_dictionary, read_dictionary
 from jax_sae.language_model.hub import HUB, find_dictionary, read_json
-from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.imported import UNNAMED, config_of_import, content, member_of
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.sweep.members import recorded_member
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.trained import Origin, TrainedAutoencoder

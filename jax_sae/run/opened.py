@@ -12,10 +12,11 @@ from jax_sae.config import Config
 from jax_sae.config_tables import config_from_dict
 from jax_sae.errors import BadInput
 from jax_sae.language_model.several import Models
-from jax_sae.run.checkpoints import Checkpoints, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.directory import read_config, refuse_no_run
 from jax_sae.run.layout import share_models
 from jax_sae.run.load import load_autoencoder
+from jax_sae.run.saved_checkpoints import Tree
 from jax_sae.streams import say
 from jax_sae.sweep.members import member_names, sweep_members
 from jax_sae.trained import TrainedAutoencoder

@@ -20,9 +20,10 @@ from jax_sae.config import Config, Member
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import BadInput
 from jax_sae.processes import is_first, together, told
-from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.digests import from_flat, nested
 from jax_sae.run.on_devices import Read, put_together, saved, slices_of
+from jax_sae.run.saved_checkpoints import Damaged, Tree
 from jax_sae.sweep.groups import Group
 from jax_sae.sweep.members import member_names, recorded_member, settings_of
 from jax_sae.sweep.optimizer import traced_settings

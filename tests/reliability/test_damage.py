@@ -13,8 +13,9 @@ from running import never, stop_at
 import jax_sae
 from jax_sae.config import Config, SweepConfig
 from jax_sae.errors import BadInput
-from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.digests import array_digest, named_leaves
+from jax_sae.run.saved_checkpoints import Damaged, Tree
 from jax_sae.run.train import train
 
 FLIPS = 6

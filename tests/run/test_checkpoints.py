@@ -256,7 +256,7 @@ def test_a_warning_of_orbax_is_said_once(
     before = absl.level, absl.disabled, list(absl.filters), list(absl.handlers), list(warnings.filters)
     hook = sys.unraisablehook
     monkeypatch.setattr(absl, "level", logging.INFO)
-    monkeypatch.setattr("jax_sae.run.checkpoints.plain_path", contextlib.nullcontext)
+    monkeypatch.setattr("jax_sae.run.saved_checkpoints.plain_path", contextlib.nullcontext)
     with Checkpoints(tmp_path / "lr[1e-3]") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, lambda: CONTENT)

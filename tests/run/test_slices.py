@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_sae.run.checkpoints import Checkpoints, Damaged, Tree
+from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.digests import array_digest
+from jax_sae.run.saved_checkpoints import Damaged, Tree
 from jax_sae.run.slices import Slices, from_text, of_all, place, saved_slices, size, to_text, whole
 
 NAME = "members/F100/params/W_enc"
