@@ -16,7 +16,7 @@ from jax_sae.analysis import evaluation
 from jax_sae.commands import main
 from jax_sae.commands.process import caches
 from jax_sae.config import Config
-from jax_sae.run import live, opened, report
+from jax_sae.run import live, opened, run_figures
 from jax_sae.run.train import train
 
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR")
@@ -36,7 +36,7 @@ def test_training_in_another_thread_of_a_figure_that_fails(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no\nfont")
 
-    monkeypatch.setattr(report, "loss_figure", fail)
+    monkeypatch.setattr(run_figures, "loss_figure", fail)
     flags = [*SMALL, "--config=~/small.toml", "--out=~/run", "--text.path", "jax_sae/demo/stories"]
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(main(["train", *flags])))
@@ -74,7 +74,7 @@ def test_losses_are_drawn_while_a_run_goes_on(
         raise OSError("no\nfont")
 
     capsys.readouterr()
-    monkeypatch.setattr(live, "training_figure", fail)
+    monkeypatch.setattr(run_figures, "training_figure", fail)
     assert train(demo_config, run, resume=True, stop_requested=never)
     told = capsys.readouterr().out
     assert told.count("warning       losses could not be drawn (OSError: no font); training goes on\n") == 1
@@ -94,7 +94,7 @@ def test_a_run_that_ends_while_its_figures_are_drawn_has_them_drawn_when_it_is_r
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(live, "training_figure", lambda *_, **__: EndsInTheMiddle())
+        patched.setattr(run_figures, "training_figure", lambda *_, **__: EndsInTheMiddle())
         with pytest.raises(KeyboardInterrupt):
             train(demo_config, run, resume=True, stop_requested=never)
     figures = run / "figures"

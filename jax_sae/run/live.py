@@ -1,15 +1,14 @@
 """A run's losses while it goes on: as a figure in its directory, and in a notebook as an output of a cell."""
 
 import time
-from functools import partial
 from pathlib import Path
 
-from jax_sae.figures.curves import loss_figure, member_colours, training_figure
-from jax_sae.figures.drawing import Figures, save_figure
+from jax_sae.figures.curves import loss_figure, member_colours
+from jax_sae.figures.drawing import save_figure
 from jax_sae.language_model.hub import one_line
 from jax_sae.run.progress import Progress, Setup
+from jax_sae.run.run_figures import training_figures
 from jax_sae.streams import Shown, in_notebook, say
-from jax_sae.sweep.members import member_names, placement_labels, sweep_members
 
 FIRST_AFTER, FIRST_IN_A_NOTEBOOK = 15.0, 1.0
 """Seconds of training before it is drawn for the first time, and the least between one time and the next."""
@@ -45,29 +44,8 @@ class Live:
         self._due = end + max(self._least, (end - start) / MOST_OF_THE_TIME)
 
 
-def training_figures(out: Path, setup: Setup, progress: Progress) -> Figures:
-    """What draws losses, penalties and active features of all steps so far; each place has a figure of its own."""
-    labels = placement_labels(setup.members())
-    figures: Figures = {}
-    for label in dict.fromkeys(labels):
-        here = [i for i in _in_order(setup) if labels[i] == label]
-        members, metrics = [setup.members()[i] for i in here], progress.metrics[: progress.step, here]
-        behind, run = (f"-{label}", f"{out.name}, {label}") if len(setup.places) > 1 else ("", out.name)
-        names, features = [setup.names()[i] for i in here], [member.features for member in members]
-        figures[out / "figures" / f"training{behind}.png"] = partial(
-            training_figure, names, member_colours(members), metrics, features, f"{run}: training"
-        )
-    return figures
-
-
 def _losses(setup: Setup, progress: Progress) -> object:
-    order = _in_order(setup)
+    order = setup.in_order()
     names, colours = [setup.names()[i] for i in order], member_colours([setup.members()[i] for i in order])
     title = f"step {progress.step:,} of {setup.config.train.steps:,}"
     return loss_figure(names, colours, progress.losses[: progress.step, order], [0.0] * len(names), title, zoomed=True)
-
-
-def _in_order(setup: Setup) -> list[int]:
-    """The members' numbers, in the order in which the sweep names them."""
-    names = setup.names()
-    return [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]

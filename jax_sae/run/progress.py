@@ -25,7 +25,7 @@ from jax_sae.run.digests import from_flat, nested
 from jax_sae.run.on_devices import Read, put_together, saved, slices_of
 from jax_sae.run.saved_checkpoints import Damaged, Tree
 from jax_sae.sweep.groups import Group
-from jax_sae.sweep.members import member_names, recorded_member, settings_of
+from jax_sae.sweep.members import member_names, recorded_member, settings_of, sweep_members
 from jax_sae.sweep.optimizer import traced_settings
 from jax_sae.sweep.update import (
     METRICS,
@@ -117,6 +117,11 @@ class Setup:
     def names(self) -> list[str]:
         """The members' names, in the groups' order."""
         return [name for group in self.groups for name in group.names]
+
+    def in_order(self) -> list[int]:
+        """The members' numbers in `names()`, in the order in which the sweep names them."""
+        names = self.names()
+        return [names.index(name) for name in member_names(sweep_members(self.config.sweep))]
 
     def members(self) -> list[Member]:
         """The members, in the groups' order."""

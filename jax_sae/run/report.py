@@ -16,17 +16,15 @@ from jax_sae.autoencoder.regression import regression_fvu
 from jax_sae.config import Config
 from jax_sae.config_tables import config_to_dict
 from jax_sae.errors import RunFailed
-from jax_sae.figures.curves import loss_figure, member_colours
-from jax_sae.figures.drawing import Figures, save_each
-from jax_sae.figures.frontier import frontier_figure, points_of
+from jax_sae.figures.drawing import save_each
 from jax_sae.processes import several
 from jax_sae.run.advice import advice
 from jax_sae.run.held_out import HeldOut, linear_regression, measure_held_out, side_by_side
-from jax_sae.run.live import training_figures
 from jax_sae.run.loggers import Line, Loggers, Result, Silence, density_histogram, silence
 from jax_sae.run.progress import Clock, Progress, Setup, device, versions
+from jax_sae.run.run_figures import run_figures
 from jax_sae.streams import progress_bar, say
-from jax_sae.sweep.members import describe_member, member_names, placement_labels, settings_of, sweep_members
+from jax_sae.sweep.members import describe_member, placement_labels, settings_of
 from jax_sae.sweep.optimizer import relative_learning_rate, traced_settings
 from jax_sae.sweep.update import METRICS
 
@@ -215,10 +213,8 @@ def finish(
     Returns:
         The contents of `summary.json`.
     """
-    names = setup.names()
-    in_order = [names.index(name) for name in member_names(sweep_members(setup.config.sweep))]
     summary, fired = summarize(setup, progress, held_out, clock)
-    summary["members"] = [summary["members"][i] for i in in_order]
+    summary["members"] = [summary["members"][i] for i in setup.in_order()]
     lines = ["", closing_table(summary["members"]), ""]
     if summary["empty_stories"] or summary["cut_stories"]:
         lines.append(
@@ -243,7 +239,7 @@ def finish(
     )
     if out:
         good = [member["name"] for member in summary["members"] if member["diverged_at_step"] is None]
-        figures = run_figures(out, setup, progress, held_out, summary["members"], in_order)
+        figures = run_figures(out, setup, progress, held_out, summary["members"])
         say(save_each(figures))
         result = Result(
             summary["members"],
@@ -257,61 +253,6 @@ def finish(
             [f"use it        sae = jax_sae.load_autoencoder({str(out)!r}, name={good[-1]!r}); features = sae.encode(x)"]
         )
     return summary
-
-
-def run_figures(
-    out: Path,
-    setup: Setup,
-    progress: Progress,
-    held_out: Sequence[HeldOut],
-    measured: Sequence[dict[str, Any]],
-    in_order: Sequence[int],
-) -> Figures:
-    """What draws the figures of a run whose members `in_order` were `measured`; nothing is drawn yet.
-
-    Losses and FVUs at different places are no measure of each other, so each place has its own figures.
-    """
-    at_place = dict(zip(setup.places, held_out, strict=True))
-    labels = placement_labels(setup.members())
-    figures: Figures = {}
-    for label in dict.fromkeys(labels):
-        group = next(group for group in setup.groups if setup.members()[labels.index(label)] in group.members)
-        its = side_by_side([at_place[place] for place in setup.writes(group)])
-        here = [i for i in in_order if labels[i] == label]
-        rows = [row for i, row in zip(in_order, measured, strict=True) if labels[i] == label]
-        name = label if len(setup.places) > 1 else ""
-        figures |= _figures_at_a_place(out, setup, progress, its, rows, here, name)
-    return figures | training_figures(out, setup, progress)
-
-
-def _figures_at_a_place(
-    out: Path,
-    setup: Setup,
-    progress: Progress,
-    held_out: HeldOut,
-    measured: Sequence[dict[str, Any]],
-    in_order: Sequence[int],
-    place: str = "",
-) -> Figures:
-    names, members = [setup.names()[i] for i in in_order], [setup.members()[i] for i in in_order]
-    width, folder = held_out.x.shape[1], out / "figures"
-    behind, run = f"-{place}" if place else "", f"{out.name}, {place}" if place else out.name
-    losses = progress.losses[:, in_order]
-    floors = [0.0 if member.skip else held_out.loss_floor(member.features) for member in members]
-    title = f"{run}: reconstruction of activations of width {width}"
-
-    def curves() -> tuple[list[str], list[str]]:
-        return names, member_colours(members)
-
-    figures: Figures = {
-        folder / f"loss{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=False),
-        folder / f"loss_zoomed{behind}.png": lambda: loss_figure(*curves(), losses, floors, title, zoomed=True),
-    }
-    points = points_of(measured)
-    if points and any(group.form.is_sparse for group in setup.groups):
-        tokens, pca = f"{run}: {len(held_out.x):,} held-out tokens", pca_curve(held_out.eigenvalues)
-        figures[folder / f"frontier{behind}.png"] = lambda: frontier_figure(points, pca, tokens)
-    return figures
 
 
 def summarize(
