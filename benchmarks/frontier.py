@@ -286,15 +286,22 @@ def compare(options: Options, path: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
+    return compare_with_peers(argv, "frontier.py", Options, KINDS, compare)
+
+
+def compare_with_peers(
+    argv: Sequence[str], script: str, options: type[Any], known: Sequence[str], compare: Callable[[Any, Any], None]
+) -> int:
+    """A command line whose options have `kinds` and `activations`, where the peers are there; returns the exit code."""
 
     def work() -> int:
-        options = read_options(Options, argv, "frontier.py")
+        read = read_options(options, argv, script)
         if missing := [name for name in ("torch", "sae_lens") if find_spec(name) is None]:
             raise BadInput(f"{' and '.join(missing)} cannot be imported; run pip install -e '.[peers]'")
-        if unknown := sorted(set(options.kinds) - set(KINDS)):
-            raise BadInput(f"--kinds has {', '.join(unknown)}; known are {', '.join(KINDS)}")
+        if unknown := sorted(set(read.kinds) - set(known)):
+            raise BadInput(f"--kinds has {', '.join(unknown)}; known are {', '.join(known)}")
         with tempfile.TemporaryDirectory() as directory:
-            compare(options, options.activations or demo_rows(Path(directory)))
+            compare(read, read.activations or demo_rows(Path(directory)))
         return 0
 
     return run_script(argv, work)

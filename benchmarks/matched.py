@@ -22,25 +22,21 @@ dictionary_learning imports nnsight, of which its trainers need nothing: where i
 import io
 import itertools
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from frontier import demo_rows, measure
+from frontier import compare_with_peers, measure
 from timing import report
 
 import jax_sae
 from jax_sae.activations.array_sources import open_activations
 from jax_sae.activations.arrays import Rows
-from jax_sae.commands.flags import read_options
-from jax_sae.commands.process import run_script
 from jax_sae.errors import BadInput
 
 WARMUP, DECAY, PENALTY_WARMUP = 0.01, 0.2, 0.05
@@ -256,18 +252,7 @@ def compare(options: Options, path: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-
-    def work() -> int:
-        options = read_options(Options, argv, "matched.py")
-        if missing := [name for name in ("torch", "sae_lens") if find_spec(name) is None]:
-            raise BadInput(f"{' and '.join(missing)} cannot be imported; run pip install -e '.[peers]'")
-        if unknown := sorted(set(options.kinds) - {"relu", "topk"}):
-            raise BadInput(f"--kinds has {', '.join(unknown)}; relu and topk are known")
-        with tempfile.TemporaryDirectory() as directory:
-            compare(options, options.activations or demo_rows(Path(directory)))
-        return 0
-
-    return run_script(argv, work)
+    return compare_with_peers(argv, "matched.py", Options, ("relu", "topk"), compare)
 
 
 if __name__ == "__main__":
