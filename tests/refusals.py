@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from running import REPOSITORY
 
+from jax_sae.activations.array_sources import open_activations
 from jax_sae.commands.train import main
+from jax_sae.errors import BadInput
 
 DEMO = REPOSITORY / "configs" / "demo.toml"
 MODEL = REPOSITORY / "jax_sae" / "demo" / "model"
@@ -82,3 +84,13 @@ def refused(capsys: pytest.CaptureFixture[str], script: Callable[[list[str]], in
 def train_all(argv: list[str]) -> int:
     """The command."""
     return main(argv)
+
+
+def refused_file(path: Path, *parts: object) -> None:
+    """Opening it raises BadInput on one line that has all `parts` in it."""
+    with pytest.raises(BadInput) as error:
+        open_activations(str(path))[0]
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    for part in parts:
+        assert str(part) in message, message
