@@ -16,15 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jax_sae.activations.arrays import (
-    FLOATS,
-    Activations,
-    Rows,
-    StoryArrays,
-    make_activations,
-    named_dtype,
-    side_by_side,
-)
+from jax_sae.activations.arrays import Activations, Rows, StoryArrays, side_by_side
+from jax_sae.activations.given import FLOATS, make_activations, named_dtype
 from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import open_saved
 from jax_sae.language_model.hub import JSON_BYTES, one_line

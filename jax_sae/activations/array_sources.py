@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 
 from jax_sae.activations.array_files import ENDINGS, open_arrays
-from jax_sae.activations.arrays import (
-    Activations,
-    Rows,
-    SideBySide,
-    StoryArrays,
-    from_memory,
-    is_rows,
-    refuse_not_finite,
-)
+from jax_sae.activations.arrays import Activations, Rows, SideBySide, StoryArrays, is_rows, refuse_not_finite
+from jax_sae.activations.given import from_memory
 from jax_sae.activations.places import Place, described, total_width
 from jax_sae.activations.store import open_store
 from jax_sae.config import IN_MEMORY, Config, places_of

@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 
 from jax_sae.activations.array_files import open_npy
-from jax_sae.activations.arrays import Activations, Rows, check_floats, named_dtype, sha256, side_by_side
+from jax_sae.activations.arrays import Activations, Rows, sha256, side_by_side
+from jax_sae.activations.given import check_floats, named_dtype
 from jax_sae.activations.places import Place, columns, total_width
 from jax_sae.errors import BadInput, RunFailed
 from jax_sae.language_model.hub import read_json

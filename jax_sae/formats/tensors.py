@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jax_sae.activations.array_files import Stored, arrays_in
-from jax_sae.activations.arrays import FLOATS
+from jax_sae.activations.given import FLOATS
 from jax_sae.errors import BadInput
 from jax_sae.language_model.hub import read_json, refuse_damaged_download
 from jax_sae.language_model.torch_file import is_plain_name

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_sae.activations.arrays import Rows, StoryArrays, from_memory, refuse_not_finite
+from jax_sae.activations.arrays import Rows, StoryArrays, refuse_not_finite
+from jax_sae.activations.given import from_memory
 from jax_sae.errors import BadInput
 
 D = 4
