@@ -11,13 +11,13 @@ import pytest
 from running import REPOSITORY
 
 import jax_sae
-from jax_sae import trained
 from jax_sae.activations.normalize import Normalization
 from jax_sae.analysis.steering import intervention, next_predictions, predictions_compared, texts_written
 from jax_sae.autoencoder.kinds import kind_named
 from jax_sae.autoencoder.model import init_params
 from jax_sae.commands.steer import main
 from jax_sae.config import Config, Member
+from jax_sae.encode_decode import model_of
 from jax_sae.rows import padded
 from jax_sae.trained import Origin, TrainedAutoencoder
 
@@ -98,7 +98,7 @@ def test_a_feature_set_to_its_own_value_changes_nothing(lm: jax_sae.LanguageMode
     features = AUTOENCODER.encode(x)
     i = int(np.argmax(features[0]))
     assert features[0, i] > 0
-    trained._model.cache_clear()
+    model_of.cache_clear()
     close(lm.run(ids, jax_sae.steer(AUTOENCODER, i, features[0, i], clamp=True)), lm.run(ids))
     np.testing.assert_array_equal(AUTOENCODER.encode(x), features)
 
