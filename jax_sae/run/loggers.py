@@ -291,7 +291,7 @@ class WeightsAndBiases:
         rows = [[_plain(member.get(name)) for name in columns] for member in result.members]
         told = {f"held_out_density/{name}": self._histogram(its) for name, its in result.densities.items()}
         pictures = {picture.stem: wandb.Image(str(picture)) for picture in result.pictures}
-        self._log(step, {**told, **pictures, "members": wandb.Table(columns=columns, data=rows)})
+        self._log(step, {**told, **pictures, "members": wandb.Table(columns=[*columns], data=rows)})
         for member in result.members:
             its = {f"held_out_{metric}/{member['name']}": member.get(metric) for metric in HELD_OUT}
             self._run.summary.update({name: value for name, value in its.items() if value is not None})
