@@ -115,7 +115,7 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jax_sae.activations import sources
+    from jax_sae.activations import story_sources
     from jax_sae.language_model.text import Stories
     from jax_sae.run import report, train
     from jax_sae.run.checkpoints import Checkpoints
@@ -149,13 +149,14 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
         parts.switch(parts.switch(REST))  # counts up to now
         marks[name] = dict(parts.seconds)
 
-    def harvest(model: Any, params: Any, stories: Any) -> Iterator[tuple[int, Any]]:
+    def harvest(models: Any, stories: Any, segments: Any) -> Iterator[tuple[int, Any]]:
         if not harvested:
             mark("first harvest")
         lengths = [len(story) for story in stories]
         harvested.append(sum(lengths))
-        operations["harvest"] += sum(model.layer * T * (24 * D * D + 4 * T * D) for T in lengths)
-        for value in timed_harvest(model, params, stories):
+        layers = sum(lm.layer for lm in models.values())
+        operations["harvest"] += sum(layers * T * (24 * D * D + 4 * T * D) for T in lengths)
+        for value in timed_harvest(models, stories, segments):
             compare()
             yield value
 
@@ -172,17 +173,17 @@ def run_once(config: Config, out: Path) -> dict[str, Any]:
         mark("last step")
         return found
 
-    update, timed_harvest = train.update_many, parts.timed(sources.harvest, "harvest")
+    update, timed_harvest = train.update_many, parts.timed(story_sources.harvest_each, "harvest")
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(patch.object(sources, "harvest", harvest))
+        stack.enter_context(patch.object(story_sources, "harvest_each", harvest))
         stack.enter_context(patch.object(train, "update_many", update_many))
         for where, name, part in [
             (train, "open_sources", "opening model, text, tokenizer"),
             (train, "inputs", "digests of what is read"),
             (train, "begin", "first values, normalisation"),
             (train, "harvest_held_out", "eigenvalues of held-out tokens"),
-            (train, "batch_runs", "making batches"),
+            (train, "batch_runs_in_pieces", "making batches"),
             (Stories, "read", "waiting for text"),
             (train, "save", "saving"),
             (Checkpoints, "__exit__", "saving"),

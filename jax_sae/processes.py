@@ -229,7 +229,7 @@ def together() -> Iterator[None]:
 
 
 def agree(settings: Mapping[str, str]) -> None:
-    """Raise BadInput, in the first process, unless all have the same settings of what they compute.
+    """Raise BadInput, in the first process, unless all have the same settings, or digests, of what they compute with.
 
     Raises:
         EndedElsewhere: in the others.
@@ -243,7 +243,9 @@ def agree(settings: Mapping[str, str]) -> None:
             which = "; ".join(
                 f"{name} {first.get(name)} in number 0, {other.get(name)} in number {i}" for name in names
             )
-            raise BadInput(f"the processes of this run differ: {which}; start all of them with the same command")
+            raise BadInput(
+                f"the processes of this run differ: {which}; start all of them with the same command, on the same files"
+            )
 
 
 def refuse_separate_disks(directory: Path) -> None:

@@ -11,11 +11,13 @@ from running import REPOSITORY
 
 from jax_sae.run.checkpoints import Checkpoints
 
+TRAIN = REPOSITORY / "scripts" / "train_all.py"
 
-def start(flags: list[str], directory: Path, **environment: str) -> subprocess.Popen[str]:
-    """Begin `train_all.py` in a directory."""
+
+def start(flags: list[str], directory: Path, script: Path = TRAIN, **environment: str) -> subprocess.Popen[str]:
+    """Begin `train_all.py`, or a script like it, in a directory."""
     return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *flags],
+        [sys.executable, str(script), *flags],
         cwd=directory,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

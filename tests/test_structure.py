@@ -81,6 +81,7 @@ def test_orbax_vmap_and_torch_stand_where_they_should() -> None:
         "analysis/probes.py",
         "analysis/steering.py",
         "encode_decode.py",
+        "language_model/devices.py",
         "language_model/generate.py",
         "language_model/harvest.py",
         "language_model/pretrained.py",

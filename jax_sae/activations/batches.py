@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae.activations.blocks import Taken, filled, finite_activations, part
+from jax_sae.activations.blocks import Making, Taken, filled, finite_activations, part
 from jax_sae.activations.normalize import Normalization
 from jax_sae.activations.norms import over_norm_limit, within_norm_limit
 from jax_sae.activations.order import in_order
@@ -24,6 +24,7 @@ from jax_sae.activations.sources import Item, Source
 from jax_sae.config import ActivationsConfig, TrainConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.harvest import padded_length
+from jax_sae.processes import together
 from jax_sae.rows import padded_rows
 
 SMALL_BLOCKS = 4
@@ -67,19 +68,33 @@ def batch_runs(
         BadInput: if an epoch has no tokens at all, an activation is not finite, or more than half of a block's tokens
             are over the norm limit.
     """
+    for each in batch_runs_in_pieces(source, fitted, position, activations, train):
+        if isinstance(each, BatchRun):
+            yield each
+        del each  # so that there is one block at a time
+
+
+def batch_runs_in_pieces(
+    source: Source, fitted: Normalization, position: Position, activations: ActivationsConfig, train: TrainConfig
+) -> Iterator[BatchRun | float]:
+    """The same, and before the first run of a block, now and then, how much of it is there, from 0 to 1.
+
+    At each of these numbers the caller may do something else on the devices.
+    """
     make_block = _token_block if train.batching == "tokens" else _story_block
     while True:
         used, start = position.batch, replace(position, batch=0)
-        for run, position in make_block(source, fitted, start, activations, train):  # noqa: B007 - the last one counts
+        runs, position = yield from make_block(source, fitted, start, activations, train)
+        for run in runs:
             if used < len(run.after):
                 yield replace(run, used=used)
             used = max(0, used - len(run.after))
-        del run  # so that there is one block at a time
+            del run
 
 
 def _token_block(
     source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
-) -> Iterator[tuple[BatchRun, Position]]:
+) -> Making[tuple[Iterator[BatchRun], Position]]:
     """One run with all batches of the block, and where the next block starts.
 
     A token over the norm limit keeps its place, with weight 0, so that positions follow from numbers of tokens alone.
@@ -90,46 +105,52 @@ def _token_block(
     items: list[Item] = []
     spans: list[tuple[int, int]] = []  # of each item: the first and last token used
     free = n_batches * B
-    for item, here, after_item in walk(source, start, shuffle_seed=train.seed):
-        last = min(here.token + free, len(item))
-        items.append(item)
-        spans.append((here.token, last))
-        free -= last - here.token
-        if not free:
-            end = replace(here, token=last) if last < len(item) else after_item
-            break
+    with together():
+        for item, here, after_item in walk(source, start, shuffle_seed=train.seed):
+            last = min(here.token + free, len(item))
+            items.append(item)
+            spans.append((here.token, last))
+            free -= last - here.token
+            if not free:
+                end = replace(here, token=last) if last < len(item) else after_item
+                break
     places = np.random.Generator(np.random.Philox(key=[train.seed, 2 * start.block + 1])).permutation(n_batches * B)
     firsts = np.cumsum([0] + [last - first for first, last in spans])
     taken = [Taken(*span, places[firsts[i] : firsts[i + 1]]) for i, span in enumerate(spans)]
-    x, norms = filled(source, items, taken, (room, B), fitted, activations)
+    x, norms = yield from filled(source, items, taken, (room, B), fitted, activations)
     weights = np.zeros(room * B, np.float32)
     weights[: n_batches * B] = ~over_norm_limit(norms[: n_batches * B], activations.norm_limit, source.name)
     end = replace(end, block=start.block + 1)
     after = (*(replace(start, batch=n) for n in range(1, n_batches)), end)
-    yield BatchRun(x, weights.reshape(room, B), 0, after, end), end
+    return iter([BatchRun(x, weights.reshape(room, B), 0, after, end)]), end
 
 
 def _story_block(
     source: Source, fitted: Normalization, start: Position, activations: ActivationsConfig, train: TrainConfig
-) -> Iterator[tuple[BatchRun, Position]]:
+) -> Making[tuple[Iterator[BatchRun], Position]]:
     """A run of one batch for each story of the block, and where the next block starts."""
     del train  # stories come in the order of the text, whole
     items: list[Item] = []
     tokens = 0
-    for item, _, after_item in walk(source, start, shuffle_seed=None):
-        items.append(item)
-        tokens += len(item)
-        if tokens >= activations.block_tokens:
-            end = replace(after_item, block=start.block + 1)
-            break
+    with together():
+        for item, _, after_item in walk(source, start, shuffle_seed=None):
+            items.append(item)
+            tokens += len(item)
+            if tokens >= activations.block_tokens:
+                end = replace(after_item, block=start.block + 1)
+                break
     lengths = [padded_length(len(item)) for item in items]
     firsts = np.cumsum([0, *lengths])
     taken = [Taken(0, len(item), np.arange(len(item)) + firsts[i]) for i, item in enumerate(items)]
-    x, _ = filled(source, items, taken, (1, padded_rows(int(firsts[-1]))), fitted, activations)
-    for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
-        weights = (np.arange(length) < len(item)).astype(np.float32)[None]
-        here = replace(start, batch=i + 1) if i + 1 < len(items) else end
-        yield BatchRun(part(x, firsts[i], length), weights, 0, (here,), end), end
+    x, _ = yield from filled(source, items, taken, (1, padded_rows(int(firsts[-1]))), fitted, activations)
+
+    def of_stories() -> Iterator[BatchRun]:
+        for i, (item, length) in enumerate(zip(items, lengths, strict=True)):
+            weights = (np.arange(length) < len(item)).astype(np.float32)[None]
+            here = replace(start, batch=i + 1) if i + 1 < len(items) else end
+            yield BatchRun(part(x, firsts[i], length), weights, 0, (here,), end)
+
+    return of_stories(), end
 
 
 def walk(source: Source, start: Position, shuffle_seed: int | None) -> Iterator[tuple[Item, Position, Position]]:

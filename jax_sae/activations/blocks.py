@@ -7,9 +7,9 @@ in float64, and so are norms, so that a token may lie on the other side of a `no
 Memory there: the block, and one batch of the language model; where several devices share stories, each has its part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jax_sae.activations.places import Place
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
-from jax_sae.language_model.devices import LAUNCHING, ROWS, mesh_of_rows
+from jax_sae.language_model.devices import LAUNCHING, ROWS, mesh_of_rows, seen_by_all
 from jax_sae.processes import gathered, own_share, several, summed, together
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 OnDevice = Iterator[tuple[jax.Array, list[tuple[int, np.ndarray]]]]
 """Batches x[R, T, D] float32 on the device, in the model's scale; and of the first rows of each the number of the item
 that stands there, and which of the T are its tokens, [its length] int. What else is in x does not count."""
+
+
+T = TypeVar("T")
+Making = Generator[float, None, T]
+"""Makes something in pieces, and tells after each how much is there, from 0 to 1; what it returns is all of it."""
 
 
 class Taken(NamedTuple):
@@ -57,8 +62,10 @@ def filled(
     shape: tuple[int, int],
     fitted: Normalization,
     activations: ActivationsConfig,
-) -> tuple[np.ndarray | jax.Array, np.ndarray]:
+) -> "Making[tuple[np.ndarray | jax.Array, np.ndarray]]":
     """A block with what is taken of items, normalised; 0 where nothing is, and where a norm is over the `norm_limit`.
+
+    It is made in pieces where activations stay on devices, a batch of the language model at a time.
 
     Args:
         source: of the items.
@@ -76,11 +83,11 @@ def filled(
         BadInput: if an activation is not finite, or a story cannot be normalised by itself.
     """
     norms = np.zeros(shape[0] * shape[1])
-    if several():
-        return _filled_by_several(source, items, taken, shape, norms, fitted, activations)
     batches = on_device(source, items)
     if batches is not None:
-        return _filled_on_device(source, batches, taken, shape, norms, fitted, activations)
+        return (yield from _filled_on_device(source, batches, taken, shape, norms, fitted, activations))
+    if several():
+        return _filled_by_several(source, items, taken, shape, norms, fitted, activations)
     x = _filled_here(source, items, taken, norms, fitted, activations)
     return x.reshape(*shape, -1), norms
 
@@ -94,7 +101,7 @@ def _filled_by_several(
     fitted: Normalization,
     activations: ActivationsConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`filled` by several processes: each reads some of the items, and their rows, 0 in all others, are summed."""
+    """`filled` by several processes, of arrays: each reads some items, and their rows, 0 in all others, are summed."""
     own = np.flatnonzero(own_share(len(items))).tolist()
     with together():
         x = _filled_here(source, [items[i] for i in own], [taken[i] for i in own], norms, fitted, activations)
@@ -130,9 +137,10 @@ def _filled_on_device(
     norms: np.ndarray,
     fitted: Normalization,
     activations: ActivationsConfig,
-) -> tuple[jax.Array, np.ndarray]:
+) -> "Making[tuple[jax.Array, np.ndarray]]":
     """`filled` for activations on the device; a batch is done before the next one is computed."""
     block: jax.Array | None = None
+    of_all, done = max(1, sum(its.last - its.first for its in taken)), 0
     for x, stories in batches:
         mesh = mesh_of_rows(x)
         used = np.zeros(x.shape[:2], bool)
@@ -144,7 +152,8 @@ def _filled_on_device(
         if block is None:
             block = _empty((*shape, source.width), mesh)
         with LAUNCHING:
-            own, seen = _measured(x, jnp.asarray(used), activations.normalization, source.places)
+            own, seen = _measured(x, used, activations.normalization, source.places)
+            seen = jax.tree.map(seen_by_all, seen)
         not_finite, is_equal, its_norms = jax.device_get(seen)
         for row, (_, tokens) in enumerate(stories):
             _refuse_not_finite(source.name, not_finite[row], len(tokens))
@@ -159,6 +168,8 @@ def _filled_on_device(
         with LAUNCHING:
             block = _with_rows(block, x, into, own or fitted, mesh)
         del x  # so that there is one batch at a time
+        done += sum(taken[i].last - taken[i].first for i, _ in stories)
+        yield done / of_all
     return _empty((*shape, source.width), None) if block is None else block, norms
 
 

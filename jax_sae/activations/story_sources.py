@@ -13,6 +13,7 @@ from jax_sae.activations.order import random_order, stories_in_order
 from jax_sae.activations.places import Place, total_width
 from jax_sae.activations.position import Position
 from jax_sae.errors import BadInput
+from jax_sae.language_model.devices import seen_by_all
 from jax_sae.language_model.harvest import stays_on_device
 from jax_sae.language_model.pretrained import LanguageModel
 from jax_sae.language_model.several import (
@@ -26,6 +27,7 @@ from jax_sae.language_model.stream import Buffer, Shards
 from jax_sae.language_model.text import Stories
 from jax_sae.language_model.text_digest import text_digest
 from jax_sae.language_model.windows import Story
+from jax_sae.processes import several
 
 if TYPE_CHECKING:
     from jax_sae.activations.sources import Item
@@ -109,8 +111,11 @@ class StorySource:
             yield i, x[items[i].used]
 
     def on_device(self, items: Sequence[Story]) -> OnDevice | None:
-        """The same where the device keeps them, as `blocks.on_device` tells; None where NumPy sees them anyway."""
-        return self._on_device(items) if stays_on_device() else None
+        """The same where devices keep them, as `blocks.on_device` tells; None where NumPy sees them anyway.
+
+        It sees none of those on devices of other processes, with which this one reads the stories.
+        """
+        return self._on_device(items) if stays_on_device() or several() else None
 
     def _on_device(self, items: Sequence[Story]) -> OnDevice:
         for batch, x in harvest_each_on_device(self.models, *_to_read(items)):
@@ -241,7 +246,7 @@ def model_digest(lm: LanguageModel) -> str:
     """
     digest = hashlib.sha256(f"{_described(lm)}\n".encode())
     for name, value in sorted(traverse_util.flatten_dict(lm.params, sep="/").items()):
-        array = np.ascontiguousarray(value)
+        array = np.ascontiguousarray(seen_by_all(value))
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()

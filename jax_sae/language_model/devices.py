@@ -8,6 +8,7 @@ that one matrix at a time, whatever the family.
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import jax
@@ -38,13 +39,13 @@ def mesh_of_rows(x: jax.Array) -> Mesh | None:
 
 
 def devices_of(params: Mapping[str, Any]) -> list[jax.Device]:
-    """Where parameters are, in the order of the devices' numbers."""
+    """Where parameters are, in the order of `jax.devices()`."""
     first = jax.tree.leaves(params)[0]
     return _in_order(first.devices()) if isinstance(first, jax.Array) else jax.devices()[:1]
 
 
 def _in_order(devices: Iterable[jax.Device]) -> list[jax.Device]:
-    return sorted(devices, key=lambda device: device.id)
+    return sorted(devices, key={device: i for i, device in enumerate(jax.devices())}.__getitem__)
 
 
 def spread(params: Mapping[str, Any], devices: Sequence[jax.Device], in_parts: bool = False) -> Mapping[str, Any]:
@@ -57,9 +58,8 @@ def placed(array: Any, devices: Sequence[jax.Device], in_parts: bool) -> jax.Arr
     if len(devices) == 1:
         is_apart = isinstance(array, jax.Array) and len(array.devices()) > 1
         return jax.device_put(array, devices[0] if is_apart else None, may_alias=True)
-    return jax.device_put(
-        array, NamedSharding(mesh_of(devices), spec_of(array.shape, len(devices)) if in_parts else P())
-    )
+    spec = spec_of(array.shape, len(devices)) if in_parts else P()
+    return put_onto(NamedSharding(mesh_of(devices), spec), array)
 
 
 def spec_of(shape: Sequence[int], parts: int) -> P:
@@ -74,13 +74,17 @@ def spec_of(shape: Sequence[int], parts: int) -> P:
 
 
 def where_it_fits(shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[list[jax.Device], bool]:
-    """The devices of this process that parameters of these shapes lie on, and whether in parts: if one is too small."""
+    """The devices that parameters of these shapes lie on, and whether in parts: if one is too small.
+
+    They are of this process, or of all processes where its own are too small for the parts.
+    """
     devices = jax.local_devices()
     room = (devices[0].memory_stats() or {}).get("bytes_limit")  # none of a CPU, whose devices have one memory
     needed = sum(shape.size * shape.dtype.itemsize for shape in shapes)
-    if room is None or needed <= FITS * room or len(devices) == 1:
+    if room is None or needed <= FITS * room:
         return devices[:1], False
-    return devices, True
+    devices = devices if needed <= FITS * room * len(devices) else jax.devices()
+    return devices, len(devices) > 1
 
 
 def put_together(W: jax.Array, x: jax.Array, mesh: Mesh) -> jax.Array:
@@ -109,4 +113,31 @@ def in_rows(devices: Sequence[jax.Device], *arrays: Any, axis: int = 0) -> Any:
     """Arrays, or None, with as many rows, those of `axis`, on each of several devices; for one as they are."""
     if len(devices) == 1:
         return arrays
-    return jax.device_put(arrays, NamedSharding(mesh_of(devices), P(*[None] * axis, ROWS)))
+    there = NamedSharding(mesh_of(devices), P(*[None] * axis, ROWS))
+    return jax.tree.map(partial(put_onto, there), arrays)
+
+
+def put_onto(sharding: NamedSharding, array: Any) -> jax.Array:
+    """An array where a sharding says; each device is given its part alone.
+
+    Of devices of several processes, all of which have the same array, or have it in parts on the same devices already.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return _moved(sharding)(array)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def seen_by_all(x: Any) -> Any:
+    """The same, whole on each device where other processes have parts of it, so that NumPy can see it in each."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return _moved(NamedSharding(mesh_of(_in_order(x.devices())), P()))(x)
+
+
+@lru_cache(maxsize=64)
+def _moved(sharding: NamedSharding) -> Any:
+    """A program that puts an array where a sharding says, from other parts of the same devices."""
+    return jax.jit(lambda x: x, out_shardings=sharding)

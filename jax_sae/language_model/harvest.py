@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_sae.language_model.decoder import Decoder
-from jax_sae.language_model.devices import LAUNCHING, devices_of, in_rows
+from jax_sae.language_model.devices import LAUNCHING, devices_of, in_rows, seen_by_all
 
 TOKENS_AT_A_TIME_ON_CPU = 1024
 PADDED_TO_MULTIPLES_OF = {256: 16, 512: 64, 1024: 128}
@@ -80,7 +80,7 @@ def harvest(
         without tokens yields nothing. The array is a view of a larger one: copy what you keep.
     """
     for batch, x in harvest_on_device(model, places, params, stories, segments):
-        activations = np.asarray(x)
+        activations = np.asarray(seen_by_all(x))
         for row, i in enumerate(batch):
             yield i, activations[row, : len(stories[i])]
 

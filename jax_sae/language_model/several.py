@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_sae.config import Precision, PrependBos, WeightsDtype
 from jax_sae.errors import BadInput
+from jax_sae.language_model.devices import seen_by_all
 from jax_sae.language_model.harvest import harvest_on_device
 from jax_sae.language_model.hub import has_tokenizer
 from jax_sae.language_model.places import read_place, width_of
@@ -121,7 +122,7 @@ def harvest_each(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """As `harvest`, of all models: (number of the story, what stands at all their places side by side)."""
     for batch, x in harvest_each_on_device(models, stories, segments):
-        activations = np.asarray(x)
+        activations = np.asarray(seen_by_all(x))
         for row, i in enumerate(batch):
             yield i, activations[row, : len(stories[i])]
 

@@ -15,7 +15,7 @@ from jax_sae.config import Config, MeshConfig
 from jax_sae.errors import BadInput
 from jax_sae.language_model.checkpoint import kept_shapes
 from jax_sae.language_model.pretrained import LanguageModel
-from jax_sae.processes import several
+from jax_sae.processes import first_says, several
 from jax_sae.run.memory import memory_of_device, n_bytes, size
 from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import recorded_member
@@ -121,7 +121,7 @@ def share_models(
 
     Args:
         sources: others than stories stay as they are.
-        devices: of this process.
+        devices: of all processes.
         beside: bytes that a device has to have room for besides; of a CPU, that its memory has.
         whole: whether all blocks are run, and not only those up to the places that are read.
     """
@@ -134,7 +134,8 @@ def share_models(
         its = [replace(lm.model, layer=lm.model.architecture.num_layers) if whole else lm.model for lm in models]
         needed = sum(n_bytes(kept_shapes(model, lm.dtype)) for model, lm in zip(its, models, strict=True))
         taken = needed * (len(devices) if jax.default_backend() == "cpu" else 1) + beside  # of which parts share memory
-        in_parts = taken > memory_of_device() or any(lm.model.mesh is not None for lm in models)
+        room = first_says(memory_of_device())
+        in_parts = taken > room or any(lm.model.mesh is not None for lm in models)
         shared[id(source.models)] = {name: lm.spread(devices, in_parts) for name, lm in source.models.items()}
         how = f"in parts, {size(needed / len(devices))} on each" if in_parts else "whole on each"
         lines = [f"weights       {size(needed)} of language models, {how} of {len(devices)} devices"]

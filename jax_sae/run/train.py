@@ -4,9 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sae.activations.batches import BatchRun, batch_runs, first_activations
+from jax_sae.activations.batches import batch_runs_in_pieces, first_activations
 from jax_sae.activations.interruptible import Interruptible, Stopped
 from jax_sae.activations.normalize import estimate_dataset, for_story, identity, normalize, of_each_place
 from jax_sae.activations.norms import norm_lines, norm_statistics
@@ -47,6 +45,7 @@ from jax_sae.processes import (
     together,
 )
 from jax_sae.run import report
+from jax_sae.run.ahead import Ahead
 from jax_sae.run.checkpoints import Checkpoints
 from jax_sae.run.held_out import harvest_held_out
 from jax_sae.run.layout import choose_mesh, share_models
@@ -142,9 +141,11 @@ def train(
     groups = make_groups(members, source.places)
     mesh, of_mesh = choose_mesh(config, groups, total_width(source.places))
     setup = Setup(config, groups, source.places, inputs(source, held_out_source), mesh)
+    agree({name: digest[:12] for name, digest in setup.inputs.items()})
     if mesh is not None:
         beside = sweep_bytes(setup) + block_bytes(setup)
-        (source, held_out_source), of_models = share_models((source, held_out_source), mesh.local_devices, beside)
+        devices = mesh.devices.flatten().tolist()
+        (source, held_out_source), of_models = share_models((source, held_out_source), devices, beside)
         of_mesh += of_models
     say([*first_lines, *lines, *changed, *report.describe(setup), *of_mesh])
     progress: Progress | None = None
@@ -347,48 +348,53 @@ def dispatches(
     config, forms, mesh = setup.config, tuple(group.form for group in setup.groups), setup.mesh
     its_columns = setup.columns_of_metrics()
     source = Interruptible(source, lambda: not several() and stop_requested(progress.step))
-    made = batch_runs(source, progress.normalization, progress.position, config.activations, config.train)
-    runs = ahead(made, clock, lambda run: config.train.steps - progress.step > len(run.after) - run.used)
-    while progress.step < config.train.steps:
-        run = next(runs)
-        with LAUNCHING:
-            x, weights = put_on(mesh, run.x, run.weights)
-        first = run.used
-        while first < len(run.after) and progress.step < config.train.steps:
-            start = time.perf_counter()
-            last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
-            with others_are_there():
-                with LAUNCHING:
-                    state, metrics = update_many(
-                        progress.state,
-                        x,
-                        weights,
-                        first,
-                        last,
-                        progress.step,
-                        forms=forms,
-                        train=config.train,
-                        mesh=mesh,
-                    )
-                found = np.asarray(metrics)
-            step = progress.step + last - first
-            tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
-            clock.train_tokens += int(tokens[-1]) - progress.tokens
-            progress.metrics[progress.step : step] = found[first:last, its_columns]
-            progress = replace(
-                progress,
-                step=step,
-                tokens=int(tokens[-1]),
-                position=run.after[last - 1],
-                read=run.end,
-                state=state,
-            )
-            seconds = time.perf_counter() - start
-            clock.train_seconds += seconds
-            seconds_a_step = math.inf if at_each_line else first_says(seconds / (last - first))
-            yield progress, tokens
-            first = last
-        del run, x  # the next block takes their memory
+    made = batch_runs_in_pieces(source, progress.normalization, progress.position, config.activations, config.train)
+    with Ahead(made, clock) as runs:
+        while progress.step < config.train.steps:
+            run = runs.take()
+            is_last = config.train.steps - progress.step <= len(run.after) - run.used
+            if not is_last:
+                runs.begin()
+            with LAUNCHING:
+                x, weights = put_on(mesh, run.x, run.weights)
+            first = run.used
+            while first < len(run.after) and progress.step < config.train.steps:
+                start, waited = time.perf_counter(), clock.waited_seconds
+                last = first + min(len(run.after) - first, steps_of_a_dispatch(progress.step, config, seconds_a_step))
+                with others_are_there():
+                    with LAUNCHING:
+                        state, metrics = update_many(
+                            progress.state,
+                            x,
+                            weights,
+                            first,
+                            last,
+                            progress.step,
+                            forms=forms,
+                            train=config.train,
+                            mesh=mesh,
+                        )
+                    if not is_last:
+                        runs.go_on(last / len(run.after), metrics)
+                    found = np.asarray(metrics)
+                step = progress.step + last - first
+                tokens = progress.tokens + np.cumsum(run.weights[first:last].sum(-1, dtype=np.int64))
+                clock.train_tokens += int(tokens[-1]) - progress.tokens
+                progress.metrics[progress.step : step] = found[first:last, its_columns]
+                progress = replace(
+                    progress,
+                    step=step,
+                    tokens=int(tokens[-1]),
+                    position=run.after[last - 1],
+                    read=run.end,
+                    state=state,
+                )
+                seconds = time.perf_counter() - start - (clock.waited_seconds - waited)
+                clock.train_seconds += seconds
+                seconds_a_step = math.inf if at_each_line else first_says(seconds / (last - first))
+                yield progress, tokens
+                first = last
+            del run, x  # the next block takes their memory
 
 
 def put_on(mesh: Mesh | None, x: np.ndarray | jax.Array, weights: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -398,40 +404,6 @@ def put_on(mesh: Mesh | None, x: np.ndarray | jax.Array, weights: np.ndarray) ->
     is_apart = isinstance(x, jax.Array) and mesh_of_rows(x) is not None
     there = jax.device_put((x, weights), jax.devices()[0] if is_apart else None)
     return there[0], there[1]
-
-
-def ahead(made: Iterator[BatchRun], clock: Clock, is_more_needed: Callable[[BatchRun], bool]) -> Iterator[BatchRun]:
-    """The same batches; where `reads_ahead()`, what follows a run is made while the run is trained on.
-
-    So there are two blocks at a time. `is_more_needed` tells, of a run, whether training goes on after it.
-    """
-
-    def timed() -> tuple[BatchRun, float]:
-        start = time.perf_counter()
-        return next(made), time.perf_counter() - start
-
-    following: Future[tuple[BatchRun, float]] | None = None
-    with ThreadPoolExecutor(1, "harvest") as thread:
-        while True:
-            start = time.perf_counter()
-            run, seconds = following.result() if following else timed()
-            clock.waited_seconds += time.perf_counter() - start
-            clock.harvest_seconds += seconds
-            clock.harvest_tokens += int(run.weights.sum())
-            following = None
-            if reads_ahead() and is_more_needed(run):  # in a copy of the context, which knows whether it is quiet
-                following = thread.submit(copy_context().run, timed)
-            yield run
-            del run
-
-
-def reads_ahead() -> bool:
-    """Whether the next block is read and harvested while the batches of the one before are trained on.
-
-    Not on a CPU, which has its cores for one of the two, nor by several processes, which send each other rows of a
-    block and must not do so while they send each other sums of a step.
-    """
-    return jax.default_backend() != "cpu" and not several()
 
 
 def steps_of_a_dispatch(step: int, config: Config, seconds_a_step: float) -> int:

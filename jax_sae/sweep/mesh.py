@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_sae.autoencoder.shards import DATA, FEATURE, MEMBER, Shards
+from jax_sae.language_model.devices import put_onto
 from jax_sae.sweep.resampling import OF_NO_FEATURE
 
 
@@ -71,7 +72,7 @@ def filled(state: Any, parts: int) -> Any:
 def spread(state: Any, mesh: Mesh) -> Any:
     """States of a sweep, stacked by groups, put onto a mesh; each device is given its part alone."""
     state = tuple(filled(group, mesh.shape[MEMBER]) for group in state)
-    return jax.tree.map(lambda array, spec: _put(array, NamedSharding(mesh, spec)), state, specs(state))
+    return jax.tree.map(lambda array, spec: put_onto(NamedSharding(mesh, spec), array), state, specs(state))
 
 
 def computed_on(mesh: Mesh, states: Callable[[], Any]) -> Any:
@@ -98,15 +99,8 @@ def parameters_on(mesh: Mesh, parameters: Callable[[], dict[str, jax.Array]]) ->
 def batches_on(mesh: Mesh, x: Any, weights: Any) -> tuple[jax.Array, jax.Array]:
     """Batches x[batches, B, D] and weights[batches, B], put onto a mesh; each device is given its rows alone."""
     along = (P(None, DATA, None), P(None, DATA))
-    its = (_put(array, NamedSharding(mesh, spec)) for array, spec in zip((x, weights), along, strict=True))
+    its = (put_onto(NamedSharding(mesh, spec), array) for array, spec in zip((x, weights), along, strict=True))
     return next(its), next(its)
-
-
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)  # from device to device
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def of_members(mesh: Mesh, x: jax.Array) -> jax.Array:

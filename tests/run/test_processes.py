@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import finish, outcome, start
+from processes import TRAIN, finish, outcome, start
+from running import REPOSITORY
 
 from jax_sae import load_autoencoder
 from jax_sae.commands.train import main
@@ -91,7 +92,7 @@ def of_rows(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return f"--activations.path {file} {blocks} --sweep.kinds topk --sweep.features 32 --sweep.k 4 {train}".split()
 
 
-def two(flags: list[str], directory: Path, *each: Own) -> list[subprocess.Popen[str]]:
+def two(flags: list[str], directory: Path, *each: Own, script: Path = TRAIN) -> list[subprocess.Popen[str]]:
     """Begin two processes of a run with two devices each, `each` with some flags of its own, and where it works."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +101,7 @@ def two(flags: list[str], directory: Path, *each: Own) -> list[subprocess.Popen[
     begun = []
     for i, own in enumerate(each or (Own(), Own())):
         environment = {"XLA_FLAGS": TWO_DEVICES, "JAX_PLATFORMS": "cpu", **own.environment}
-        begun.append(start([*flags, *own.flags, *meet, str(i)], own.directory or directory, **environment))
+        begun.append(start([*flags, *own.flags, *meet, str(i)], own.directory or directory, script, **environment))
     BEGUN.extend(begun)
     return begun
 
@@ -137,14 +138,16 @@ def as_in_a_process_of_its_own() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def two_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """By two, features of two of them beside each other, rows of a batch over both."""
+    """By two, features of two of them beside each other, rows of a batch over both, weights in parts among all."""
     folder = tmp_path_factory.mktemp("two")
-    said = [finish(each, 0) for each in two([*flags, "--out", "run", *MESH], folder)]
+    said = [finish(each, 0) for each in two([*flags, "--out", "run", *MESH], folder, script=IN_PARTS)]
     assert "processes     2, at 127.0.0.1" in said[0]
+    assert re.search(r"\nweights .* in parts, 26.* kB on each of 4 devices\n", said[0]), said[0]
     assert "held-out FVU" in said[0] and "held-out FVU" not in said[1]  # the first tells
     return folder / "run"
 
 
+IN_PARTS = REPOSITORY / "tests" / "train_with_weights_in_parts.py"
 MESH = ["--mesh.data", "2", "--mesh.feature", "2"]
 
 
@@ -156,7 +159,7 @@ def losses(run: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_losses_are_those_of_one_process(one_run: Path, two_run: Path) -> None:
-    """Each has read half of the stories of a text."""
+    """Which share the stories of a text, and whose activations stay on the devices."""
     np.testing.assert_allclose(losses(two_run), losses(one_run), rtol=CLOSE)
     one, both = (json.loads((run / "summary.json").read_text())["members"] for run in (one_run, two_run))
     np.testing.assert_allclose([m["fvu"] for m in both], [m["fvu"] for m in one], rtol=1e-4)
@@ -196,7 +199,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(one_run: Path, two_run: 
         shutil.copytree(run, tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "40")
         (tmp_path / name / "summary.json").unlink()
-    for each in two(["--out", "two", "--resume"], tmp_path):
+    for each in two(["--out", "two", "--resume"], tmp_path, script=IN_PARTS):
         finish(each, 0)
     assert outcome(tmp_path / "two") == outcome(two_run)
     with as_in_a_process_of_its_own():
@@ -253,6 +256,21 @@ def test_processes_with_different_settings_or_versions_end_with_a_line_of_one(
     assert told in first and first.count("error: ") == 1
     assert "error" not in second
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_read_other_files_end_with_a_line_of_one(of_rows: list[str], tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        np.save(folder / "x.npy", np.full((2000, 16), i, np.float32))
+    flags = [*of_rows, "--activations.path", "x.npy", "--out", str(tmp_path / "run")]
+    both = two(flags, tmp_path, *(Own(directory=folder) for folder in folders))
+    first, second = finish(both[0], 2), finish(both[1], 1)
+    assert re.search(
+        r"the processes of this run differ: activations .{12} in number 0, .{12} in number 1;.*on the same", first
+    )
+    assert "error" not in second and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def test_activations_that_stay_on_the_device_train_to_the_same_bits(
     monkeypatch.setattr("jax_sae.activations.story_sources.stays_on_device", lambda: True)
     shapes: list[tuple[int, ...]] = []
 
-    def making(*args: Any) -> tuple[Any, np.ndarray]:
+    def making(*args: Any) -> Any:
         assert not [x for x in jax.live_arrays() if x.shape in shapes]
-        block, norms = filled(*args)
+        block, norms = yield from filled(*args)
         assert isinstance(block, jax.Array)
         shapes.append(block.shape)
         return block, norms
@@ -208,22 +208,46 @@ def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> N
 def test_blocks_made_ahead_give_the_same_bits(
     demo_config: Config, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on an accelerator; also after a stop, and no block is made that no step needs."""
+    """By a thread, as on an accelerator, or in pieces, as by several processes; also after a stop.
+
+    No block is made that no step needs. Pieces are made after each step, as large a share of the next block.
+    """
     made: list[str] = []
+    pieces: list[tuple[int, float]] = []
+    done = [0]
 
     def harvest(*given: Any) -> Any:
         made.append(threading.current_thread().name)
-        return filled(*given)
+        making = filled(*given)
+        while True:
+            try:
+                share = next(making)
+            except StopIteration as ended:
+                return ended.value
+            pieces.append((done[0], share))
+            yield share
+
+    def stop(step: int) -> Any:
+        def requested(now: int) -> bool:
+            done[0] = now
+            return now >= step
+
+        return requested
 
     monkeypatch.setattr("jax_sae.activations.batches.filled", harvest)
+    monkeypatch.setattr("jax_sae.activations.story_sources.stays_on_device", lambda: True)
     of_each = {}
-    for is_ahead in (True, False):
-        monkeypatch.setattr("jax_sae.run.train.reads_ahead", lambda is_ahead=is_ahead: is_ahead)
+    for how in ("when needed", "thread", "pieces"):
+        monkeypatch.setattr("jax_sae.run.ahead.by_a_thread", lambda how=how: how == "thread")
+        monkeypatch.setattr("jax_sae.run.ahead.several", lambda how=how: how == "pieces")
         made.clear()
-        out = tmp_path / str(is_ahead)
-        assert not train(demo_config, out, resume=False, stop_requested=stop_at(4))
-        assert train(demo_config, out, resume=True, stop_requested=never)
+        pieces.clear()
+        out = tmp_path / how
+        assert not train(demo_config, out, resume=False, stop_requested=stop(4))
+        assert train(demo_config, out, resume=True, stop_requested=stop(100))
         assert outcome(out) == outcome(demo_run)
-        of_each[is_ahead] = len(made)
-        assert any(name.startswith("harvest") for name in made) == is_ahead
-    assert 0 <= of_each[True] - of_each[False] <= 1  # the one that was made when the stop came
+        of_each[how] = len(made)
+        assert any(name.startswith("harvest") for name in made) == (how == "thread")
+    before, last = [share for step, share in pieces if step == 3][-2:]  # after one of a block's three
+    assert before < 1 / 3 <= last < 1
+    assert all(0 <= n - of_each["when needed"] <= 1 for n in of_each.values())  # the one when the stop came

@@ -45,8 +45,8 @@ from jax_sae.language_model.devices import in_rows
 from jax_sae.language_model.harvest import harvest, read_places
 from jax_sae.pages import make
 from jax_sae.pages.reading import read
+from jax_sae.run import ahead, plan, train
 from jax_sae.run import layout as run_layout
-from jax_sae.run import plan, train
 from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import sweep_members
 from jax_sae.sweep.mesh import batches_on, make_mesh, shards_of, spread
@@ -201,7 +201,7 @@ def looked_at(run: Path) -> dict[str, Any]:
     train_put_on = train.put_on
     with pytest.MonkeyPatch.context() as patched, nothing_learned():
         patched.setattr(story_sources, "stays_on_device", lambda: True)  # as on accelerators, and the next too
-        patched.setattr(train, "reads_ahead", lambda: True)
+        patched.setattr(ahead, "by_a_thread", lambda: True)
         patched.setattr(train, "put_on", put_on)
         patched.setattr(run_layout, "memory_of_device", lambda: 10**6)  # so that weights lie in parts
         patched.setattr(plan, "memory_of_device", lambda: 10**12)
