@@ -60,4 +60,6 @@ def test_a_notebook_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     where = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     for cell, before in zip(code_cells(notebook), code_cells(saved), strict=True):
-        assert shape(cell) == shape(before), [cell["source"], *(each.get("text") for each in cell["outputs"])]
+        assert shape(cell) == shape(before), "\n".join(
+            [cell["source"], *(str(each.get("text")) for each in cell["outputs"])]
+        )
