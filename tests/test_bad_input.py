@@ -801,6 +801,7 @@ def test_20_a_disk_too_small_for_a_store(
 # The scripts as such, and --debug
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_prints_the_same_line(tmp_path: Path) -> None:
     """And nothing else: what libraries log about it is not shown."""
     command = [sys.executable, str(REPOSITORY / "scripts" / "train_all.py"), *OF_DEMO, "--text.path", "two_types"]

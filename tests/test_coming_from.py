@@ -29,6 +29,7 @@ def test_each_block_is_of_one_of_the_three() -> None:
     assert sorted(map(block_with, ("jax_sae", "sae_lens", "dictionary_learning"))) == sorted(BLOCKS)
 
 
+@pytest.mark.long
 def test_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fewer steps."""
     monkeypatch.chdir(REPOSITORY)

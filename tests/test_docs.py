@@ -187,6 +187,7 @@ WITH_PYTHON = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs(page: str, at_hand: Path) -> None:
     """Block after block, in one namespace."""

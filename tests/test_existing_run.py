@@ -268,6 +268,7 @@ def run(of_rows: Run) -> Path:
     return Path(shutil.copytree(of_rows.directory, "run"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("damage", "argv", "found", "expected", "advice"), RESUMED.values(), ids=RESUMED)
 def test_a_run_that_cannot_be_resumed_as_asked_stays_as_it_is(
     damage: Callable[[Path], Any],

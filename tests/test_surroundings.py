@@ -22,6 +22,7 @@ from jax_sae.run.train import train
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR")
 
 
+@pytest.mark.long
 def test_training_in_another_thread_of_a_figure_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_training_in_another_thread_of_a_figure_that_fails(
     assert told.splitlines()[-1].startswith("use it ") and not list(run.rglob("*.partial"))
 
 
+@pytest.mark.long
 def test_losses_are_drawn_while_a_run_goes_on(
     demo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +83,7 @@ def test_losses_are_drawn_while_a_run_goes_on(
     assert not figure.exists() and (run / "summary.json").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_ends_while_its_figures_are_drawn_has_them_drawn_when_it_is_resumed(
     demo_run: Path, demo_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +107,7 @@ def test_a_run_that_ends_while_its_figures_are_drawn_has_them_drawn_when_it_is_r
     assert {path.name for path in figures.iterdir()} == {path.name for path in (demo_run / "figures").iterdir()}
 
 
+@pytest.mark.long
 def test_evaluation_is_written_before_it_is_drawn(
     demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

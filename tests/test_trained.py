@@ -83,6 +83,7 @@ def test_gradients(kind: str, per_story: bool) -> None:
     assert np.any(of_sae.params["W_enc"] != 0) and np.any(of_sae.params["W_dec"] != 0)
 
 
+@pytest.mark.long
 @every
 def test_stacked_ones_are_mapped_and_scanned(kind: str, per_story: bool) -> None:
     """Members that differ only in numbers: parameters, threshold, k, normalisation, name and step."""

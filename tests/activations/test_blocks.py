@@ -68,9 +68,9 @@ def runs(
 @pytest.mark.parametrize(
     ("batching", "normalization", "norm_limit", "stories", "n_runs"),
     [
-        ("tokens", "dataset", 0.0, {"exclude": 2}, 8),
+        pytest.param("tokens", "dataset", 0.0, {"exclude": 2}, 8, marks=pytest.mark.long),
         ("tokens", "dataset", 118.5, {"window": 40, "pack": True, "exclude": 1}, 8),
-        ("tokens", "story", 0.0, {}, 8),
+        pytest.param("tokens", "story", 0.0, {}, 8, marks=pytest.mark.long),
         ("story", "story", 0.0, {"exclude": 1}, 40),
     ],
     ids=["some excluded", "packed, with a norm limit", "each story by itself", "a story a batch"],

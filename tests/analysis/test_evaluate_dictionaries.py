@@ -17,6 +17,8 @@ from jax_sae.config import Config, SweepConfig
 from jax_sae.run.train import train
 from jax_sae.trained import TrainedAutoencoder
 
+pytestmark = pytest.mark.long
+
 NAMES = ["1.resid_post", "1.transcoder", "1.skip_transcoder", "crosscoder"]
 
 

@@ -119,6 +119,7 @@ def test_fvu_and_floor_are_those_of_the_summary(run: Path) -> None:
         assert per_story or floor == pytest.approx(expected["pca_floor_fvu"], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.long
 def test_every_metric_is_that_of_all_tokens_at_once(run: Path) -> None:
     """By the public encode and decode, of trained members and of their initial values; and the feature density."""
     source, _ = opened(run)
@@ -154,6 +155,7 @@ def test_baselines_stand_beside_every_number(run: Path) -> None:
             assert of["pca_features"]["ce_loss_score_zero_ablation"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.long
 def test_losses_are_those_of_reconstructions_story_by_story(run: Path) -> None:
     """As `loss_recovered` gives them for the public `sae(x)` on whole stories, with the mean of the held-out tokens.
 
@@ -203,6 +205,7 @@ def test_the_identity_recovers_all_of_the_loss(to_spoil: Path, monkeypatch: pyte
     assert member["kl_div_with_sae"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", ["limit", "story"], indirect=True)
 def test_pieces_change_nothing_and_hold_few_tokens(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of one story or of all of them, encoded in whatever numbers of rows; the items are those of training's end."""
@@ -220,6 +223,7 @@ def test_pieces_change_nothing_and_hold_few_tokens(run: Path, monkeypatch: pytes
             assert after[name] == pytest.approx(before[name], rel=1e-5), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", ["dataset"], indirect=True)
 def test_another_step_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its numbers are that checkpoint's; those of the newest stay; the newest by its number is the newest."""
@@ -236,6 +240,7 @@ def test_another_step_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixt
     assert "in place of those of before" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", ["limit"], indirect=True)
 def test_fewer_tokens_are_whole_stories_up_to_that_number(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And it is said where there are fewer than were asked for."""
@@ -247,6 +252,7 @@ def test_fewer_tokens_are_whole_stories_up_to_that_number(run: Path, capsys: pyt
     assert "note          300 tokens were asked for" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_rows_leave_out_what_needs_the_language_model(
     demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -270,6 +276,7 @@ def test_rows_leave_out_what_needs_the_language_model(
         evaluate(run)
 
 
+@pytest.mark.long
 def test_members_of_other_seeds_are_compared_and_one_that_diverged_spoils_nothing(
     demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +304,7 @@ def test_members_of_other_seeds_are_compared_and_one_that_diverged_spoils_nothin
     assert 0 < of[names[0]]["fvu"] < 1 and of[names[0]]["ce_loss_with_sae"] > 0
 
 
+@pytest.mark.long
 def test_members_whose_numbers_are_not_finite(
     to_spoil: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,6 +341,7 @@ def copy(demo_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo_run, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_the_same_model_elsewhere_will_do(copy: Path, beginnings: str, tmp_path: Path) -> None:
     """Its content counts, not its path."""
     shutil.copytree(REPOSITORY / "jax_sae" / "demo" / "model", tmp_path / "model")
@@ -341,6 +350,7 @@ def test_the_same_model_elsewhere_will_do(copy: Path, beginnings: str, tmp_path:
     assert evaluate(copy, n_tokens=200)["step"] == 12
 
 
+@pytest.mark.long
 def test_another_model_or_text_is_refused(copy: Path, tmp_path: Path) -> None:
     """Changed in one bit, gone, or with another held-out text; in one line that says where the paths stand."""
     demo = Path(shutil.copytree(REPOSITORY / "jax_sae" / "demo", tmp_path / "demo"))
@@ -387,6 +397,7 @@ def test_what_is_no_run_or_not_whole_is_refused(copy: Path, tmp_path: Path) -> N
         evaluate(copy)
 
 
+@pytest.mark.long
 def test_public_functions_load_what_was_evaluated(copy: Path) -> None:
     """A member of `evaluation.json` is found by its name."""
     found = evaluate(copy, n_tokens=200)["members"]

@@ -149,6 +149,7 @@ def assert_close(found: LossRecovered, expected: dict[str, float]) -> None:
             assert numbers[name] == pytest.approx(value, rel=1e-5, abs=2e-5), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("directory", "layer"), LAYERS)
 def test_untouched_activations_give_the_same_logits(directory: Path, layer: int) -> None:
     """At the first, a middle and the last layer, after the final layer norm, with a tied and an untied head.
@@ -176,6 +177,7 @@ def test_losses_are_the_formulas_on_unpadded_stories(directory: Path, layer: int
 PLACES = [("gemma2", "1.mlp_out"), ("gpt_neox", "2.z"), ("qwen2", "0.resid_mid"), ("gpt2", "2.resid_post")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "place"), PLACES)
 def test_at_every_place_of_every_family(model: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The network goes on with what is put in there; logits are made of some tokens at a time."""
@@ -223,6 +225,7 @@ WRITTEN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "reads", "writes"), WRITTEN)
 def test_several_places_are_replaced_at_once(model: str, reads: list[str], writes: list[str]) -> None:
     """As a run with a tap that replaces them all, by what is made of a clean run; in any order, at any blocks.
@@ -270,6 +273,7 @@ def test_what_was_there_recovers_everything_and_so_does_the_mlp_itself() -> None
         assert found.kl_div_with_sae == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.long
 def test_of_two_language_models_that_of_the_written_places_is_run() -> None:
     """What is read of the other one is of its own clean run; in which order the models stand does not matter."""
     base = load_language_model(str(DEMO))
@@ -370,6 +374,7 @@ def test_story_by_story_sees_whole_stories_without_padding() -> None:
     assert sorted(seen) == [2, 9, 9, 32, 32]
 
 
+@pytest.mark.long
 def test_one_program_for_each_padded_length() -> None:
     """However many stories there are of it; lengths that are padded to the same share it."""
     lm = load_language_model(str(TIED), 2)

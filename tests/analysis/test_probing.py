@@ -46,6 +46,7 @@ def test_the_solver_finds_what_scipy_finds() -> None:
             np.testing.assert_allclose(each, expected(*problem), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_columns_and_scores_are_what_they_are_said_to_be() -> None:
     """Against NumPy: correlations, ranks with ties, and the penalty of the lowest validation loss."""
     N, F = 60, 9
@@ -104,6 +105,7 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_run_is_probed(demo_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Texts that differ in a name: raw activations tell them, and so do features; the same texts score the same."""
     texts, run = write_texts(tmp_path / "texts"), Path(shutil.copytree(demo_run, tmp_path / "run"))

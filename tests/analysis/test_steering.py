@@ -57,7 +57,10 @@ def close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("sae", [AUTOENCODER, TRANSCODER], ids=["autoencoder", "transcoder"])
+@pytest.mark.parametrize(
+    "sae",
+    [pytest.param(AUTOENCODER, id="autoencoder"), pytest.param(TRANSCODER, id="transcoder", marks=pytest.mark.long)],
+)
 def test_what_is_added_set_and_taken_away(lm: jax_sae.LanguageModel, sae: TrainedAutoencoder) -> None:
     """Nothing by 0 or its own value; else as a tap by hand, also where several places are read before those written."""
     ids = lm.token_ids([PROMPT])[0]
@@ -103,6 +106,7 @@ def test_a_feature_set_to_its_own_value_changes_nothing(lm: jax_sae.LanguageMode
     np.testing.assert_array_equal(AUTOENCODER.encode(x), features)
 
 
+@pytest.mark.long
 def test_texts_are_those_of_generate_and_of_a_loop_without_a_cache(lm: jax_sae.LanguageModel, demo_run: Path) -> None:
     """Greedy and drawn; for each seed; and what is said of them is what the logits say."""
     sae = jax_sae.load_autoencoder(demo_run, name="F64")
@@ -160,6 +164,7 @@ def test_what_cannot_be_steered_is_told(lm: jax_sae.LanguageModel) -> None:
     assert np.abs(added - lm.run(ids)).max() > 0.01
 
 
+@pytest.mark.long
 def test_a_command_writes_texts_side_by_side(demo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And `run.steer` gives the same, as a record that JSON has; one line and exit code 2 for what cannot be used."""
     asked = [str(demo_run), "--member", "F64", "--feature", "3", "--prompt", "Once upon a time", "--tokens", "5"]

@@ -84,6 +84,7 @@ def test_the_loss_of_the_subclass_has_the_term_that_it_adds() -> None:
     assert own.squared_error == topk.squared_error
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("with_tanh", "my_kinds")
 def test_they_are_trained_resumed_loaded_and_evaluated_beside_others(demo_config: Config, tmp_path: Path) -> None:
     """With the page's sweep and flag, or the class itself; resuming gives the same bits."""

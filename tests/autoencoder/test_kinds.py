@@ -333,6 +333,7 @@ def test_loss_and_gradients_are_the_formulas(kind: str, form: str, dictionary: s
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "form"), [case for case in CASES if "auxk_coefficient" in kind_named(case[0]).settings]
 )
@@ -345,6 +346,7 @@ def test_without_dead_features_there_is_no_auxk(kind: str, form: str) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-4), found, without)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "form"), [case for case in CASES if kind_named(case[0]).pads])
 @pytest.mark.parametrize("bandwidth", [BANDWIDTH, 3.0])
 def test_padded_features_have_exactly_no_gradient(kind: str, form: str, bandwidth: float) -> None:

@@ -43,6 +43,7 @@ def test_bfloat16_rounds_the_factors_and_nothing_else() -> None:
     assert np.abs(np.asarray(y) - np.asarray(x, np.float64) @ np.asarray(W, np.float64)).max() > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "tensorfloat32", "bfloat16"])
 def test_precision_of_a_reconstruction(precision: str) -> None:
     """Each precision is within its own rounding of float64; parameters and result are float32."""

@@ -135,6 +135,7 @@ def test_features_that_are_0_have_no_gradient() -> None:
     assert all((none[name] == 0).all() for name in ("x", "W_enc", "b_enc", "W_dec"))
 
 
+@pytest.mark.long
 def test_precision() -> None:
     """bfloat16 rounds what the dense form rounds; only the gradient of b_dec, a sum, is float32's."""
     a = arrays()

@@ -54,6 +54,7 @@ def test_what_the_environment_says_of_compiled_programs_is_not_changed(monkeypat
         assert [os.environ[name] for name in names] == ["set by the user"] * 4 and not lines
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_runs_are_numbered_and_every_setting_is_a_flag(tmp_path: Path) -> None:
     """runs/demo, then runs/demo-2, with members one by one; the contract's examples are accepted."""

@@ -49,6 +49,7 @@ def test_a_damaged_checkpoint_is_named(demo_run: Path, tmp_path: Path, capsys: p
     assert "damaged: its JSON cannot be read" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_runs_that_are_not_finished(demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped, with a line of metrics that is being written; and one without a checkpoint."""
     assert not train(demo_config, tmp_path / "run", resume=False, stop_requested=stop_at(6))

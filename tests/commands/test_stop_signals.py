@@ -72,6 +72,7 @@ def test_in_another_thread_nothing_is_heard_and_nothing_fails() -> None:
     assert seen == [(False, 0, before + 1)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", STOPPING)
 def test_elsewhere_a_signal_ends_the_work_in_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     """What is open is closed, as after any exception; the exit code is the signal's."""

@@ -109,6 +109,7 @@ def write(activations: np.ndarray, tmp_path: Path) -> Write:
     return write
 
 
+@pytest.mark.long
 def test_an_imported_run_is_as_one_that_was_trained(
     write: Write, tmp_path: Path, activations: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,7 @@ def test_damaged_files_are_read_or_refused(
 ANYTHING = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), st.lists)
 
 
+@pytest.mark.long
 @FEWER
 @given(data=st.data())
 def test_configs_may_hold_anything(

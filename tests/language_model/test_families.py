@@ -100,6 +100,7 @@ def test_the_family_that_the_page_adds_is_run_like_the_others(monkeypatch: pytes
         read_architecture({"model_type": "stablelm", "use_parallel_residual": True}, "here")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not LARGER.exists(), reason="these models are not part of the repository")
 @pytest.mark.parametrize("name", sorted(os.listdir(LARGER)) if LARGER.exists() else [])
 def test_larger_models_too(name: str) -> None:
@@ -119,7 +120,7 @@ def test_larger_models_too(name: str) -> None:
 # The tap
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt_neox", pytest.param("gemma2", marks=pytest.mark.long)])
 def test_a_tap_reads_replaces_and_adds(name: str, models: dict[str, LanguageModel]) -> None:
     """And is pure: it can be jitted, and differentiated through."""
     lm, ids = models[name], np.load(DATA / name / "expected.npz")["ids"]
@@ -146,6 +147,7 @@ def test_a_tap_reads_replaces_and_adds(name: str, models: dict[str, LanguageMode
     assert float(slope) == pytest.approx(float(difference), rel=0.02, abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma3", "gpt_neo"])
 def test_a_document_is_read_by_itself_whatever_stands_beside_it(
     name: str, models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
@@ -169,6 +171,7 @@ def test_a_document_is_read_by_itself_whatever_stands_beside_it(
 # Generation
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt_neo", "gemma3", "gpt_neox", "qwen2"])
 def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, LanguageModel]) -> None:
     """As when all is read again for each token; past the window, and with a tap."""
@@ -190,6 +193,7 @@ def test_kept_keys_and_values_give_the_same_tokens(name: str, models: dict[str, 
     np.testing.assert_array_equal(lm.generate(ids, 23, until=int(expected[7]), tap=tap)[-1], expected[7])
 
 
+@pytest.mark.long
 def test_tokens_are_drawn_as_often_as_they_are_likely(models: dict[str, LanguageModel]) -> None:
     """At a temperature, among the likeliest only; and a seed gives the same again."""
     lm = models["gpt2"]
@@ -273,6 +277,7 @@ def test_several_places_are_read_in_one_pass_and_no_further_than_needed(models: 
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_neox"])
 def test_weights_may_be_kept_in_bfloat16(name: str, models: dict[str, LanguageModel]) -> None:
     """Half of the memory; all but the weights is float32 still, so it equals weights that were rounded."""
@@ -400,6 +405,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.long
 @FUZZ
 @given(data=st.data())
 def test_whatever_a_config_says_it_is_read_or_refused(data: st.DataObject) -> None:

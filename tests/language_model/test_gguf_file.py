@@ -157,6 +157,7 @@ def smollm2() -> LanguageModel:
     return load_language_model(SMOLLM2, 10)
 
 
+@pytest.mark.long
 @pytest.mark.real_weights
 def test_a_real_model_gives_what_pytorch_gives(smollm2: LanguageModel) -> None:
     """Its tokens, activations at two places and loss; `write_expected.py` beside them says how they were made."""

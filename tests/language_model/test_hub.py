@@ -130,6 +130,7 @@ def in_a_process(
     return json.loads(done.stdout), time.monotonic() - start
 
 
+@pytest.mark.long
 def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -> None:
     """Only the files needed are downloaded; what the hub refuses is refused."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
@@ -172,6 +173,7 @@ def test_hub_names_are_downloaded_and_then_found_without_a_hub(tmp_path: Path) -
     assert "not complete in the local Hugging Face cache, and the hub did not answer (TimeoutError" in results[1]
 
 
+@pytest.mark.long
 def test_without_a_hub_an_unknown_name_ends_soon_with_advice(tmp_path: Path) -> None:
     """And never waits for the libraries' own retries."""
     with socket.socket() as closed:

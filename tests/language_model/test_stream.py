@@ -190,6 +190,7 @@ def server(corpus: Path) -> Iterator[Server]:
         serving.shutdown()
 
 
+@pytest.mark.long
 def test_what_a_network_loses_is_asked_for_again(server: Server, corpus: Path) -> None:
     """A refusal and a broken connection change nothing; a shard that stays away is named. Others are not opened."""
     expected = texts_of(opened(str(corpus)), 0, None)
@@ -228,6 +229,7 @@ def flags(path: str, out: Path, **more: str) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_a_run_that_loses_its_text_is_saved_and_goes_on_bit_for_bit(
     server: Server, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,9 @@ DATA = Path(__file__).parents[1] / "data"
 IDS = np.random.default_rng(0).integers(0, 50, (3, 11))
 
 
-@pytest.fixture(scope="module", params=[("gpt_neo_bin", 2), ("gpt_neo_untied", 3)])
+@pytest.fixture(
+    scope="module", params=[("gpt_neo_bin", 2), pytest.param(("gpt_neo_untied", 3), marks=pytest.mark.long)]
+)
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
     """With a tied head, and with one of its own, read at its end."""
     directory, layer = request.param
@@ -47,6 +49,7 @@ def test_pure_methods_give_what_lists_give(lm: LanguageModel) -> None:
     assert lm(np.zeros((2, 0), int)).shape == (2, 0, lm.width) and lm([]).shape == (0, lm.width)
 
 
+@pytest.mark.long
 def test_a_loss_is_differentiated_through_the_rest_of_the_network(lm: LanguageModel) -> None:
     """With respect to activations, by differences, and to the parameters of all blocks."""
 

@@ -48,6 +48,7 @@ def facts_and_blocks(page: Path) -> tuple[dict[str, Any], dict[str, dict[str, An
     return json.loads(facts), blocks
 
 
+@pytest.mark.long
 def test_matches_are_those_of_all_directions_and_all_tokens(run: Path, page: Path) -> None:
     """Of the run's three members, of which two differ in their seed; against brute force."""
     facts, blocks = facts_and_blocks(page)
@@ -89,6 +90,7 @@ def test_matches_are_those_of_all_directions_and_all_tokens(run: Path, page: Pat
     assert parts["used"].tolist() == sorted(parts["used"], reverse=True) and len(parts["used"]) == 96 // 4
 
 
+@pytest.mark.long
 def test_parts_that_directions_share_are_found() -> None:
     """Of sums of three of a few directions nearly all is explained, of random ones of their covariance far less."""
     rng = np.random.default_rng(0)
@@ -99,6 +101,7 @@ def test_parts_that_directions_share_are_found() -> None:
     assert meta_structure(base) is None  # too few
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -138,6 +141,7 @@ def in_browser() -> Iterator[Browser]:
         yield found
 
 
+@pytest.mark.long
 def test_colours_are_those_of_figures(page: Path) -> None:
     """Of kinds and of paper; the page can draw each marker; no other file of pages has a kind's colour of its own."""
     facts, _ = facts_and_blocks(page)
@@ -153,6 +157,7 @@ def test_colours_are_those_of_figures(page: Path) -> None:
     assert not any(colour in text.lower() for text in sources.values() for colour in own)
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.skipif(chromium() is None, reason="no Chromium: install one, or name it by CHROMIUM")
 def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:

@@ -47,6 +47,7 @@ def test_examples_are_where_it_is_largest(run: Path) -> None:
     assert len(found.raised) == len(found.lowered) == 10 and found.raised[0][1] > 0 > found.lowered[0][1]
 
 
+@pytest.mark.long
 def test_texts_of_ones_own_are_read_instead(run: Path) -> None:
     """What looks like HTML is text; a feature that never fires has no example; what cannot be shown is refused."""
     opened = jax_sae.open_run(run)

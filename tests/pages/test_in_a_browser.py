@@ -206,6 +206,7 @@ def test_it_can_be_printed(page: Browser) -> None:
     page.do("Emulation.setEmulatedMedia", media="")
 
 
+@pytest.mark.long
 def test_dictionaries_show_what_they_read_and_write(in_browser: Browser, tmp_path: Path) -> None:
     """A transcoder, with the tokens that its encoder looks for, and a crosscoder, with the tokens of each place."""
     kinds = {"dictionaries": ["transcoder", "crosscoder"], "layers": [1, 2], "kinds": ["topk"], "features": 16, "k": 4}

@@ -168,6 +168,7 @@ def test_what_cannot_be_used_is_one_line(
     assert not (run / "pages").exists()
 
 
+@pytest.mark.long
 def test_another_language_model_and_activations_from_a_file_are_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +190,7 @@ def test_another_language_model_and_activations_from_a_file_are_refused(
     assert "rows.npy, which hold no token ids, so there is no text to show" in refused(capsys, main, ["rows"])
 
 
+@pytest.mark.long
 def test_pages_of_a_store_show_the_text_that_it_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.long
 def test_no_threads_and_no_temporary_files_are_left(beginnings: str, tmp_path: Path) -> None:
     """Of a whole run in a process of its own: nothing is running at its end, and nothing lies beside its results.
 
@@ -87,6 +88,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path) -> No
         pass
 
 
+@pytest.mark.long
 def test_two_that_begin_at_once_do_not_share_a_directory(demo_config: Config, tmp_path: Path) -> None:
     """The directory was free when the second began; when it wants to write there, it is not."""
     out = tmp_path / "run"
@@ -191,6 +193,7 @@ def test_another_text_is_noticed_on_resume(inputs: Config, tmp_path: Path) -> No
             train(changed, out, resume=True, stop_requested=never)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_a_damaged_store_is_refused_and_a_store_written_again_is_noticed(demo_config: Config, tmp_path: Path) -> None:
     """Its manifest's digests hold for its shards; the run's digest holds for the manifest."""

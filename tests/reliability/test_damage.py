@@ -147,7 +147,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+OFTEN = ("a bit of a weight", "position")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [pytest.param(*its, id=name, marks=[] if name in OFTEN else [pytest.mark.long]) for name, its in WRONG.items()],
+)
 def test_an_explicit_step_raises_and_a_resumed_run_falls_back(
     change: Callable[[Tree, Tree], None],
     message: str,
@@ -175,6 +181,7 @@ def test_an_explicit_step_raises_and_a_resumed_run_falls_back(
     assert (run / "checkpoints" / "12.damaged").is_dir()
 
 
+@pytest.mark.long
 def test_an_empty_step_and_a_damaged_one_are_passed_over(
     run: Path, demo_run: Path, demo_config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +196,7 @@ def test_an_empty_step_and_a_damaged_one_are_passed_over(
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"5", "10", "12", "10.damaged", "12.damaged"}
 
 
+@pytest.mark.long
 def test_when_all_are_damaged_the_run_is_refused_and_left_as_it_is(run: Path, demo_config: Config) -> None:
     """It does not begin again without a word."""
     for step in (5, 10, 12):

@@ -36,6 +36,7 @@ def test_a_disk_too_small_for_the_run_is_refused_before_it_begins(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_failed_save_ends_the_run_at_the_next_step_and_leaves_nothing(
     demo_config: Config, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

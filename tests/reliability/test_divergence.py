@@ -82,6 +82,7 @@ def test_the_others_are_bit_identical(runs: tuple[Path, Path, str], demo_config:
         )
 
 
+@pytest.mark.long
 def test_it_keeps_its_last_finite_state_and_says_so(
     runs: tuple[Path, Path, str], demo_config: Config, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_it_keeps_its_last_finite_state_and_says_so(
     assert [line["loss_per_element"] is None for line in lines] == [n >= step for n in range(1, 21)]
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_it_frozen(runs: tuple[Path, Path, str], demo_config: Config, tmp_path: Path) -> None:
     """Also when it is resumed after the step at which the member diverged; bit for bit."""
     config = sweep(demo_config, BAD)
@@ -133,6 +135,7 @@ def test_the_table_and_the_use_of_it_say_so(runs: tuple[Path, Path, str], demo_c
     jax_sae.load_autoencoder(run, features=63)
 
 
+@pytest.mark.long
 def test_the_largest_learning_rates_leave_finite_states(demo_config: Config, tmp_path: Path) -> None:
     """However large the step that was taken last, what is saved is finite."""
     config = sweep(demo_config, 3.4e38)

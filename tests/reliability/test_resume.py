@@ -29,12 +29,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
-def test_a_resumed_run_is_bit_equal(flags: list[str], tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_equal(flags: list[str], beginnings: str, tmp_path: Path) -> None:
     """Stopped inside a block, by SIGTERM and then by Ctrl-C, at steps that chance decides.
 
     The last process compiles for itself; those before it read what the first one compiled.
     """
-    flags = ["--model.path", str(REPOSITORY / "jax_sae/demo/model"), *flags]
+    flags = ["--model.path", str(REPOSITORY / "jax_sae/demo/model"), "--text.path", beginnings, *flags]
     for directory in ("straight", "stopped"):
         (tmp_path / directory).mkdir()
     finish(start(flags, tmp_path / "straight"), 0)

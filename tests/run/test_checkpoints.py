@@ -47,6 +47,7 @@ np.savez(sys.argv[2], **state["members"]["F63"]["params"], mean=state["normaliza
 """
 
 
+@pytest.mark.long
 def test_plain_orbax_reads_a_checkpoint_where_this_package_is_absent(demo_run: Path, tmp_path: Path) -> None:
     """The same arrays as through the API, at the member's own width."""
     checkpoint = demo_run / "checkpoints" / "5"
@@ -164,6 +165,7 @@ def test_a_name_is_refused_where_no_link_can_be_made(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "t[m]p").iterdir())
 
 
+@pytest.mark.long
 def test_a_run_in_an_odd_place_is_resumed_used_inspected_and_evaluated(
     demo_run: Path, demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +247,7 @@ def test_a_run_whose_checkpoint_is_not_what_was_saved_fails_and_can_be_resumed(
     assert outcome(run) == outcome(demo_run)
 
 
+@pytest.mark.long
 def test_a_warning_of_orbax_is_said_once(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

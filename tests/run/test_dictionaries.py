@@ -30,6 +30,8 @@ from jax_sae.run.train import train
 from jax_sae.sweep.groups import inputs_and_targets, make_groups
 from jax_sae.sweep.members import member_names, sweep_members
 
+pytestmark = pytest.mark.long
+
 WIDTHS = {"0.mlp_in": 12, "0.mlp_out": 7, "1.resid_post": 12, "3.resid_post": 9}
 X = {
     place: (np.random.default_rng(i).normal(size=(900, D)) @ np.diag(np.geomspace(3, 0.1, D)) + i).astype("f4")

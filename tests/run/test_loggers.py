@@ -204,6 +204,7 @@ def rows_of(offline: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
+@pytest.mark.long
 @needs_wandb
 @pytest.mark.filterwarnings("default")
 def test_weights_and_biases_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def outcome(sae: jax_sae.TrainedAutoencoder) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 def test_a_member_equals_its_solo_run_at_its_place(place: str, at_three: Path, tmp_path: Path) -> None:
     """Bit for bit: parameters, normalisation, metrics, and what is measured on held-out tokens and evaluated."""
@@ -102,6 +103,7 @@ def test_a_member_equals_its_solo_run_at_its_place(place: str, at_three: Path, t
         assert f"{figure}-{place}.png" in figures and f"{figure}.png" not in figures
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_the_same_bits_and_each_story_its_normalisation(tmp_path: Path) -> None:
     """That of each story at each place."""
     straight, resumed = (run_at(PLACES, tmp_path / f"{stop}", "story", stop) for stop in (99, 5))
@@ -179,6 +181,7 @@ def test_what_does_not_belong_is_refused_in_a_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_a_program_gives_places_and_members_have_eight_features_a_number(tmp_path: Path) -> None:
     """8 D at its own place; explicit members may say their place; resumed with the same call."""
@@ -206,6 +209,7 @@ def test_a_program_gives_places_and_members_have_eight_features_a_number(tmp_pat
     assert [(name, said[name].width) for name in said] == [("9.z-F4", 12), ("9.mlp_out-F3", 7)]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_a_language_model_is_read_at_several_places_in_one_pass(demo_config: Config, tmp_path: Path) -> None:
     """By any name that it has; loss recovered is at each member's own place; from a store the same numbers come."""

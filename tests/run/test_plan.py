@@ -44,6 +44,7 @@ def test_tokens_and_epochs_of_rows_are_exact(
     assert "5,400 needed, 2,700 there: 2 epochs in all; what is there is used again" in line
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("learning_nothing")
 def test_a_resumed_run_needs_the_rest(demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tokens and checkpoints of the steps that are left; epochs of the whole run."""
@@ -66,6 +67,7 @@ def test_stories_are_counted_with_story_batching(
     assert "12 needed, 400 there: 0.03 epochs in all" in said(capsys, "stories")
 
 
+@pytest.mark.long
 def test_the_disk_that_is_said_is_enough_and_not_ten_times_too_much(
     demo_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,7 @@ def test_the_floor_is_never_beaten(demo_config: Config, tmp_path: Path) -> None:
     assert members[0]["fvu_over_floor"] >= 1 and members[2]["fvu_over_floor"] is None
 
 
-@pytest.mark.parametrize("batching", ["tokens", "story"])
+@pytest.mark.parametrize("batching", ["tokens", pytest.param("story", marks=pytest.mark.long)])
 def test_resume_is_bit_equal(
     demo_config: Config,
     tmp_path: Path,
@@ -205,6 +205,7 @@ def test_bad_input_leaves_no_directory(demo_config: Config, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_blocks_made_ahead_give_the_same_bits(
     demo_config: Config, demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from jax_sae.errors import BadInput
 from jax_sae.language_model.dataset import open_split
 from jax_sae.run.train import train
 
+pytestmark = pytest.mark.long
+
 BASE = REPOSITORY / "jax_sae" / "demo" / "model"
 PLACES = ("base:1.resid_post", "tuned:blocks.2.hook_mlp_out", "tuned:1.resid_post")
 

@@ -15,6 +15,8 @@ from jax_sae.sweep.groups import make_groups
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, init_sweep, member_shapes, unstack, update_many
 
+pytestmark = pytest.mark.long
+
 D_IN, D_OUT, D_BOTH, TRUE_F, ACTIVE, F = 24, 20, 16, 32, 2, 64
 B, BATCHES, STEPS = 128, 250, 1000
 PLACES = [Place("0.mlp_in", D_IN), Place("0.mlp_out", D_OUT), Place("a", D_BOTH), Place("b", D_BOTH)]

@@ -93,7 +93,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     update._update_many.clear_cache()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"], indirect=True)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.usefixtures("backend")
 def test_every_member_equals_its_solo_run(alone: Results) -> None:
     """Parameters, moments, what it remembers and metrics to 1e-5: members in turn, and by vmap, as accelerators do."""

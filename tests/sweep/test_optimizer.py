@@ -48,6 +48,7 @@ def test_second_moments_in_bfloat16_are_right_on_average() -> None:
     assert abs(of_steps.mean() / v - 1) < 2e-4
 
 
+@pytest.mark.long
 def test_moments_in_bfloat16_take_half_the_memory_and_train_as_well() -> None:
     member = Member(features=24, kind="topk", k=4)
     x = np.random.default_rng(0).standard_normal((300, 64, 12)).astype(np.float32)

@@ -118,6 +118,7 @@ def test_without_dead_features_nothing_changes() -> None:
     assert all(map(np.array_equal, jax.tree.leaves(after), jax.tree.leaves((before, moments))))
 
 
+@pytest.mark.long
 def test_tokens_are_drawn_in_proportion_to_their_squared_loss() -> None:
     """|x - x_hat|^4, among 20,000 dead features: each share within 4 standard deviations; padding is never drawn."""
     many, norms = 20_000, np.array([1.0, 1.2, 0.0, 9.0, 1.5, 0.7])

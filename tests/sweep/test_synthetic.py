@@ -15,6 +15,8 @@ from jax_sae.sweep.groups import Group, make_groups
 from jax_sae.sweep.members import complete
 from jax_sae.sweep.update import METRICS, SweepState, init_sweep, member_shapes, unstack, update_many
 
+pytestmark = pytest.mark.long
+
 D, TRUE_F, ACTIVE, F, B, BATCHES, STEPS = 24, 32, 2, 64, 128, 250, 1000
 TRAIN = TrainConfig(steps=STEPS, batch_tokens=B, schedule="linear", decay=0.3)
 SOON = 10 * B

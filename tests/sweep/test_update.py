@@ -42,6 +42,7 @@ def data() -> tuple[jax.Array, jax.Array]:
     return x, weights
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("initialization", ["torch", "orthogonal"])
 def test_initial_values_are_the_same_float32_with_64_bits_switched_on(initialization: Initialization) -> None:
     """Else a member would begin elsewhere, or not at all, in a program that sets JAX_ENABLE_X64."""
@@ -247,6 +248,7 @@ def test_model_is_what_it_says() -> None:
         assert 0.5 * fan_in**-0.5 < largest <= fan_in**-0.5, name
 
 
+@pytest.mark.long
 def test_orthogonal_initialisation_reconstructs_what_its_active_features_span() -> None:
     """With every feature active and F >= D nothing is lost; 0 is always reconstructed as 0."""
     x = jax.random.normal(jax.random.key(4), (6, 9))
