@@ -290,7 +290,7 @@ def _short(error: Exception) -> str:
 
 def first_says(value: float) -> float:
     """The first process's number, in all of them."""
-    return float(gathered(value)[0]) if several() else value
+    return float(gathered(float(value))[0]) if several() else value  # a large whole number would not be sent whole
 
 
 def any_of(flag: bool) -> bool:

@@ -24,6 +24,7 @@ from jax_sae.autoencoder.shards import DATA, WHOLE
 from jax_sae.config import ActivationsConfig
 from jax_sae.config import Normalization as Kind
 from jax_sae.errors import BadInput
+from jax_sae.language_model.devices import seen_by_all
 from jax_sae.sweep.groups import Form
 from jax_sae.sweep.mesh import of_members, shards_of, specs
 from jax_sae.sweep.update import MemberState
@@ -247,7 +248,7 @@ def measure_held_out(
         np.concatenate(errors, axis=1),
         np.concatenate(active, axis=1),
         fired,
-        np.asarray(group.settings["features"]),
+        np.asarray(seen_by_all(group.settings["features"])),
         strict=True,
     )
     return [

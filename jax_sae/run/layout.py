@@ -185,7 +185,7 @@ def _layouts(
     """Parts (data, member, feature), with what is asked for, of as many devices as can be; the least sent is first."""
     shapes = [padded_shape(member_shapes(group, width, config.train)) for group in groups]
     needed = sum(2 * len(group.names) * n_bytes(shape) for group, shape in zip(groups, shapes, strict=True))
-    room = PART_OF_MEMORY * memory_of_device()
+    room = PART_OF_MEMORY * first_says(memory_of_device())
     found = [
         (data, member, feature)
         for member in ([asked.member] if asked.member else range(1, devices + 1))

@@ -206,8 +206,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(one_run: Path, two_run: 
         one = ["--mesh.data", "1", "--mesh.feature", "1"]
         assert main(["--out", str(tmp_path / "one"), "--resume", *one]) == 0
     np.testing.assert_allclose(losses(tmp_path / "one"), losses(one_run), rtol=CLOSE)
-    said = [finish(each, 0) for each in two(["--out", "of one", "--resume", *MESH], tmp_path)]
+    members = ["--mesh.data", "1", "--mesh.feature", "1", "--mesh.member", "4"]  # most have nothing of a member
+    said = [finish(each, 0) for each in two(["--out", "of one", "--resume", *members], tmp_path)]
     assert "not the same bits" in said[0] and "not the same bits" not in said[1]
+    assert re.search(r"\nweights .*, whole on each of 4 devices\n", said[0]), said[0]
     np.testing.assert_allclose(losses(tmp_path / "of one"), losses(one_run), rtol=CLOSE)
 
 
