@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -27,7 +28,9 @@ TOKENS = 3000
 
 @pytest.fixture(scope="module")
 def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of all members; small dictionaries on directions are trained briefly."""
+    """Of all members, of a run that was evaluated; small dictionaries on directions are trained briefly."""
+    run = Path(shutil.copytree(run, tmp_path_factory.mktemp("evaluated") / "run"))
+    jax_sae.open_run(run).evaluate()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jax_sae.analysis.meta_structure.STEPS", 50)
         return jax_sae.compare_members(run, out=tmp_path_factory.mktemp("html") / "compare", tokens=TOKENS)
@@ -170,6 +173,10 @@ def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
     assert look.run("ticks(-2, 0)") == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
     strokes = look.run("[...document.querySelectorAll('path.line')].map((line) => line.getAttribute('stroke'))")
     assert strokes == [KINDS["topk"].colour, KINDS["relu"].colour]
+    floors = look.run(
+        "[...document.querySelectorAll('.frontier path.floor')].map((line) => line.getAttribute('d').split('L').length)"
+    )
+    assert floors == [3]  # the FVU of PCA at the L0 of each member
     rows = look.run("[...document.querySelectorAll('#list tbody tr')].map((row) => row.children[0].textContent)")
     assert rows == [A, B, RELU]
     assert f"{A} and {B}" in look.run("$('seeds').textContent")
