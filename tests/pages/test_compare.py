@@ -207,4 +207,10 @@ def test_it_works_in_a_browser(page: Path, in_browser: Browser) -> None:
         for view in ("v=members", f"v=matches&a={A}&b={B}", f"v=parts&m={A}"):
             look.go(f"#{view}")
             assert look.run("document.documentElement.scrollWidth") <= width
+    look.do("Emulation.setEmulatedMedia", media="print")  # where nothing scrolls
+    assert (
+        look.run("[...document.querySelectorAll('.wide')].map((each) => getComputedStyle(each).overflowX)[0]")
+        == "visible"
+    )
+    look.do("Emulation.setEmulatedMedia", media="")
     assert look.complaints == []

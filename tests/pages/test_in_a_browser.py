@@ -201,7 +201,8 @@ def test_it_can_be_printed(page: Browser) -> None:
     page.go(f"#m={A}&f=1")
     page.do("Emulation.setEmulatedMedia", media="print")
     shown = "(id) => getComputedStyle(document.querySelector(id)).display !== 'none'"
-    assert page.run(f"['#top', '#feature button', '.example .text', '#feature h2'].map({shown})") == [0, 0, 1, 1]
+    there = "['#top .grow', 'nav', '#feature button', '.example .text', '#feature h2', '#title']"
+    assert page.run(f"{there}.map({shown})") == [0, 0, 0, 1, 1, 1]
     assert len(page.do("Page.printToPDF")["data"]) > 10_000
     page.do("Emulation.setEmulatedMedia", media="")
 
