@@ -101,7 +101,7 @@ def _filled_by_several(
     fitted: Normalization,
     activations: ActivationsConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`filled` by several processes, of arrays: each reads some items, and their rows, 0 in all others, are summed."""
+    """`filled` by several processes: each reads some of the items, and their rows, 0 in all others, are summed."""
     own = np.flatnonzero(own_share(len(items))).tolist()
     with together():
         x = _filled_here(source, [items[i] for i in own], [taken[i] for i in own], norms, fitted, activations)

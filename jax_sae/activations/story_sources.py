@@ -27,7 +27,6 @@ from jax_sae.language_model.stream import Buffer, Shards
 from jax_sae.language_model.text import Stories
 from jax_sae.language_model.text_digest import text_digest
 from jax_sae.language_model.windows import Story
-from jax_sae.processes import several
 
 if TYPE_CHECKING:
     from jax_sae.activations.sources import Item
@@ -111,11 +110,8 @@ class StorySource:
             yield i, x[items[i].used]
 
     def on_device(self, items: Sequence[Story]) -> OnDevice | None:
-        """The same where devices keep them, as `blocks.on_device` tells; None where NumPy sees them anyway.
-
-        It sees none of those on devices of other processes, with which this one reads the stories.
-        """
-        return self._on_device(items) if stays_on_device() or several() else None
+        """The same where the device keeps them, as `blocks.on_device` tells; None where NumPy sees them anyway."""
+        return self._on_device(items) if stays_on_device() else None
 
     def _on_device(self, items: Sequence[Story]) -> OnDevice:
         for batch, x in harvest_each_on_device(self.models, *_to_read(items)):

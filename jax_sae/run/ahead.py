@@ -1,7 +1,7 @@
 """Blocks of activations for the loop that trains: where the next one is made, and when.
 
-On a CPU, when it is needed: the cores are busy with one of the two. On an accelerator a thread makes the next block
-while the batches of this one are trained on. Several processes make it in pieces, in the thread that trains, after each
+On a CPU, when it is needed: the cores are busy with one of the two. On accelerators a thread makes the next block while
+the batches of this one are trained on. Several processes make it in pieces, in the thread that trains, after each
 dispatch: all of them have to give their devices programs in one order, which two threads do not.
 """
 
@@ -21,6 +21,11 @@ from jax_sae.run.progress import Clock
 def by_a_thread() -> bool:
     """Whether the next block is read and harvested by a thread while the batches of the one before are trained on."""
     return jax.default_backend() != "cpu" and not several()
+
+
+def in_pieces() -> bool:
+    """Whether it is done by the thread that trains, in pieces after each dispatch."""
+    return jax.default_backend() != "cpu" and several()
 
 
 class Ahead:
@@ -63,11 +68,11 @@ class Ahead:
             self._by_thread = self._thread.submit(copy_context().run, self._rest)
 
     def go_on(self, share: float, trained: Any) -> None:
-        """Of several processes, make the next run up to a share of it, 1 for all; the same in all of them.
+        """If it is made in pieces, make the next run up to a share of it, 1 for all; the same in all processes.
 
         Until the array `trained` is there, nothing waits for it; then it is counted as time that training waited.
         """
-        while several() and not isinstance(self._there, BatchRun) and self._there < share:
+        while in_pieces() and not isinstance(self._there, BatchRun) and self._there < share:
             start, beside = time.perf_counter(), not trained.is_ready()
             self._there = next(self._made)
             seconds = time.perf_counter() - start

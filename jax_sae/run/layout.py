@@ -121,7 +121,7 @@ def share_models(
 
     Args:
         sources: others than stories stay as they are.
-        devices: of all processes.
+        devices: of this process, or of all processes.
         beside: bytes that a device has to have room for besides; of a CPU, that its memory has.
         whole: whether all blocks are run, and not only those up to the places that are read.
     """

@@ -33,6 +33,7 @@ from jax_sae.config import IN_MEMORY, Config, DecoderBias, TrainConfig, places_o
 from jax_sae.config_tables import flatten
 from jax_sae.errors import BadInput, SourceLost
 from jax_sae.language_model.devices import LAUNCHING, mesh_of_rows
+from jax_sae.language_model.harvest import stays_on_device
 from jax_sae.language_model.hub import read_json
 from jax_sae.processes import (
     agree,
@@ -144,7 +145,7 @@ def train(
     agree({name: digest[:12] for name, digest in setup.inputs.items()})
     if mesh is not None:
         beside = sweep_bytes(setup) + block_bytes(setup)
-        devices = mesh.devices.flatten().tolist()
+        devices = mesh.devices.flatten().tolist() if stays_on_device() else mesh.local_devices
         (source, held_out_source), of_models = share_models((source, held_out_source), devices, beside)
         of_mesh += of_models
     say([*first_lines, *lines, *changed, *report.describe(setup), *of_mesh])

@@ -140,14 +140,14 @@ def as_in_a_process_of_its_own() -> Iterator[None]:
 def two_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By two, features of two of them beside each other, rows of a batch over both, weights in parts among all."""
     folder = tmp_path_factory.mktemp("two")
-    said = [finish(each, 0) for each in two([*flags, "--out", "run", *MESH], folder, script=IN_PARTS)]
+    said = [finish(each, 0) for each in two([*flags, "--out", "run", *MESH], folder, script=ACCELERATORS)]
     assert "processes     2, at 127.0.0.1" in said[0]
     assert re.search(r"\nweights .* in parts, 26.* kB on each of 4 devices\n", said[0]), said[0]
     assert "held-out FVU" in said[0] and "held-out FVU" not in said[1]  # the first tells
     return folder / "run"
 
 
-IN_PARTS = REPOSITORY / "tests" / "train_with_weights_in_parts.py"
+ACCELERATORS = REPOSITORY / "tests" / "train_on_accelerators.py"
 MESH = ["--mesh.data", "2", "--mesh.feature", "2"]
 
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(one_run: Path, two_run: 
         shutil.copytree(run, tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "40")
         (tmp_path / name / "summary.json").unlink()
-    for each in two(["--out", "two", "--resume"], tmp_path, script=IN_PARTS):
+    for each in two(["--out", "two", "--resume"], tmp_path, script=ACCELERATORS):
         finish(each, 0)
     assert outcome(tmp_path / "two") == outcome(two_run)
     with as_in_a_process_of_its_own():
@@ -209,7 +209,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not(one_run: Path, two_run: 
     members = ["--mesh.data", "1", "--mesh.feature", "1", "--mesh.member", "4"]  # most have nothing of a member
     said = [finish(each, 0) for each in two(["--out", "of one", "--resume", *members], tmp_path)]
     assert "not the same bits" in said[0] and "not the same bits" not in said[1]
-    assert re.search(r"\nweights .*, whole on each of 4 devices\n", said[0]), said[0]
+    assert re.search(r"\nweights .*, whole on each of 2 devices\n", said[0]), said[0]
     np.testing.assert_allclose(losses(tmp_path / "of one"), losses(one_run), rtol=CLOSE)
 
 

@@ -240,7 +240,7 @@ def test_blocks_made_ahead_give_the_same_bits(
     of_each = {}
     for how in ("when needed", "thread", "pieces"):
         monkeypatch.setattr("jax_sae.run.ahead.by_a_thread", lambda how=how: how == "thread")
-        monkeypatch.setattr("jax_sae.run.ahead.several", lambda how=how: how == "pieces")
+        monkeypatch.setattr("jax_sae.run.ahead.in_pieces", lambda how=how: how == "pieces")
         made.clear()
         pieces.clear()
         out = tmp_path / how
