@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae.errors import BadInput, RunFailed
+from jax_sae.errors import BadInput, RunFailed, SourceLost
 
 SECONDS_TO_MEET = 60
 """How long processes wait for each other at the start."""
@@ -42,6 +42,11 @@ says how many there are, by a number or by names, but for Kubernetes, whose jobs
 
 class EndedElsewhere(RunFailed):
     """Another process of the run could not go on; it says why."""
+
+    def __init__(self, what: str, of_reading: bool = False) -> None:
+        """With `of_reading` it is what it reads, so that all save the run before they end."""
+        super().__init__(what)
+        self.of_reading = of_reading
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,10 @@ def others_are_there() -> Iterator[None]:
         raise RunFailed(f"{GONE} ({_short(error)})") from error
 
 
+OF_READING, OF_ELSE = 1, 2
+"""What a process could not do: read what it was given, after which a run is saved, or something else."""
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Within it each process works by itself; at its end all go on, or none.
@@ -221,11 +230,13 @@ def together() -> Iterator[None]:
         return
     try:
         yield
-    except Exception:
-        gathered(1)
+    except Exception as error:
+        gathered(OF_READING if isinstance(error, (BadInput, SourceLost)) else OF_ELSE)
         raise
-    if gathered(0).any():
-        raise EndedElsewhere("another process of this run could not go on, and says why")
+    if (problems := gathered(0)).any():
+        raise EndedElsewhere(
+            "another process of this run could not go on, and says why", of_reading=OF_ELSE not in problems
+        )
 
 
 def agree(settings: Mapping[str, str]) -> None:

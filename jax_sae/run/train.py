@@ -36,6 +36,7 @@ from jax_sae.language_model.devices import LAUNCHING, mesh_of_rows
 from jax_sae.language_model.harvest import stays_on_device
 from jax_sae.language_model.hub import read_json
 from jax_sae.processes import (
+    EndedElsewhere,
     agree,
     any_of,
     first_says,
@@ -238,6 +239,10 @@ def advance(
                     raise Stopped
         except Stopped:
             save_now()
+        except EndedElsewhere as error:
+            if error.of_reading:
+                save_now()
+            raise
         except (BadInput, SourceLost) as error:
             save_now()
             if out and saved:

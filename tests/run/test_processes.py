@@ -276,6 +276,25 @@ def test_processes_that_read_other_files_end_with_a_line_of_one(of_rows: list[st
 
 
 @pytest.mark.slow
+def test_what_one_of_them_cannot_read_saves_all(of_rows: list[str], tmp_path: Path) -> None:
+    """Its file is damaged while they train; it says so, and both end at a step from which they can go on."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32))
+    flags = [*of_rows, "--activations.path", "x.npy", "--out", str(tmp_path / "run")]
+    both = two(flags, tmp_path, *(Own(directory=folder) for folder in folders))
+    until_there_is(tmp_path / "run" / "checkpoints", "10", both)
+    np.lib.format.open_memmap(folders[1] / "x.npy", mode="r+")[:] = np.nan
+    first, second = finish(both[0], 1), finish(both[1], 2)
+    step = newest(tmp_path / "run" / "checkpoints")
+    assert "error" not in first
+    assert re.search(rf"error: .* activations are not finite; .*; saved at step {step}: go on with", second), second
+    _, good = inspect_run(tmp_path / "run", verify=True)
+    assert good
+
+
+@pytest.mark.slow
 def test_processes_without_a_common_disk_end_with_a_line_of_one(of_rows: list[str], tmp_path: Path) -> None:
     """Each writes to a folder of its own here, under the same name."""
     folders = [tmp_path / "a", tmp_path / "b"]
