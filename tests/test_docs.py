@@ -10,9 +10,9 @@ What is done with a block goes by its language; one of a language that nobody re
   where these are installed.
 - `toml`: read as settings, whose members have to be possible.
 - `sh`: bash reads it. Each command in it is known; of `jax-sae` and its scripts every flag and value is read by the
-  command's own parser, settings are merged and checked, and a member of a run of `configs/` is one that it has. NOT
-  run, since tests of the commands run them with flags of their own: training, evaluation, pages, steering, exports.
-  The two commands of README that set it up are run by `.ci/run`. Of all other programs only the names are known.
+  command's own parser, settings are merged and checked, and a member of a run of `configs/` is one that it has. Then
+  they are run, one after the other, with training cut short as in Python; but for those of NOT_HERE. The two commands
+  of README that set it up are run by `.ci/run`. Of all other programs only the names are known.
 - `json`: is JSON.
 
 Code within a line that begins with `jax-sae` is read like that in `sh`, for its flags alone.
@@ -118,7 +118,8 @@ def small(config: Config, beginnings: str) -> Config:
         return config
     there = Path(config.model.path).exists()
     model = config.model if there else replace(config.model, path="jax_sae/demo/model", layer=2)
-    return replace(config, model=model, text=replace(config.text, path=beginnings, config="", streaming=False))
+    text = replace(config.text, path=beginnings, config="", column="text", streaming=False)
+    return replace(config, model=model, text=replace(text, window=min(config.text.window, 128)))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,7 @@ def at_hand(
         return train(small(config, beginnings), *arguments, **keywords)
 
     monkeypatch.setattr("jax_sae.api.train.train_run", train_small)
+    monkeypatch.setattr("jax_sae.run.train.train", train_small)  # where a command imports it
     with nothing_learned():
         yield tmp_path
 
@@ -293,6 +295,60 @@ def test_the_commands_of_a_page_are_read(page: str, monkeypatch: pytest.MonkeyPa
     together = "\n".join(block.code for block in blocks)
     read = subprocess.run(["bash", "-n"], input=together, capture_output=True, text=True, check=False)
     assert read.returncode == 0 and not read.stderr, f"{page}: {read.stderr}"
+
+
+NOT_HERE = {
+    "hf://": "the hub",
+    "--push": "the hub",
+    "layer_12/": "a folder from the hub",
+    "runs/gemma": "what is imported from the hub",
+    "google/": "two models with places of their own",
+    "HuggingFaceTB/": "a model of more blocks",
+    "smollm2": "a model of more blocks, or its activations, of 90 MB and more",
+    "SmolLM2": "the same",
+    "activations/gpt2": "activations that torch writes",
+    "export-activations": "torch",
+    "--mesh.data": "several devices",
+    "my_kinds": "a file that the page makes, which another test runs",
+    "my.toml": "a file of one's own",
+    "my_sweep.toml": "a file of one's own",
+    "runs/mine": "a run of one's own",
+    "jax-sae probe": "texts of the package sae-probes",
+    "training_curves.toml": "a run of 3,000 steps that is made for its figure",
+}
+"""What is in a command that is not run, and what for."""
+
+
+def commands_to_run(page: str) -> list[list[str]]:
+    """Those of jax-sae and its scripts, as the words after `jax-sae`."""
+    found = []
+    for block in blocks_of(page):
+        for words in commands_of(block.code) if block.language == "sh" else ():
+            if any(each in " ".join(words) for each in NOT_HERE):
+                continue
+            if words[0] == "jax-sae":
+                found.append(words[1:])
+            elif words[0] == "python" and words[1].startswith("scripts/"):
+                imported = re.search(r"from (jax_sae.commands.\w+) import main", (REPOSITORY / words[1]).read_text())
+                assert imported, words
+                found.append([next(name for name in COMMANDS if module_of(name) == imported[1]), *words[2:]])
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_to_run(page)])
+def test_the_commands_of_a_page_run(
+    page: str, at_hand: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each to its end, in the order of the page."""
+    monkeypatch.setattr("jax_sae.analysis.meta_structure.STEPS", 50)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for command, *argv in commands_to_run(page):
+        for logger in ("tensorboard", "wandb"):
+            if f"--{logger}" in argv:
+                pytest.importorskip(logger)
+        code = importlib.import_module(module_of(command)).main(argv)
+        assert code == 0, (command, argv, capfd.readouterr())
 
 
 def test_flags_within_lines_are_there() -> None:
