@@ -169,8 +169,9 @@ def test_pages_lead_somewhere() -> None:
 
 
 def test_a_wheel_holds_every_package_and_the_configs() -> None:
-    """Each folder with modules stands in pyproject.toml's list; `jax_sae.configs` is the repository's configs/."""
+    """Each folder with modules or data stands in pyproject.toml's list; `jax_sae.configs` is the repository's configs/."""
     setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    files = [*PACKAGE.rglob("*.py"), *(path for path in (PACKAGE / "demo").rglob("*") if path.is_file())]
+    folders = {path.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for path in files}
     assert set(setuptools["packages"]) == folders | {"jax_sae.configs"}
     assert set(config_names().values()) == set((REPOSITORY / "configs").iterdir())
