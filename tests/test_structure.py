@@ -169,7 +169,7 @@ def test_pages_lead_somewhere() -> None:
 
 
 def test_a_wheel_holds_every_package_and_the_configs() -> None:
-    """The list in pyproject.toml has each folder with modules or data; `jax_sae.configs` is the repository's configs/."""
+    """The list in pyproject.toml has each folder with modules or data, and configs/ as `jax_sae.configs`."""
     setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     files = [*PACKAGE.rglob("*.py"), *(path for path in (PACKAGE / "demo").rglob("*") if path.is_file())]
     folders = {path.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for path in files}
