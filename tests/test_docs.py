@@ -249,6 +249,14 @@ def read_command(command: str, argv: list[str]) -> None:
         merge(base(arguments.config, arguments.settings)[1], arguments.settings)
 
 
+def command_of(script: Path) -> str | None:
+    """The subcommand that a file of scripts/ is; None for any other file."""
+    imported = re.search(r"from (jax_sae.commands.\w+) import main", script.read_text())
+    if script.parent.name != "scripts" or imported is None:
+        return None
+    return next(name for name in COMMANDS if module_of(name) == imported[1])
+
+
 def read_words(words: list[str]) -> None:
     """Raises at a program that is not known, a file that is not there, or a flag that is none."""
     program, *rest = words
@@ -263,10 +271,7 @@ def read_words(words: list[str]) -> None:
     if program == "python" and rest[0].endswith(".py"):
         file = REPOSITORY / rest[0]
         assert file.exists(), f"there is no {rest[0]}"
-        if (imported := re.search(r"from jax_sae.commands.(\w+) import main", file.read_text())) and "scripts" in rest[
-            0
-        ]:
-            command = next(name for name in COMMANDS if module_of(name).endswith("." + imported[1]))
+        if command := command_of(file):
             read_command(command, rest[1:])
         return None
     if program == "pip":
@@ -328,10 +333,8 @@ def commands_to_run(page: str) -> list[list[str]]:
                 continue
             if words[0] == "jax-sae":
                 found.append(words[1:])
-            elif words[0] == "python" and words[1].startswith("scripts/"):
-                imported = re.search(r"from (jax_sae.commands.\w+) import main", (REPOSITORY / words[1]).read_text())
-                assert imported, words
-                found.append([next(name for name in COMMANDS if module_of(name) == imported[1]), *words[2:]])
+            elif words[0] == "python" and words[1].endswith(".py") and (command := command_of(REPOSITORY / words[1])):
+                found.append([command, *words[2:]])
     return found
 
 

@@ -56,7 +56,7 @@ class Ahead:
             run, seconds = self._by_thread.result()
         else:
             run, seconds = self._rest()
-        self._by_thread, self._there = None, 0.0
+        self._by_thread = None
         self._clock.waited_seconds += time.perf_counter() - start
         self._clock.harvest_seconds += seconds
         self._clock.harvest_tokens += int(run.weights.sum())
